@@ -1,0 +1,1 @@
+"""Q-probes on code generation: problems, prompts, and rewards by unit tests."""

@@ -1,0 +1,1 @@
+"""Q-probes on preference pairs."""
