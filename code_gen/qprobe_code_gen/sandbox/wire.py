@@ -1,0 +1,45 @@
+"""Messages between the executor and its zygote: JSON objects, each behind its length in four bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+HEADER = struct.Struct("!I")
+Message = dict[str, Any]
+
+
+def encode(message: Message) -> bytes:
+    """One message as bytes (JSON keeps lone surrogates, which models do write)."""
+    body = json.dumps(message).encode("ascii")
+    return HEADER.pack(len(body)) + body
+
+
+class Inbox:
+    """Collects bytes and gives back whole messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Add received bytes.
+
+        Args:
+            data: any number of bytes, messages may be cut anywhere.
+
+        Returns:
+            The messages that are now complete, in order.
+        """
+        self._buffer += data
+        messages: list[Message] = []
+        start = 0
+        while len(self._buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer, start)
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(json.loads(self._buffer[start + HEADER.size : end]))
+            start = end
+        del self._buffer[:start]
+        return messages

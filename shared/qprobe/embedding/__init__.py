@@ -1,0 +1,5 @@
+"""Embeddings of prompt + completion from a model's hidden layers: one protocol, one module a back end."""
+
+from qprobe.embedding.base import Embedder
+
+__all__ = ["Embedder"]

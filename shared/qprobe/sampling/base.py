@@ -1,0 +1,92 @@
+"""What every sampler promises."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The sampling law p0 and how many completions are drawn from it.
+
+    Args:
+        n: completions a prompt, at least 1.
+        temperature: 0 is greedy decoding (then n must be 1).
+        top_p: nucleus mass in (0, 1]; applied after top_k, to the renormalised law, as transformers and vLLM do.
+        top_k: number of likeliest tokens kept; 0 keeps all.
+        max_new_tokens: the longest completion, in tokens.
+        stop: texts that end a completion; the completion is cut before the first of them. A stop text behind white space
+            alone does not count: it would empty a completion that begins with it.
+    """
+
+    n: int = 8
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 0
+    max_new_tokens: int = 300
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.n < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"sampling: n={self.n} and max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"sampling: temperature={self.temperature} must be 0 or more, top_p={self.top_p} in (0, 1], "
+                f"top_k={self.top_k} 0 or more."
+            )
+        if self.temperature == 0 and self.n != 1:
+            raise ValueError(
+                f"sampling: temperature 0 gives the same completion every time, so n must be 1, not {self.n}."
+            )
+        if "" in self.stop:
+            raise ValueError("sampling: an empty stop text would end every completion at once; remove it.")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of a prompt.
+
+    Args:
+        text: what the completion adds to the prompt, cut before the stop text.
+        token_ids: its tokens, without end-of-sequence and stop tokens; a token that straddles the cut is kept. None where
+            the back end gives no tokens.
+        finish_reason: "stop" (end of sequence or a stop text) or "length".
+        logprob: untempered log-probability of `token_ids` given the prompt, summed, in nats; NaN where unknown.
+        seed: of this sample.
+    """
+
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str
+    logprob: float
+    seed: int
+
+
+def stop_position(text: str, stop: Sequence[str]) -> int:
+    """Where the first stop text that counts begins; the length of the text where there is none."""
+    begins = len(text) - len(text.lstrip())
+    found = [text.find(word, begins + 1) for word in stop]
+    return min((at for at in found if at >= 0), default=len(text))
+
+
+class Sampler(Protocol):
+    """A back end that draws completions. Equal seeds and equal batches give equal completions."""
+
+    settings: SamplingSettings
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the completions (model, settings); cheap: nothing is loaded."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+        """`settings.n` completions of every prompt, in order; `seeds[p][i]` belongs to completion i of prompt p."""
+
+
+def sample_seeds(run_seed: int, task_id: str, n: int) -> list[int]:
+    """Seeds of a prompt's samples: hash(run seed, task_id) + sample, below 2**62."""
+    digest = hashlib.sha256(f"{run_seed}\x00{task_id}".encode()).digest()
+    first = int.from_bytes(digest[:8], "big") >> 3
+    return [first + sample for sample in range(n)]

