@@ -76,7 +76,9 @@ def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
         tests = compile_source(source.tests, TESTS, "exec", 0, True)
         name = EXPRESSION
         # Leading blanks are an indentation error in eval mode and mean nothing in an expression.
-        expression = compile_source(source.expression.strip(), EXPRESSION, "eval", 0, True) if source.expression else None
+        expression = (
+            compile_source(source.expression.strip(), EXPRESSION, "eval", 0, True) if source.expression else None
+        )
     except MemoryError:
         return "out_of_memory", f"MemoryError while {PLACES[name]} was compiled", b""
     except RecursionError:
@@ -144,5 +146,3 @@ def depth() -> int:
 def clean(detail: str) -> bytes:
     """A detail as one bounded line."""
     return " ".join(detail.split())[:300].encode("utf-8", "backslashreplace")
-
-

@@ -77,7 +77,9 @@ class Limits:
             ValueError: an argument is out of its range.
         """
         if not (math.isfinite(seconds) and seconds >= 0 and math.isfinite(factor) and factor >= 1 and least > 0):
-            raise ValueError(f"seconds={seconds}, factor={factor}, least={least}: need seconds >= 0, factor >= 1, least > 0")
+            raise ValueError(
+                f"seconds={seconds}, factor={factor}, least={least}: need seconds >= 0, factor >= 1, least > 0"
+            )
         cpu = max(least, factor * seconds)
         wall = None if self.wall_seconds is None else max(self.wall_seconds, cpu)
         return replace(self, cpu_seconds=cpu, wall_seconds=wall)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import deque
 from typing import Any
 
 HEADER = struct.Struct("!I")
@@ -17,29 +18,28 @@ def encode(message: Message) -> bytes:
 
 
 class Inbox:
-    """Collects bytes and gives back whole messages."""
+    """Collects bytes into whole messages.
+
+    `ready` holds the complete messages that nobody has taken yet, in order.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.ready: deque[Message] = deque()
 
-    def feed(self, data: bytes) -> list[Message]:
+    def feed(self, data: bytes) -> None:
         """Add received bytes.
 
         Args:
-            data: any number of bytes, messages may be cut anywhere.
-
-        Returns:
-            The messages that are now complete, in order.
+            data: any number of bytes; messages may be cut anywhere.
         """
         self._buffer += data
-        messages: list[Message] = []
         start = 0
         while len(self._buffer) - start >= HEADER.size:
             (length,) = HEADER.unpack_from(self._buffer, start)
             end = start + HEADER.size + length
             if len(self._buffer) < end:
                 break
-            messages.append(json.loads(self._buffer[start + HEADER.size : end]))
+            self.ready.append(json.loads(self._buffer[start + HEADER.size : end]))
             start = end
         del self._buffer[:start]
-        return messages

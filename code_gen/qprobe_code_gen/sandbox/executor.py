@@ -1,0 +1,276 @@
+"""The executor: gives programs to its zygote and streams back how they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from . import wire
+from .verdicts import Execution, ExecutorError, Layer, Limits, Program, Verdict
+
+START_SECONDS = 60.0  # a cold disk and a busy machine included
+GRACE_SECONDS = 60.0  # beyond the wall limit, before a silent zygote counts as hung
+
+# The zygote imports its own files under their own names, but not the packages around them, which cost memory in every child.
+BOOTSTRAP = """
+import sys, types
+for name, path in (("qprobe_code_gen", {package!r}), ("qprobe_code_gen.sandbox", {sandbox!r})):
+    module = types.ModuleType(name)
+    module.__path__ = [path]
+    sys.modules[name] = module
+from qprobe_code_gen.sandbox.zygote import main
+del sys, types, name, path, module
+main()
+"""
+
+
+class Executor:
+    """Executes untrusted programs, many at a time, each in a confined process of its own.
+
+    Args:
+        workers: programs at the same time, >= 1.
+        limits: what a program may use unless it brings its own limits.
+        strict: refuse to start when a layer of isolation is missing.
+        preload: modules that the zygote imports before it forks: faster for programs that import them, a little slower for
+            all others.
+
+    Raises:
+        ExecutorError: the zygote did not start, or `strict` and a layer is missing.
+    """
+
+    def __init__(
+        self, workers: int = 2, limits: Limits | None = None, strict: bool = False, preload: Iterable[str] = ()
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers is {workers}: give at least 1")
+        self.workers = workers
+        self.limits = Limits() if limits is None else limits
+        self._busy = False
+        self._owner = os.getpid()
+        self._next_ident = 0
+        self._inbox = wire.Inbox()
+        self._start(list(preload))
+        try:
+            hello = self._receive(START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self._version: str = hello["version"]
+        self._layers = [
+            Layer(name, name not in hello["problems"], stops, hello["problems"].get(name, ""))
+            for name, stops in hello["layers"].items()
+        ]
+        missing = [f"{layer.name} ({layer.note})" for layer in self._layers if not layer.active]
+        if strict and missing:
+            self.close()
+            raise ExecutorError(
+                f"strict isolation was asked for and this machine lacks: {'; '.join(missing)}. "
+                "Give it, or run with strict=False and accept what is lost."
+            )
+
+    def _start(self, preload: list[str]) -> None:
+        ours, theirs = socket.socketpair()
+        parent = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
+        packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
+        settings = {
+            "channel": theirs.fileno(),
+            "parent": parent,
+            "workers": self.workers,
+            "preload": preload,
+            "packages": packages,
+        }
+        sandbox = Path(__file__).resolve().parent
+        bootstrap = BOOTSTRAP.format(package=str(sandbox.parent), sandbox=str(sandbox))
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/tmp",
+            "LANG": "C.UTF-8",
+            "PYTHONHASHSEED": "0",  # the order of a set of strings must not decide a verdict
+            "MALLOC_ARENA_MAX": "1",  # an arena a thread would eat the address space that is limited
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the zygote
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", bootstrap, json.dumps(settings)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._errors,
+            stderr=self._errors,
+            pass_fds=[fd for fd in (theirs.fileno(), parent) if fd is not None],
+            start_new_session=True,  # Ctrl-C is for the executor, which then ends the zygote in order
+            cwd="/",
+        )
+        theirs.close()
+        if parent is not None:
+            os.close(parent)
+        self._channel = ours
+        self._finalizer = weakref.finalize(self, _shut_down, self._zygote, ours, self._errors, self._owner)
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the zygote and every program; safe to call twice."""
+        self._finalizer()
+
+    def info(self) -> list[Layer]:
+        """Which layers of isolation hold on this machine, what each stops, and why one is absent."""
+        return list(self._layers)
+
+    def run(self, programs: Iterable[Program]) -> Iterator[tuple[int, Execution]]:
+        """Execute programs and yield each result as it comes.
+
+        Args:
+            programs: read only as far ahead as there is work, so a generator that is still sampling is welcome.
+
+        Returns:
+            (index in `programs`, Execution), in the order in which the programs end. Leaving the loop early kills what
+            still runs.
+
+        Raises:
+            ExecutorError: the harness failed; no verdict is invented for what it was doing.
+        """
+        self._check_usable()
+        self._busy = True
+        try:
+            yield from self._stream(iter(programs))
+        finally:
+            self._busy = False
+
+    def execute(self, program: Program) -> Execution:
+        """Execute one program."""
+        for _, execution in self.run([program]):
+            return execution
+        raise ExecutorError("the zygote gave no answer")
+
+    def _stream(self, programs: Iterator[Program]) -> Iterator[tuple[int, Execution]]:
+        indices: dict[int, int] = {}
+        longest = 0.0
+        ahead = 2 * self.workers  # enough to keep every worker busy while this process does something else
+        numbered = enumerate(programs)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(indices) < ahead:
+                    item = next(numbered, None)
+                    if item is None:
+                        exhausted = True
+                        break
+                    index, program = item
+                    limits = program.limits or self.limits
+                    longest = max(longest, limits.wall)
+                    indices[self._send_program(program, limits)] = index
+                if not indices:
+                    return
+                answer = self._receive(2 * longest + GRACE_SECONDS)
+                index = indices.pop(answer["id"])
+                yield index, self._read(answer)
+        finally:
+            if indices:
+                self._cancel()
+
+    def _send_program(self, program: Program, limits: Limits) -> int:
+        ident = self._next_ident
+        self._next_ident += 1
+        self._send(
+            {
+                "id": ident,
+                "code": program.code,
+                "tests": program.tests,
+                "expression": program.expression,
+                "limits": {
+                    "cpu_seconds": limits.cpu_seconds,
+                    "wall_seconds": limits.wall,
+                    "memory_mib": limits.memory_mib,
+                    "output_kib": limits.output_kib,
+                    "processes": limits.processes,
+                    "disk_mib": limits.disk_mib,
+                },
+            }
+        )
+        return ident
+
+    def _read(self, answer: wire.Message) -> Execution:
+        if "fault" in answer:
+            raise ExecutorError(f"a program could not be executed: {answer['fault']}")
+        return Execution(
+            Verdict(answer["verdict"]), answer["seconds"], answer["detail"], answer["output"], answer["value"]
+        )
+
+    def _cancel(self) -> None:
+        # What was sent is answered or dropped; answers to a loop that was left must not reach the next one.
+        if not self._finalizer.alive:
+            return
+        with contextlib.suppress(ExecutorError):
+            self._send({"cancel": True})
+            while "cancelled" not in self._receive(GRACE_SECONDS):
+                pass
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._owner:
+            raise ExecutorError("this executor belongs to the process that made it: make one in each process")
+        if not self._finalizer.alive:
+            raise ExecutorError("the executor is closed: make a new one")
+        if self._busy:
+            raise ExecutorError("the executor is still in a run: finish or close that iterator first")
+
+    def _send(self, message: wire.Message) -> None:
+        try:
+            self._channel.sendall(wire.encode(message))
+        except OSError as fault:
+            raise self._broken(str(fault)) from fault
+
+    def _receive(self, seconds: float) -> wire.Message:
+        while True:
+            if self._inbox.ready:
+                return self._inbox.ready.popleft()
+            self._channel.settimeout(seconds)
+            try:
+                data = self._channel.recv(1 << 20)
+            except TimeoutError as fault:
+                raise self._broken(f"no answer for {seconds:.0f} s") from fault
+            except OSError as fault:
+                raise self._broken(str(fault)) from fault
+            finally:
+                if self._finalizer.alive:
+                    self._channel.settimeout(None)
+            if not data:
+                raise self._broken("it has ended")
+            self._inbox.feed(data)
+
+    def _broken(self, why: str) -> ExecutorError:
+        self._errors.seek(0)
+        said = self._errors.read()[-2000:].decode(errors="replace").strip()
+        self.close()
+        return ExecutorError(f"the executor's zygote failed ({why})" + (f"; it said:\n{said}" if said else ""))
+
+
+def _shut_down(zygote: subprocess.Popen[bytes], channel: socket.socket, errors: IO[bytes], owner: int) -> None:
+    channel.close()
+    errors.close()
+    if os.getpid() != owner:  # a forked copy of the executor's process: the zygote is not its child
+        return
+    # The closed channel tells the zygote to kill and reap its programs and to leave.
+    try:
+        zygote.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(zygote.pid, signal.SIGKILL)
+        zygote.wait()

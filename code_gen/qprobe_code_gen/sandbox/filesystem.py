@@ -1,0 +1,128 @@
+"""The tree of files that programs see: the interpreter and the system's libraries, read-only, and a /tmp of their own.
+
+The tree is built once, in the zygote's own mount namespace, on a small tmpfs; the old root then leaves the namespace, so
+home folders, /proc, /sys and everything writable are not hidden but gone. A child copies the namespace and mounts an empty
+tmpfs on /tmp. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+
+from . import kernel
+
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+COPIED = ("/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types")
+WRITTEN = {
+    "/etc/passwd": "root:x:0:0:root:/tmp:/bin/false\nnobody:x:65534:65534:nobody:/tmp:/bin/false\n",
+    "/etc/group": "root:x:0:\nnogroup:x:65534:\n",
+    "/etc/hosts": "127.0.0.1 localhost\n",
+}
+LINKED = {"/dev/shm": "/tmp", "/var/tmp": "/tmp"}
+STAGE = "/packages"  # where folders under /tmp wait: the child's own /tmp covers their place
+
+
+def interpreter_folders() -> list[str]:
+    """Folders, besides those of the system, that the interpreter and its packages are read from."""
+    paths = sysconfig.get_paths()
+    wanted = [
+        paths["stdlib"],
+        paths["platstdlib"],
+        *(os.path.join(sys.base_prefix, x) for x in ("bin", "lib", "lib64")),
+    ]
+    wanted += [entry for entry in sys.path if os.path.isdir(entry)]
+    return outermost([os.path.realpath(path) for path in wanted if os.path.isdir(path)] + wanted)
+
+
+def outermost(paths: list[str]) -> list[str]:
+    """The existing folders among `paths` that lie in no other of them and not in the system's."""
+    kept: list[str] = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
+    system = len(kept)
+    for path in sorted({os.path.abspath(p) for p in paths if os.path.isdir(p)}, key=len):
+        if path != "/" and not any(path == other or path.startswith(other + "/") for other in kept):
+            kept.append(path)
+    return kept[system:]
+
+
+class Tree:
+    """The files that programs see.
+
+    Args:
+        folders: what `interpreter_folders` gave, found before anything was mounted.
+    """
+
+    def __init__(self, folders: list[str]) -> None:
+        self.folders = folders
+        self.staged: list[tuple[str, str]] = []
+
+    def build(self) -> None:
+        """Make the tree and move this process (alone in its mount namespace) into it.
+
+        Raises:
+            OSError: the kernel refused; the namespace may be half built, so try it in a process that can be thrown away.
+        """
+        top = next(path for path in ("/tmp", "/mnt", "/var/tmp") if os.path.isdir(path))
+        contents = {path: read(path) for path in COPIED if os.path.isfile(path)}
+        sources = {path: os.open(path, os.O_PATH) for path in self._bound()}
+        links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        kernel.mount("qprobe", top, "tmpfs", kernel.MS_NOSUID, "size=4m,mode=0755")
+        for number, (path, fd) in enumerate(sources.items()):
+            target = top + path
+            if path.startswith("/tmp/"):
+                self.staged.append((f"{STAGE}/{number}", path))
+                target = f"{top}{STAGE}/{number}"
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if path in DEVICES:
+                write(target, b"")
+            else:
+                os.makedirs(target, exist_ok=True)
+            kernel.mount(f"/proc/self/fd/{fd}", target, None, kernel.MS_BIND | kernel.MS_REC)
+            os.close(fd)
+        for path, link in {**links, **LINKED}.items():
+            os.makedirs(os.path.dirname(top + path), exist_ok=True)
+            os.symlink(link, top + path)
+        for path, data in {**contents, **{path: text.encode() for path, text in WRITTEN.items()}}.items():
+            os.makedirs(os.path.dirname(top + path), exist_ok=True)
+            write(top + path, data)
+        os.makedirs(top + "/tmp", exist_ok=True)
+        kernel.make_read_only(top)
+        os.chdir(top)
+        kernel.syscall("pivot_root", b".", b".")
+        kernel.detach(".")
+        os.chdir("/")
+
+    def _bound(self) -> list[str]:
+        system = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
+        return [*system, *self.folders, *(path for path in DEVICES if os.path.exists(path))]
+
+    def enter_own_tmp(self, disk_mib: int) -> None:
+        """Give this process (alone in a copy of the namespace) an empty /tmp.
+
+        Args:
+            disk_mib: size of all files in it, MiB.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        options = f"size={disk_mib}m,nr_inodes=16384,mode=0700"
+        kernel.mount("program", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        for stage, path in self.staged:
+            os.makedirs(path, exist_ok=True)
+            kernel.mount(stage, path, None, kernel.MS_BIND | kernel.MS_REC)
+        os.chdir("/tmp")
+
+
+def read(path: str) -> bytes:
+    """The bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write(path: str, data: bytes) -> None:
+    """Make a file with these bytes."""
+    with open(path, "wb") as file:
+        file.write(data)
