@@ -45,7 +45,9 @@ class PromptStyle:
         if self.style not in STYLES:
             raise ValueError(f"Prompt style {self.style!r} is unknown: choose one of {', '.join(STYLES)}.")
         if (self.style == "few_shot") != bool(self.examples):
-            raise ValueError(f"Prompt style {self.style} was given {len(self.examples)} examples: few_shot alone takes them.")
+            raise ValueError(
+                f"Prompt style {self.style} was given {len(self.examples)} examples: few_shot alone takes them."
+            )
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -55,7 +57,9 @@ class PromptStyle:
     def prompt(self, problem: Problem) -> Prompt:
         if self.style in ("chat", "chat_opened"):
             messages = ({"role": "user", "content": f"{self.request}\n\n{problem.description}"},)
-            opening = f"{FENCE}python\n{problem.header}{problem.signature.rstrip()}" if self.style == "chat_opened" else ""
+            opening = (
+                f"{FENCE}python\n{problem.header}{problem.signature.rstrip()}" if self.style == "chat_opened" else ""
+            )
             return Prompt(problem.task_id, messages=messages, opening=opening)
         solved = "".join(f"{example.solution.strip()}\n\n\n" for example in self.examples)
         return Prompt(problem.task_id, text=solved + problem.code_prompt)

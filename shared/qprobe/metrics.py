@@ -51,7 +51,8 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> Floats:
         )
     failure = np.ones(n.shape)
     for drawn in range(int(k.max(initial=0))):
-        wrong_left = np.maximum(n - c - drawn, 0) / np.maximum(n - drawn, 1)
+        # A factor is 0 before any is negative, so the product never leaves [0, 1].
+        wrong_left = (n - c - drawn) / np.maximum(n - drawn, 1)
         failure *= np.where(drawn < k, wrong_left, 1.0)
     return np.asarray(1.0 - failure)
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from qprobe.prompts import Prompt
+
 EMBEDDED = "embedded"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A few tokens of context are enough to make every tokenizer keep the white space that begins a completion.
@@ -158,14 +160,24 @@ class Tokenizer:
         self.tokenizer = tokenizer
         self.name = name
 
-    def render(self, messages: Sequence[dict[str, str]], opening: str = "") -> str:
-        """A conversation as the model's own template writes it, with the answer opened by `opening`."""
+    def render_prompt(self, prompt: Prompt) -> tuple[str, list[int]]:
+        """A prompt as the model reads it, text and token ids: a conversation in the model's own chat template.
+
+        Raises:
+            ValueError: a conversation for a model without a chat template.
+        """
+        if prompt.text is not None:
+            return prompt.text, self.encode_prompt(prompt.text, templated=False)
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"Model {self.name!r} has no chat template: use a prompt style of plain text (zero_shot, few_shot), or an instruct model."
+                f"Model {self.name!r} has no chat template: use a prompt style of plain text (zero_shot, few_shot), or an "
+                "instruct model."
             )
-        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return text + opening
+        text: str = self.tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=False, add_generation_prompt=True
+        )
+        text += prompt.opening
+        return text, self.encode_prompt(text, templated=True)
 
     def encode_prompt(self, text: str, templated: bool) -> list[int]:
         """Token ids of a rendered prompt; a templated prompt already holds its special tokens, BOS included."""

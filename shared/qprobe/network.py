@@ -9,7 +9,6 @@ A linear probe therefore has no random start at all: its seeds differ by the dat
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
+
+from qprobe.files import write_whole
 
 SHAPE_FILE = "network.json"
 WEIGHTS_FILE = "network.safetensors"
@@ -168,14 +169,12 @@ class StackedNetworks(nn.Module):
         """
         if not 0 <= m < len(self.mean):
             raise IndexError(f"there is no network {m}: they are numbered 0 to {len(self.mean) - 1}")
-        # In float64: where features have large means, the bias is a small difference of large sums.
-        first = (self.weights[0], self.biases[0], self.mean, self.scale)
-        weight, bias = _fold(*(tensor[m : m + 1].double() for tensor in first))
-        probe = ProbeNetwork(self.dimension, self.hidden).to(first[0].device, first[0].dtype)
-        for own, stacked in zip(probe.weights, (weight, *(w[m : m + 1] for w in self.weights[1:])), strict=True):
-            own.copy_(stacked[0])
-        for own, stacked in zip(probe.biases, (bias, *(b[m : m + 1] for b in self.biases[1:])), strict=True):
-            own.copy_(stacked[0])
+        weight, bias = _fold(self.weights[0], self.biases[0], self.mean, self.scale)
+        probe = ProbeNetwork(self.dimension, self.hidden).to(weight.device, weight.dtype)
+        for own, stacked in zip(probe.weights, (weight, *islice(self.weights, 1, None)), strict=True):
+            own.copy_(stacked[m])
+        for own, stacked in zip(probe.biases, (bias, *islice(self.biases, 1, None)), strict=True):
+            own.copy_(stacked[m])
         return probe
 
 
@@ -190,11 +189,10 @@ def save(network: ProbeNetwork, folder: str | Path) -> None:
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     shape = {"dimension": network.dimension, "hidden": list(network.hidden)}
-    _write(folder / WEIGHTS_FILE, tensors_to_bytes(tensors))
-    _write(folder / SHAPE_FILE, (json.dumps(shape, indent=2) + "\n").encode())
+    write_whole(folder / WEIGHTS_FILE, tensors_to_bytes(tensors))
+    write_whole(folder / SHAPE_FILE, (json.dumps(shape, indent=2) + "\n").encode())
 
 
 def load(folder: str | Path) -> ProbeNetwork:
@@ -269,15 +267,3 @@ def _check_width(features: Tensor, dimension: int) -> None:
             f"features has shape {tuple(features.shape)}, the probe reads {dimension} features: "
             "embed with the model and layer that the probe was trained on"
         )
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from qprobe import losses, network, policy
+from qprobe.files import write_whole
 from qprobe.network import ProbeNetwork
-from qprobe.store import fingerprint, write_whole
+from qprobe.store import fingerprint
 from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 CARD_FILE = "probe.json"

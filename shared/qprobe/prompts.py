@@ -27,6 +27,8 @@ class Prompt:
         if bool(self.messages) == (self.text is not None):
             raise ValueError(f"Prompt {self.task_id}: give either messages or text.")
         if self.text is not None and self.opening:
-            raise ValueError(f"Prompt {self.task_id}: an opening belongs to a conversation; append it to the text instead.")
+            raise ValueError(
+                f"Prompt {self.task_id}: an opening belongs to a conversation; append it to the text instead."
+            )
         if self.text == "":
             raise ValueError(f"Prompt {self.task_id} is empty: there is nothing to continue.")

@@ -15,7 +15,6 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from qprobe.files import remove_abandoned, write_whole
 
 KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
 PROMPTS = pa.schema(
@@ -71,28 +72,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears by rename: whole, or not at all (a full disk included).
-
-    Raises:
-        StoreError: the file could not be written; nothing of it is left.
-    """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(
-            f"{path} could not be written ({error.strerror or error}): it is absent, what was written before stays; make "
-            "room or correct the permissions and start the same command again."
-        ) from error
-
-
 @dataclass(frozen=True)
 class Table:
     """One table of a run folder. `open_table` makes them.
@@ -125,7 +104,7 @@ class Table:
         if not self._manifest.exists():
             text = json.dumps({"inputs": self.inputs, "created": _now(), "made_with": _versions()}, indent=2)
             write_whole(self._manifest, text.encode())
-        _remove_abandoned(self.folder)
+        remove_abandoned(self.folder)
 
     def check_inputs(self) -> None:
         """Raise StoreError where parts or a manifest of other inputs lie."""
@@ -157,7 +136,8 @@ class Table:
         """Add one part, whole or not at all. `keys` are the task ids that it holds, in order.
 
         Raises:
-            StoreError: rows of another schema, or a disk that is full.
+            StoreError: rows of another schema.
+            OSError: a full disk; the part is absent, the message says so.
         """
         if self.schema is not None and not rows.schema.equals(self.schema):
             raise StoreError(f"{self.name} takes rows of {self.schema.names}, not of {rows.schema.names}.")
@@ -305,14 +285,6 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
         ]
         return "; ".join(line for line in lines[:4] if line)
     return "" if json.dumps(found) == json.dumps(wanted) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete temporary files of this machine's processes that are no more."""
-    for path in folder.glob(f".*.{platform.node()}.*.tmp"):
-        pid = int(path.name.split(".")[-2])
-        if not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-            path.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -58,7 +58,7 @@ def gradient(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
 def assert_equal(got: Tensor | None, *expected: float) -> None:
     assert got is not None
     want = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(got.detach(), want.reshape(got.shape), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.detach().double(), want.reshape(got.shape), rtol=1e-12, atol=1e-12)
 
 
 def test_reward_mse_by_hand() -> None:
@@ -210,6 +210,14 @@ def test_large_scores_give_the_limit_and_no_overflow(name: str) -> None:
     }
     assert loss(scores).item() == pytest.approx(expected[name], rel=1e-6)
     assert gradient(loss, scores).isfinite().all()
+
+
+def test_bradley_terry_of_a_pair_that_is_wrong_by_far_does_not_overflow() -> None:
+    chosen = torch.tensor([-1e4], requires_grad=True)
+    loss = bradley_terry(chosen, torch.tensor([1e4]))
+    torch.autograd.backward(loss)
+    assert_equal(loss, 2e4)
+    assert_equal(chosen.grad, -1.0)
 
 
 def test_baselines_leave_the_policy_gradient_unchanged() -> None:

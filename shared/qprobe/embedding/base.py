@@ -14,6 +14,22 @@ class Embedder(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the embeddings except the layer (model, which token); cheap: nothing is loaded."""
 
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that it reads, counted from 0."""
+
+    def folder_name(self) -> str:
+        """A short name for the run folder."""
+
+    def tokenizer_fingerprint(self) -> str:
+        """Equal for back ends whose token ids mean the same."""
+
+    def encode_prompt(self, text: str, templated: bool) -> list[int]:
+        """Token ids of a rendered prompt, for text that another tokenizer made."""
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a completion by itself."""
+
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:

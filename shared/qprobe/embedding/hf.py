@@ -6,6 +6,7 @@ from one pass. The states equal `output_hidden_states` of the joined sequence (t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,12 +34,33 @@ class HFEmbedder:
         if tokens_per_pass < 1:
             raise ValueError(f"tokens_per_pass is {tokens_per_pass}: at least 1 is needed.")
         self.model = model
-        self.layers = tuple(layers)
+        self._layers = tuple(layers)
         self.tokens_per_pass = tokens_per_pass
         self._run: PrefixRun | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"embedder": "hf", "model": self.model.identity(), "token": "last"}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Counted from 0. A negative layer needs the model's number of layers, so the model is loaded for it."""
+        if all(layer >= 0 for layer in self._layers):
+            return tuple(dict.fromkeys(self._layers))
+        language_model = models.load(self.model)
+        return tuple(dict.fromkeys(language_model.check_layer(layer) for layer in self._layers))
+
+    def folder_name(self) -> str:
+        name = re.sub(r"[^\w.-]+", "-", str(self.model.identity()["name"])).strip("-")
+        return f"hf-{name}"
+
+    def tokenizer_fingerprint(self) -> str:
+        return models.load_tokenizer(self.model).fingerprint()
+
+    def encode_prompt(self, text: str, templated: bool) -> list[int]:
+        return models.load_tokenizer(self.model).encode_prompt(text, templated)
+
+    def encode_completion(self, text: str) -> list[int]:
+        return models.load_tokenizer(self.model).encode_completion(text)
 
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]

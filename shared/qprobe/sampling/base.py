@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from qprobe.prompts import Prompt
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -80,6 +82,15 @@ class Sampler(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What decides the completions (model, settings); cheap: nothing is loaded."""
+
+    def prompt_identity(self) -> dict[str, Any]:
+        """What decides how a prompt is rendered and tokenised; cheap."""
+
+    def tokenizer_fingerprint(self) -> str:
+        """Equal for back ends whose token ids mean the same."""
+
+    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
+        """A prompt as the model reads it: text and token ids."""
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         """`settings.n` completions of every prompt, in order; `seeds[p][i]` belongs to completion i of prompt p."""

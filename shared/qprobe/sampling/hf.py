@@ -19,6 +19,7 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models import LanguageModel, ModelSpec
 from qprobe.prefix import PrefixRun
+from qprobe.prompts import Prompt
 from qprobe.sampling.base import Completion, SamplingSettings, stop_position
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
@@ -41,6 +42,17 @@ class HFSampler:
 
     def identity(self) -> dict[str, Any]:
         return {"sampler": "hf", "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+
+    def prompt_identity(self) -> dict[str, Any]:
+        identity = self.model.identity()
+        del identity["dtype"]  # rounds the states, leaves the tokens
+        return identity
+
+    def tokenizer_fingerprint(self) -> str:
+        return models.load_tokenizer(self.model).fingerprint()
+
+    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
+        return models.load_tokenizer(self.model).render_prompt(prompt)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         if len(prompts) != len(seeds) or any(len(s) != self.settings.n for s in seeds):

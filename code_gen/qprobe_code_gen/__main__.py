@@ -1,0 +1,166 @@
+"""The command `qprobe-code-gen`: Hydra in, the core's pipeline out. This half brings problems and a reward, nothing else.
+
+qprobe-code-gen experiment=demo limit=8
+qprobe-code-gen experiment=demo stages=[report]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qprobe.embedding.hf import HFEmbedder
+from qprobe.evaluation import EvaluationSettings
+from qprobe.models import ModelSpec
+from qprobe.pipeline import Pipeline
+from qprobe.report import tables
+from qprobe.sampling import SamplingSettings
+from qprobe.sampling.hf import HFSampler
+from qprobe.settings import accepted, build, check_keys
+from qprobe.stages import Split
+from qprobe.training import TrainingSettings
+from qprobe_code_gen.problems import Problem, ProblemSet, humaneval
+from qprobe_code_gen.prompts import PromptStyle
+from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.sandbox import Limits
+
+PROBLEM_SETS = {"humaneval": humaneval.load}
+SAMPLERS = {"hf": HFSampler}
+EMBEDDERS = {"hf": HFEmbedder}
+KEYS = {
+    *("name", "title", "stages", "limit", "seed", "layer", "paths", "dataset", "model", "sampler", "embedder", "probe"),
+    *("evaluation", "sandbox", "paper"),
+}
+
+
+def load_problems(names: Sequence[str], limit: int | None, examples: Sequence[str]) -> list[ProblemSet]:
+    """The named problem sets without the few-shot examples, cut to the first `limit`."""
+    sets = []
+    for name in names:
+        if name not in PROBLEM_SETS:
+            raise ValueError(f"dataset: there is no problem set {name!r}: choose from {', '.join(PROBLEM_SETS)}.")
+        found = PROBLEM_SETS[name]()
+        problems = [problem for problem in found.problems if problem.task_id not in examples][:limit]
+        sets.append(dataclasses.replace(found, problems=problems))
+    return sets
+
+
+def prompt_style(dataset: dict[str, Any]) -> PromptStyle:
+    """The style that a configuration asks for, with its few-shot examples looked up."""
+    wanted = list(dataset["examples"])
+    known: dict[str, Problem] = {}
+    if wanted:
+        known = {p.task_id: p for name in PROBLEM_SETS for p in PROBLEM_SETS[name]().problems}
+        if missing := [task_id for task_id in wanted if task_id not in known]:
+            raise ValueError(f"dataset.examples: there is no problem {', '.join(missing)}.")
+    return PromptStyle(dataset["prompt_style"], examples=[known[task_id] for task_id in wanted])
+
+
+def make_pipeline(config: dict[str, Any]) -> Pipeline:
+    """The pipeline that a composed configuration describes.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be; before any work.
+    """
+    check_keys(config, KEYS, "the configuration")
+    check_keys(config["dataset"], {"test", "train", "prompt_style", "examples"}, "dataset")
+    limit = config["limit"]
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit is {limit!r}: a number of problems, at least 1, or null for all.")
+    dataset, style = config["dataset"], prompt_style(config["dataset"])
+    train = [dataset["train"]] if dataset["train"] else []
+    sets = load_problems([*train, *dataset["test"]], limit, dataset["examples"])
+    splits = [
+        Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
+        for s in sets
+    ]
+    sampling, embedding = dict(config["sampler"]), dict(config["embedder"])
+    backend, greedy, batch_rows = (sampling.pop(key) for key in ("backend", "greedy", "batch_rows"))
+    model = build(ModelSpec, config["model"], "model")
+    sampler = _back_end(SAMPLERS, backend, "sampler")
+    embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
+    settings = build(SamplingSettings, sampling, "sampler", stop=style.stop)
+    at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
+    sandbox = dict(config["sandbox"])
+    check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
+    workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
+    problems = [problem for s in sets for problem in s.problems]
+    run = Path(config["paths"]["run"])
+    return Pipeline(
+        # A quick look at eight problems is another result: it must not meet the tables of all of them.
+        run=run if limit is None else run.with_name(f"{run.name}-limit{limit}"),
+        title=config["title"] + ("" if limit is None else f", first {limit} problems"),
+        tests=splits[len(train) :],
+        training_split=splits[0] if train else None,
+        reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
+        sampler=sampler(model, settings),
+        greedy=sampler(model, at_zero) if greedy else None,
+        embedder=build(embedder, embedding, "embedder", model=model),
+        layer=config["layer"],
+        training=build(TrainingSettings, config["probe"], "probe"),
+        settings=build(EvaluationSettings, config["evaluation"], "evaluation"),
+        seed=config["seed"],
+        batch_rows=batch_rows,
+        paper=config["paper"],
+    )
+
+
+def _back_end(known: dict[str, Any], name: str, where: str) -> Any:
+    if name not in known:
+        raise ValueError(f"{where}.backend is {name!r}: choose from {', '.join(known)}.")
+    return known[name]
+
+
+def closing_words(pipeline: Pipeline, loss: str) -> str:
+    """What a run prints at its end: tables, a pair of completions, and where everything lies."""
+    parts = []
+    for split in pipeline.tests:
+        parts.append(tables.to_text(pipeline.results(split)))
+        pair = pipeline.example(split, loss)
+        if pair is not None:
+            parts.append(
+                f"{pair.task_id}: of its completions the {loss} probes prefer this one ({pair.preferred_verdict}):\n"
+                f"{_indented(pair.preferred)}\nand like this one least ({pair.other_verdict}):\n{_indented(pair.other)}"
+            )
+    run = pipeline.run
+    figures = sorted(str(path) for path in (run / "figures").rglob("*.png"))
+    parts.append(
+        "\n".join([f"tables:   {run / 'tables'}", *(f"figure:   {path}" for path in figures), f"run:      {run}"])
+    )
+    return "\n\n".join(parts)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    | {line}" for line in text.strip("\n").splitlines()) or "    | (empty)"
+
+
+def run(config: dict[str, Any]) -> None:
+    """Make the pipeline of a configuration, execute its stages, print what came out."""
+    pipeline = make_pipeline(config)
+    pipeline.execute(config["stages"])
+    if "report" in config["stages"]:
+        losses = pipeline.settings.losses
+        print(closing_words(pipeline, "policy_gradient" if "policy_gradient" in losses else losses[-1]))
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(plain, dict)  # the root of a configuration is one
+        run({str(key): value for key, value in plain.items()})
+    except OmegaConfBaseException as error:
+        sys.exit(f"qprobe-code-gen: the configuration is incomplete: {str(error).splitlines()[0]}.")
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        sys.exit(f"qprobe-code-gen: {error}")
+
+
+if __name__ == "__main__":
+    main()

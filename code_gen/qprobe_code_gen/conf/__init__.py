@@ -1,0 +1,1 @@
+"""Hydra groups of this half: data sets, experiments, paths."""

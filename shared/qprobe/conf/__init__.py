@@ -1,0 +1,1 @@
+"""Hydra groups that both halves use: model, sampler, embedder, probe."""

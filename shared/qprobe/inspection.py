@@ -1,0 +1,110 @@
+"""What is in a run folder: rows a stage, pass rate, prompts with good and bad completions, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qprobe import store
+from qprobe.metrics import mixed_prompts
+from qprobe.store import StoreError, Table
+
+
+@dataclass(frozen=True)
+class TableState:
+    """One table: where, how many rows of how many, and a remark on its content."""
+
+    path: str
+    rows: int
+    expected: int | None
+    remark: str = ""
+
+
+def inspect(run: Path) -> list[TableState]:
+    """The state of every table of a run folder, in the order of the stages.
+
+    Raises:
+        StoreError: the folder is no run folder, or a part cannot be read (named).
+    """
+    if not (run / "prompts").is_dir():
+        raise StoreError(f"{run} is no run folder: it has no folder prompts.")
+    return list(_states(run))
+
+
+def _states(run: Path) -> Iterator[TableState]:
+    prompts = {}
+    for table in _tables(run / "prompts", store.PROMPTS):
+        prompts[table.folder.name] = int(table.inputs.get("prompts", _rows(table)))
+        yield TableState(_path(run, table), _rows(table), prompts[table.folder.name])
+    expected = {}
+    for table in _tables(run / "completions", store.COMPLETIONS):
+        pool = table.folder.name
+        of_split = prompts.get(pool.rpartition(".")[0])
+        expected[pool] = None if of_split is None else of_split * int(table.inputs["sampler"]["n"])
+        yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table))
+    for table in _tables(run / "rewards", store.REWARDS):
+        yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))
+    for table in _tables(run / "features", None):
+        yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parents[1].name))
+
+
+def _tables(folder: Path, schema: pa.Schema | None) -> list[Table]:
+    return [store.found_table(path.parent, schema) for path in sorted(folder.rglob("manifest.json"))]
+
+
+def _path(run: Path, table: Table) -> str:
+    return str(table.folder.relative_to(run))
+
+
+def _rows(table: Table) -> int:
+    """From the parts' footers: gigabytes of features are counted in milliseconds."""
+    total = 0
+    for path in table.parts():
+        try:
+            total += pq.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}): delete this part and start the same command again."
+            ) from error
+    return total
+
+
+def _finish_reasons(table: Table) -> str:
+    if not table.parts():
+        return ""
+    reasons = table.read()["finish_reason"].to_pylist()
+    return ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+
+
+def _reward_remark(table: Table) -> str:
+    if not table.parts():
+        return ""
+    rows = table.read()
+    rewards = rows["reward"].to_numpy()
+    groups = np.unique(rows["task_id"].to_pylist(), return_inverse=True)[1]
+    verdicts = rows["verdict"].to_pylist()
+    counted = ", ".join(
+        f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts), key=verdicts.count, reverse=True) if v
+    )
+    mixed = int(mixed_prompts(rewards, groups).sum())
+    return f"mean reward {rewards.mean():.3f}; {mixed} of {groups.max() + 1} prompts with good and bad completions; {counted}"
+
+
+def to_text(states: list[TableState]) -> str:
+    """A line a table, and what is missing at the end."""
+    width = max(len(state.path) for state in states)
+    lines, missing = [], []
+    for state in states:
+        count = f"{state.rows}" if state.expected in (None, state.rows) else f"{state.rows} of {state.expected}"
+        lines.append(f"{state.path:<{width}}  {count:>14} rows  {state.remark}".rstrip())
+        if state.expected is not None and state.rows < state.expected:
+            missing.append(f"{state.path} is missing {state.expected - state.rows} of {state.expected} rows")
+    lines.append(
+        "; ".join(missing) + ": start the same command again." if missing else "Nothing that was begun is missing."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,266 @@
+"""The one-screen main: prompts, a reward and back ends in; completions, rewards, features, probes, tables, figures out.
+
+    sample -> reward -> embed -> train -> evaluate -> report
+
+Every stage reads its tables from the run folder and writes its own, does what is left to do and nothing twice, and can be
+called alone. With one set of prompts the probes are cross-validated; with a training set they train there and are tested
+on the others. The pipeline knows no reward, sampler or embedder by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qprobe import evaluation, stages
+from qprobe.embedding import Embedder
+from qprobe.evaluation import EvaluationSettings, Example, SweepProbe
+from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.report import figures, tables
+from qprobe.report.results import Results
+from qprobe.sampling import Sampler
+from qprobe.stages import Joined, Pool, Reward, Split
+from qprobe.training import ProbeTask, TrainingSettings, train
+
+STAGES = ("sample", "reward", "embed", "train", "evaluate", "report")
+
+
+@dataclass
+class Pipeline:
+    """Everything that a run is made of.
+
+    Args:
+        run: the run folder.
+        title: of the tables.
+        tests: the splits that are reported on.
+        training_split: the split that probes are trained on; None cross-validates each of `tests`.
+        reward: the reward stage.
+        sampler: draws the candidates.
+        greedy: the same model at temperature 0; None leaves the greedy row "not run".
+        embedder: makes the features.
+        layer: which of the embedder's layers the probes read; None takes the highest.
+        training, settings: how probes are trained and measured.
+        seed: of everything random.
+        batch_rows: completions in a batch.
+        paper: published values, pool -> method -> value, only where the set-up is the paper's.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: a k larger than the pool, a layer that is not embedded.
+    """
+
+    run: Path
+    title: str
+    tests: Sequence[Split]
+    reward: Reward
+    sampler: Sampler
+    greedy: Sampler | None
+    embedder: Embedder
+    training_split: Split | None = None
+    layer: int | None = None
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    seed: int = 0
+    batch_rows: int = 64
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    progress: bool = True
+    _joined: dict[str, Joined] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        n = self.sampler.settings.n
+        if self.settings.k is not None and self.settings.k > n:
+            raise ValueError(
+                f"evaluation.k is {self.settings.k}, but only n={n} completions are sampled for a prompt: lower k or raise "
+                "sampler.n."
+            )
+        if self.batch_rows < 1:
+            raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
+        if self.training_split is None:
+            for split in self.tests:
+                evaluation.fold_of(len(split.prompts), self.settings.folds, self.seed)
+        if self.layer is not None and self.layer not in self.embedder.layers:
+            raise ValueError(
+                f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there."
+            )
+
+    def execute(self, names: Sequence[str] = STAGES) -> None:
+        """Run the named stages, in their order.
+
+        Raises:
+            ValueError: an unknown stage.
+        """
+        if unknown := [name for name in names if name not in STAGES]:
+            raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        work = {
+            "sample": self.sample,
+            "reward": self.reward_completions,
+            "embed": self.embed,
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "report": self.write_report,
+        }
+        for name in STAGES:
+            if name in names:
+                work[name]()
+
+    def sample(self) -> None:
+        for pool in self.pools:
+            stages.sample(pool, self.progress)
+
+    def reward_completions(self) -> None:
+        for pool in self.pools:
+            stages.reward(pool, self.reward, self.progress)
+
+    def embed(self) -> None:
+        for pool in self.sample_pools:
+            stages.embed(pool, self.embedder, self.progress)
+
+    def train(self) -> None:
+        for pool in self.training_pools:
+            self.sweep(pool)
+            self.save_final_probes(pool)
+
+    def evaluate(self) -> None:
+        for pool in self.test_pools:
+            joined, scored = self._scored(pool)
+            evaluation.evaluate(
+                self.title,
+                self._protocol(),
+                pool.split.name,
+                joined,
+                self._greedy_rewards(pool.split, joined.task_ids),
+                scored,
+                self.settings,
+                k=self.k,
+                seed=self.seed,
+                paper=self.paper.get(pool.split.name),
+            ).write(self._results_path(pool.split))
+
+    def write_report(self) -> None:
+        for split in self.tests:
+            results = self.results(split)
+            tables.write_tables(results, self.run / "tables")
+            figures.write_figures(results, self.run / "figures" / split.name)
+
+    def results(self, split: Split) -> Results:
+        """What was evaluated on a split.
+
+        Raises:
+            FileNotFoundError: it was not evaluated yet.
+        """
+        path = self._results_path(split)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: run the stage evaluate first.")
+        return Results.read(path)
+
+    def example(self, split: Split, loss: str) -> Example | None:
+        """A pair of completions to look at: the one that a loss's probes prefer, and one that they do not."""
+        joined, scored = self._scored(self._pool(split, "sample", self.sampler))
+        return evaluation.example(joined, scored, loss)
+
+    @property
+    def k(self) -> int:
+        return self.settings.k or self.sampler.settings.n
+
+    @property
+    def probe_layer(self) -> int:
+        return max(self.embedder.layers) if self.layer is None else self.layer
+
+    @property
+    def sample_pools(self) -> list[Pool]:
+        splits = [*([self.training_split] if self.training_split else []), *self.tests]
+        return [self._pool(split, "sample", self.sampler) for split in splits]
+
+    @property
+    def test_pools(self) -> list[Pool]:
+        return [self._pool(split, "sample", self.sampler) for split in self.tests]
+
+    @property
+    def training_pools(self) -> list[Pool]:
+        return self.test_pools if self.training_split is None else self.sample_pools[:1]
+
+    @property
+    def pools(self) -> list[Pool]:
+        greedy = [self._pool(split, "greedy", self.greedy) for split in self.tests if self.greedy]
+        return [*self.sample_pools, *greedy]
+
+    def _pool(self, split: Split, kind: str, sampler: Sampler) -> Pool:
+        return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows)
+
+    def sweep(self, pool: Pool) -> list[SweepProbe]:
+        """The sweep of probes trained on a pool: from the run folder where it was made from the same inputs."""
+        folder = self.run / "probes" / pool.split.name
+        inputs = self._sweep_inputs(pool)
+        if (found := evaluation.load_sweep(folder, inputs)) is not None:
+            return found
+        make = evaluation.cross_validate if self.training_split is None else evaluation.train_on_all
+        made = make(self._join(pool), self.training, self.settings, k=self.k, seed=self.seed, progress=self.progress)
+        evaluation.save_sweep(made, folder, inputs)
+        return made
+
+    def save_final_probes(self, pool: Pool) -> None:
+        """One probe a loss, trained on every prompt of the pool: what an application loads."""
+        folder = self.run / "probes" / pool.split.name
+        inputs = self._sweep_inputs(pool)
+        for loss in self.settings.losses:
+            if (folder / loss / "probe.json").exists() and QProbe.from_pretrained(folder / loss).data_ == inputs:
+                continue
+            data = evaluation.training_data(self._join(pool))
+            (trained,) = train(
+                data, [ProbeTask(loss, self.seed, data.sizes > 0)], self.training, k=self.k, seed=self.seed
+            )
+            identity = self.embedder.identity()
+            source = EmbeddingSource(
+                {key: value for key, value in identity.items() if key != "token"},
+                self.probe_layer,
+                identity["token"],
+                self.embedder.tokenizer_fingerprint(),
+            )
+            QProbe.of(trained, loss, source, inputs, k=self.k, seed=self.seed, settings=self.training).save_pretrained(
+                folder / loss
+            )
+
+    def _sweep_inputs(self, pool: Pool) -> dict[str, Any]:
+        """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
+        settings = dataclasses.asdict(self.settings)
+        chosen = {name: settings[name] for name in ("losses", "seeds", "folds", "train_share")}
+        return {
+            "features": pool.features(self.embedder, self.probe_layer).identity,
+            "rewards": pool.rewards(self.reward).identity,
+            "training": dataclasses.asdict(self.training),
+            "settings": chosen,
+            "protocol": "cross-validation" if self.training_split is None else "training set",
+            "k": self.k,
+            "seed": self.seed,
+        }
+
+    def _join(self, pool: Pool) -> Joined:
+        if pool.name not in self._joined:
+            self._joined[pool.name] = stages.join(pool, self.reward, self.embedder, self.probe_layer)
+        return self._joined[pool.name]
+
+    def _greedy_rewards(self, split: Split, task_ids: list[str]) -> np.ndarray | None:
+        """(P,) rewards of greedy decoding; None where it is not part of the run."""
+        if self.greedy is None:
+            return None
+        joined = stages.join(self._pool(split, "greedy", self.greedy), self.reward)
+        assert joined.task_ids == task_ids  # both pools are cut from the same split
+        return joined.rewards
+
+    def _protocol(self) -> str:
+        if self.training_split is None:
+            return f"{self.settings.folds}-fold cross-validation over prompts"
+        return f"trained on {self.training_split.name}, tested here"
+
+    def _results_path(self, split: Split) -> Path:
+        return self.run / "results" / f"{split.name}.json"
+
+    def _scored(self, pool: Pool) -> tuple[Joined, dict[str, evaluation.Scored]]:
+        trained_on = pool if self.training_split is None else self.training_pools[0]
+        joined = self._join(pool)
+        return joined, evaluation.score(self.sweep(trained_on), joined, self.settings, self.seed)

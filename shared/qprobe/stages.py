@@ -1,0 +1,336 @@
+"""The stages that make completions, rewards and features: each turns batches of one table into parts of the next.
+
+A *pool* is one set of completions: a split's prompts under one sampler. Its batches are fixed groups of prompts, cut from
+the sorted task ids before finished work is taken out; every table of the pool uses the same batches. So a part that was
+lost is made anew from the same batch as the first time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from qprobe import store
+from qprobe.embedding import Embedder
+from qprobe.prompts import Prompt
+from qprobe.runners.local import Work, run_stage
+from qprobe.sampling import Sampler, sample_seeds
+from qprobe.store import StoreError, Table
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts that belong together, such as HumanEval or MBPP's test split.
+
+    Args:
+        name: short, used in paths and tables.
+        prompts: in any order, task ids unique.
+        source: what decides the prompts (data set, content, style), JSON-able.
+    """
+
+    name: str
+    prompts: Sequence[Prompt]
+    source: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"The split {self.name} has no prompts: check the data set and `limit`.")
+        ids = [prompt.task_id for prompt in self.prompts]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise ValueError(f"The split {self.name} has the task id {twice} twice: task ids must be unique.")
+
+
+@dataclass(frozen=True)
+class RewardRow:
+    """What a completion earned: reward, a word on why, the seconds it took, a short detail."""
+
+    reward: float
+    verdict: str = ""
+    seconds: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Completions to be rewarded, all samples of some prompts: rows of (task_id, sample, completion)."""
+
+    keys: Keys
+    rows: list[tuple[str, int, str]]
+
+
+class Reward(Protocol):
+    """A reward stage: unit tests, a judge, a user's function. A failure of its own is raised, never a zero."""
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rewards."""
+
+    def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        """Every batch with one RewardRow a completion, in any order of batches; several may be in work at once."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One set of completions in a run folder, with the tables that hang on it.
+
+    Args:
+        run: the run folder.
+        split: its prompts.
+        kind: "sample", "greedy", ...; the pool's name is split.kind.
+        sampler: draws the completions.
+        seed: of the run.
+        batch_rows: completions in a batch; a batch has at least one prompt.
+    """
+
+    run: Path
+    split: Split
+    kind: str
+    sampler: Sampler
+    seed: int
+    batch_rows: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.split.name}.{self.kind}"
+
+    @property
+    def n(self) -> int:
+        return self.sampler.settings.n
+
+    @property
+    def task_ids(self) -> list[str]:
+        return sorted(prompt.task_id for prompt in self.split.prompts)
+
+    @property
+    def batches(self) -> list[Keys]:
+        ids, size = self.task_ids, max(1, self.batch_rows // self.n)
+        return [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]
+
+    @property
+    def prompts(self) -> Table:
+        inputs = {
+            "split": self.split.source,
+            "prompts": len(self.split.prompts),
+            "model": self.sampler.prompt_identity(),
+        }
+        return store.open_table(self.run, "prompts", self.split.name, inputs=inputs, schema=store.PROMPTS)
+
+    @property
+    def completions(self) -> Table:
+        inputs = {
+            "prompts": self.prompts.identity,
+            "sampler": self.sampler.identity(),
+            "seed": self.seed,
+            "batch_rows": self.batch_rows,
+        }
+        return store.open_table(self.run, "completions", self.name, inputs=inputs, schema=store.COMPLETIONS)
+
+    def rewards(self, reward: Reward) -> Table:
+        inputs = {"completions": self.completions.identity, "reward": reward.identity()}
+        return store.open_table(self.run, "rewards", self.name, reward.name, inputs=inputs, schema=store.REWARDS)
+
+    def features(self, embedder: Embedder, layer: int) -> Table:
+        inputs = {"completions": self.completions.identity, "embedder": embedder.identity(), "layer": layer}
+        return store.open_table(
+            self.run, "features", self.name, embedder.folder_name(), f"layer={layer:02d}", inputs=inputs
+        )
+
+
+def render_prompts(pool: Pool) -> None:
+    """Write the split's prompts as the sampler's model reads them."""
+    table, keys = pool.prompts, pool.task_ids
+    table.begin()
+    if table.has(keys):
+        return
+    by_id = {prompt.task_id: prompt for prompt in pool.split.prompts}
+    rendered = [(by_id[key], *pool.sampler.render(by_id[key])) for key in keys]
+    columns = {
+        "task_id": keys,
+        "messages": [json.dumps(prompt.messages) if prompt.messages else None for prompt, _, _ in rendered],
+        "prompt": [text for _, text, _ in rendered],
+        "prompt_token_ids": [ids for _, _, ids in rendered],
+    }
+    table.write(keys, pa.table(columns, schema=store.PROMPTS))
+
+
+def sample(pool: Pool, progress: bool = True) -> None:
+    """Draw the pool's completions."""
+    table = pool.completions
+    table.begin()
+    if all(table.has(keys) for keys in pool.batches):
+        return
+    render_prompts(pool)
+    prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
+
+    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+        for keys in batches:
+            seeds = [sample_seeds(pool.seed, key, pool.n) for key in keys]
+            completions = pool.sampler.sample([prompt_ids[key] for key in keys], seeds)
+            flat = [completion for of_prompt in completions for completion in of_prompt]
+            columns = {
+                "task_id": [key for key in keys for _ in range(pool.n)],
+                "sample": list(range(pool.n)) * len(keys),
+                "seed": [c.seed for c in flat],
+                "completion": [c.text for c in flat],
+                "token_ids": [c.token_ids for c in flat],
+                "finish_reason": [c.finish_reason for c in flat],
+                "logprob": [c.logprob for c in flat],
+            }
+            yield keys, pa.table(columns, schema=store.COMPLETIONS)
+
+    _run(pool, f"sample {pool.kind}", table, stage, progress)
+
+
+def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
+    """Reward the pool's completions."""
+    table = pool.rewards(reward_stage)
+    table.begin()
+
+    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+        waiting: dict[Keys, Keys] = {}  # the runner knows a batch by its own object
+
+        def reward_batches() -> Iterator[RewardBatch]:
+            for keys in batches:
+                waiting[keys] = keys
+                rows = _completions_of(pool, keys)
+                yield RewardBatch(keys, [(r["task_id"], r["sample"], r["completion"]) for r in rows])
+
+        for batch, rewarded in reward_stage(reward_batches()):
+            if len(rewarded) != len(batch.rows):
+                raise RuntimeError(
+                    f"The reward {reward_stage.name} gave {len(rewarded)} rows for {len(batch.rows)} completions."
+                )
+            columns = {
+                "task_id": [task_id for task_id, _, _ in batch.rows],
+                "sample": [number for _, number, _ in batch.rows],
+                "reward": [_finite(r.reward, reward_stage.name) for r in rewarded],
+                "verdict": [r.verdict for r in rewarded],
+                "seconds": [r.seconds for r in rewarded],
+                "detail": [r.detail for r in rewarded],
+            }
+            yield waiting.pop(batch.keys), pa.table(columns, schema=store.REWARDS)
+
+    _run(pool, f"reward {pool.kind}", table, stage, progress)
+
+
+def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
+    """Embed prompt + completion of every row of the pool, all layers in one pass."""
+    tables = {layer: pool.features(embedder, layer) for layer in embedder.layers}
+    for table in tables.values():
+        table.begin()
+    if all(table.has(keys) for table in tables.values() for keys in pool.batches):
+        return
+    prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
+    same_tokens = pool.sampler.tokenizer_fingerprint() == embedder.tokenizer_fingerprint()
+    said_exact = False
+
+    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
+        nonlocal said_exact
+        for keys in batches:
+            rows = _completions_of(pool, keys)
+            prompt_ids, completion_ids = [], []
+            for key in keys:
+                own = [row for row in rows if row["task_id"] == key]
+                row = prompts[key]
+                if same_tokens and all(r["token_ids"] is not None for r in own):
+                    prompt_ids.append(row["prompt_token_ids"])
+                    completion_ids.append([r["token_ids"] for r in own])
+                else:
+                    prompt_ids.append(embedder.encode_prompt(row["prompt"], row["messages"] is not None))
+                    completion_ids.append([embedder.encode_completion(r["completion"]) for r in own])
+            states = embedder.embed(prompt_ids, completion_ids)
+            ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
+            parts = {}
+            for layer in tables:
+                parts[layer], exact = store.feature_rows(ids, samples, states[layer].numpy())
+                if exact and not said_exact:
+                    said_exact = True
+                    tqdm.write(f"layer {layer} holds values beyond float16: such parts are stored as float32.")
+            yield keys, parts
+
+    def write(keys: Keys, parts: dict[int, pa.Table]) -> None:
+        for layer, part in parts.items():
+            tables[layer].write(keys, part)
+
+    works = [Work(k, len(k) * pool.n, all(t.has(k) for t in tables.values())) for k in pool.batches]
+    run_stage(f"embed {pool.kind}", works, stage, write, progress=progress)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Completions, rewards and (where asked for) features of a pool, joined on (task_id, sample).
+
+    Args:
+        task_ids: P task ids, sorted.
+        groups: (N,) int64, index into task_ids; rows by task id, then sample.
+        completions: N texts.
+        rewards: (N,) float32.
+        verdicts: N words.
+        features: (N, D) float16 or float32; None where not asked for.
+    """
+
+    task_ids: list[str]
+    groups: np.ndarray
+    completions: list[str]
+    rewards: np.ndarray
+    verdicts: list[str]
+    features: np.ndarray | None
+
+
+def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, layer: int | None = None) -> Joined:
+    """Read a pool's finished tables.
+
+    Raises:
+        StoreError: a table is unfinished, or a row is missing, foreign or there twice.
+    """
+    completions = pool.completions.read(pool.batches)
+    rewards = pool.rewards(reward_stage).read(pool.batches)
+    expected = [(key, sample) for keys in pool.batches for key in keys for sample in range(pool.n)]
+    tables = {"completions": completions, "rewards": rewards}
+    features = None
+    if embedder is not None and layer is not None:
+        tables["features"] = pool.features(embedder, layer).read(pool.batches)
+        features = np.array(store.embeddings_of(tables["features"]))  # Arrow's own memory is read-only
+    for name, table in tables.items():
+        found = list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+        if found != expected:
+            wrong = sorted(set(expected) ^ set(found)) or [next(k for k in found if found.count(k) > 1)]
+            raise StoreError(
+                f"The {name} of {pool.name} do not hold every (task_id, sample) once, as for {wrong[0]}: delete that table."
+            )
+    groups = np.repeat(np.arange(len(pool.task_ids)), pool.n)
+    return Joined(
+        pool.task_ids,
+        groups,
+        completions["completion"].to_pylist(),
+        np.array(rewards["reward"].to_numpy()),
+        rewards["verdict"].to_pylist(),
+        features,
+    )
+
+
+def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
+    works = [Work(keys, len(keys) * pool.n, table.has(keys)) for keys in pool.batches]
+    run_stage(name, works, stage, table.write, progress=progress)
+
+
+def _completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pool.completions.read([keys]).to_pylist()
+    return rows
+
+
+def _finite(value: float, name: str) -> float:
+    if not np.isfinite(value):
+        raise ValueError(f"The reward {name} gave {value}: a reward is a finite number.")
+    return float(value)
