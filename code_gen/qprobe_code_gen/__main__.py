@@ -26,40 +26,41 @@ from qprobe.sampling.hf import HFSampler
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Split
 from qprobe.training import TrainingSettings
-from qprobe_code_gen.problems import Problem, ProblemSet, humaneval
+from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
-PROBLEM_SETS = {"humaneval": humaneval.load}
+PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
 SAMPLERS = {"hf": HFSampler}
 EMBEDDERS = {"hf": HFEmbedder}
 KEYS = {
     *("name", "title", "stages", "limit", "seed", "layer", "paths", "dataset", "model", "sampler", "embedder", "probe"),
     *("evaluation", "sandbox", "paper"),
 }
+DATASET_KEYS = {"test", "train", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
 
-def load_problems(names: Sequence[str], limit: int | None, examples: Sequence[str]) -> list[ProblemSet]:
-    """The named problem sets without the few-shot examples, cut to the first `limit`."""
-    sets = []
-    for name in names:
-        if name not in PROBLEM_SETS:
-            raise ValueError(f"dataset: there is no problem set {name!r}: choose from {', '.join(PROBLEM_SETS)}.")
-        found = PROBLEM_SETS[name]()
-        problems = [problem for problem in found.problems if problem.task_id not in examples][:limit]
-        sets.append(dataclasses.replace(found, problems=problems))
-    return sets
+def load_problems(name: str, dataset: dict[str, Any]) -> ProblemSet:
+    """A problem set by its name."""
+    if name not in PROBLEM_SETS:
+        raise ValueError(f"dataset: there is no problem set {name!r}: choose from {', '.join(PROBLEM_SETS)}.")
+    return humaneval.load() if name == "humaneval" else mbpp.load(name, dataset["mbpp_file"])
+
+
+def without(problems: ProblemSet, examples: Sequence[str], limit: int | None) -> ProblemSet:
+    """The set without its few-shot examples, cut to the first `limit`."""
+    return dataclasses.replace(problems, problems=[p for p in problems.problems if p.task_id not in examples][:limit])
 
 
 def prompt_style(dataset: dict[str, Any]) -> PromptStyle:
-    """The style that a configuration asks for, with its few-shot examples looked up."""
+    """The style that a configuration asks for, with its few-shot examples looked up in `examples_from`."""
     wanted = list(dataset["examples"])
     known: dict[str, Problem] = {}
     if wanted:
-        known = {p.task_id: p for name in PROBLEM_SETS for p in PROBLEM_SETS[name]().problems}
+        known = {p.task_id: p for p in load_problems(dataset["examples_from"], dataset).problems}
         if missing := [task_id for task_id in wanted if task_id not in known]:
-            raise ValueError(f"dataset.examples: there is no problem {', '.join(missing)}.")
+            raise ValueError(f"dataset.examples: {dataset['examples_from']} has no problem {', '.join(missing)}.")
     return PromptStyle(dataset["prompt_style"], examples=[known[task_id] for task_id in wanted])
 
 
@@ -70,13 +71,14 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
     check_keys(config, KEYS, "the configuration")
-    check_keys(config["dataset"], {"test", "train", "prompt_style", "examples"}, "dataset")
+    check_keys(config["dataset"], DATASET_KEYS, "dataset")
     limit = config["limit"]
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}: a number of problems, at least 1, or null for all.")
     dataset, style = config["dataset"], prompt_style(config["dataset"])
     train = [dataset["train"]] if dataset["train"] else []
-    sets = load_problems([*train, *dataset["test"]], limit, dataset["examples"])
+    sets = [without(load_problems(name, dataset), dataset["examples"], limit) for name in [*train, *dataset["test"]]]
+    problems = [problem for s in sets for problem in s.problems]
     splits = [
         Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
         for s in sets
@@ -86,12 +88,11 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     model = build(ModelSpec, config["model"], "model")
     sampler = _back_end(SAMPLERS, backend, "sampler")
     embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
-    settings = build(SamplingSettings, sampling, "sampler", stop=style.stop)
+    settings = build(SamplingSettings, sampling, "sampler", stop=style.stop(problems))
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
-    problems = [problem for s in sets for problem in s.problems]
     run = Path(config["paths"]["run"])
     return Pipeline(
         # A quick look at eight problems is another result: it must not meet the tables of all of them.

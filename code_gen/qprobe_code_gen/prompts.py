@@ -18,12 +18,11 @@ from qprobe_code_gen.problems.base import Problem
 
 FENCE = "```"
 REQUEST = "Write a Python function for this specification."
-# What stands at the left margin behind a finished function. Those that may also stand in the first lines of a whole program
-# (a completion that begins with a fence or an import) count only behind an empty line.
-DEDENTS = (
-    *(f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@")),
-    *("\nprint", "\nassert ", "\nif __name__"),
-)
+# What stands at the left margin behind a finished program, whatever the program is.
+BEHIND_PROGRAMS = ("\n" + FENCE, '\n"""', "\nprint", "\nassert ", "\nif __name__")
+# What else stands behind a finished function, where one function is asked for. It may also stand in the first lines of a
+# whole program (a completion that begins with a fence or an import), so it counts only behind an empty line.
+BEHIND_FUNCTIONS = tuple(f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@"))
 STYLES = ("chat_opened", "chat", "zero_shot", "few_shot")
 
 
@@ -49,10 +48,15 @@ class PromptStyle:
                 f"Prompt style {self.style} was given {len(self.examples)} examples: few_shot alone takes them."
             )
 
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end a completion. A free answer may explain itself before its fence, so it ends by itself only."""
-        return () if self.style == "chat" else ("\n" + FENCE, *DEDENTS)
+    def stop(self, problems: Sequence[Problem]) -> tuple[str, ...]:
+        """Texts that end a completion of any of these problems.
+
+        A free answer may explain itself before its fence, so it ends by itself only. A problem that gives no signature may
+        be answered with several functions.
+        """
+        if self.style == "chat":
+            return ()
+        return BEHIND_PROGRAMS + (BEHIND_FUNCTIONS if all(problem.signature for problem in problems) else ())
 
     def prompt(self, problem: Problem) -> Prompt:
         if self.style in ("chat", "chat_opened"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -23,7 +24,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder could not be made there is nothing to remove
+            temporary.unlink()
         raise OSError(
             f"{path} could not be written ({error.strerror or error}): it is absent or as it was before, and what else was "
             "written stays; make room or correct the permissions, then start the same command again."

@@ -27,6 +27,8 @@ EMBEDDED = "embedded"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A few tokens of context are enough to make every tokenizer keep the white space that begins a completion.
 DECODING_CONTEXT = 4
+# A folder is recognised by this many blocks of each file, spread evenly: files up to 16 MiB are read in full.
+SAMPLES, SAMPLE_BYTES = 256, 65536
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"model device is {self.device!r}: choose auto, cpu, cuda or cuda:1, ...") from None
 
     def resolved_device(self) -> str:
         if self.device != "auto":
@@ -106,12 +113,16 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of the small files by content, of the weights by name and size: gigabytes are not read to recognise a model."""
+    """Of small files by content, of large ones by samples: gigabytes are not read to recognise a model."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        digest.update(f"{path.name}:{path.stat().st_size};".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            # Weights trained further keep their name and size, but hardly any of their bytes.
+            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 
@@ -242,10 +253,14 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
         raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(
-            f"Model {spec.name!r} could not be had ({first.rstrip('.')}): it is no folder or .gguf file here and the hub "
-            "did not give it; check the name and the network, or use model=embedded."
-        ) from error
+        if Path(spec.source()[0]).exists():
+            reason = "its files are here but cannot be used; check that they are complete and a causal language model's"
+        else:
+            reason = (
+                "it is no folder or .gguf file here and the hub did not give it; check the name and the network, or use "
+                "model=embedded"
+            )
+        raise OSError(f"Model {spec.name!r} could not be had ({first.rstrip('.: ')}): {reason}.") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -263,9 +278,12 @@ def load(spec: ModelSpec) -> LanguageModel:
     """The model with its tokenizer, in evaluation mode, on its device; shared between calls.
 
     Raises:
-        OSError: the model cannot be had, in one sentence.
+        OSError: the model cannot be had or lacks weights, in one sentence.
+        ValueError: a GPU is asked for and there is none.
         ModuleNotFoundError: transformers, gguf or the embedded model's package is missing.
     """
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"Model {spec.name!r} is asked for on {spec.device}, but torch finds no GPU: use device=auto or cpu.")
     tokenizer = load_tokenizer(spec).tokenizer
     folder, arguments = _loading_arguments(spec)
     with _explained(spec):
@@ -276,7 +294,12 @@ def load(spec: ModelSpec) -> LanguageModel:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
         if spec.device_map is not None:
             arguments["device_map"] = spec.device_map
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=spec.resolved_dtype(), **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=spec.resolved_dtype(), output_loading_info=True, **arguments
+        )
+        if missing := sorted(report["missing_keys"]):
+            # transformers fills them with random numbers and says so in a log that is silent here.
+            raise ValueError(f"it lacks {len(missing)} weights, {missing[0]} among them")
         if spec.device_map is None:
             model = model.to(spec.resolved_device())
     return LanguageModel(model, tokenizer, spec)

@@ -29,6 +29,8 @@ from torch import Tensor
 from qprobe.models import LanguageModel
 
 ATTENTION_NAME = "qprobe_shared_prefix"
+# Prompt tokens, padding included, in one pass: enough to keep a processor busy, few enough that lengths are alike.
+TOKENS_PER_PREFILL = 2048
 
 
 @dataclass
@@ -83,10 +85,19 @@ class PrefixRun:
             logits: also score the next token. Without it only the layers up to the highest of `layers` run.
 
         Raises:
-            ValueError: an empty prompt.
+            ValueError: no prompts, or an empty one.
         """
+        if not prompts:
+            raise ValueError("No prompts were given: there is nothing to run the model on.")
         if not all(prompts):
             raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+        parts = _by_length(prompts)
+        if len(parts) == 1:
+            return self._prefill_pass(prompts, layers, logits)
+        passed = [self._prefill_pass([prompts[p] for p in part], layers, logits) for part in parts]
+        return _joined(passed, parts)
+
+    def _prefill_pass(self, prompts: Sequence[Sequence[int]], layers: Sequence[int], logits: bool) -> Prefix:
         from transformers import DynamicCache
 
         device = self.language_model.device
@@ -252,6 +263,45 @@ class _SharedPrompts:
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
         out: Tensor = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value
         return out.view(rows, heads, width, d)
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of the prompts in passes of similar length: padding costs as much as tokens do."""
+    passes: list[list[int]] = []
+    for place in sorted(range(len(prompts)), key=lambda p: len(prompts[p])):
+        if not passes or (len(passes[-1]) + 1) * len(prompts[place]) > TOKENS_PER_PREFILL:
+            passes.append([])
+        passes[-1].append(place)
+    return passes
+
+
+def _joined(parts: Sequence[Prefix], places: Sequence[Sequence[int]]) -> Prefix:
+    """One prefix of several passes, every prompt in its own place again, padded on the left to the longest."""
+    from transformers import DynamicCache
+
+    order = torch.tensor([place for of_part in places for place in of_part], device=parts[0].mask.device).argsort()
+    width = max(part.mask.shape[1] for part in parts)
+
+    def aligned(tensors: Sequence[Tensor], padded: bool) -> Tensor:
+        """Rows of all parts in order; `padded` tensors have the tokens on their last axis but one (or last, if 2-D)."""
+        if padded:
+            after = (0, 0) if tensors[0].ndim == 4 else ()
+            tensors = [
+                torch.nn.functional.pad(t, (*after, width - part.mask.shape[1], 0))
+                for t, part in zip(tensors, parts, strict=True)
+            ]
+        return torch.cat(list(tensors))[order]
+
+    cache = DynamicCache()
+    for layer in range(len(parts[0].cache.layers)):
+        layers = [part.cache.layers[layer] for part in parts]
+        if layers[0].is_initialized:  # those above the highest that was asked for did not run
+            cache.update(aligned([x.keys for x in layers], True), aligned([x.values for x in layers], True), layer)
+    logits = None if parts[0].logits is None else aligned([p.logits for p in parts if p.logits is not None], False)
+    states = {layer: aligned([p.states[layer] for p in parts], False) for layer in parts[0].states}
+    return Prefix(
+        cache, aligned([p.mask for p in parts], True), aligned([p.lengths for p in parts], False), logits, states
+    )
 
 
 def _register_attention() -> None:

@@ -141,12 +141,16 @@ class Table:
         """
         if self.schema is not None and not rows.schema.equals(self.schema):
             raise StoreError(f"{self.name} takes rows of {self.schema.names}, not of {rows.schema.names}.")
-        plain = (
-            self.schema is None
-        )  # features: dictionary, compression and statistics gain nothing and cost 5 times the time
+        # Features: dictionary, compression and statistics gain nothing and cost 5 times the time.
+        plain = self.schema is None
         buffer = pa.BufferOutputStream()
         pq.write_table(
-            rows, buffer, compression="none" if plain else "zstd", use_dictionary=not plain, write_statistics=not plain
+            rows,
+            buffer,
+            compression="none" if plain else "zstd",
+            use_dictionary=not plain,
+            write_statistics=not plain,
+            write_page_checksum=True,  # else a damaged part is read as other numbers
         )
         write_whole(self.part(keys), buffer.getvalue().to_pybytes())
 
@@ -231,21 +235,22 @@ def _matrix(column: Any) -> np.ndarray:
 
 def _read_part(path: Path, schema: pa.Schema | None) -> pa.Table:
     try:
-        rows = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        names = rows.schema.names  # a damaged footer may hold bytes that are no text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
             f"{path} cannot be read ({first}): delete this part and start the same command again."
         ) from error
-    if schema is not None:
-        foreign = not rows.schema.equals(schema)
-    else:
-        foreign = rows.schema.names != ["task_id", "sample", "embedding"] or not pa.types.is_fixed_size_list(
-            rows.schema.field("embedding").type
-        )
-    if foreign:
-        raise StoreError(f"{path} is foreign: its columns are {rows.schema.names}; move it away.")
+    if not (_is_features(rows.schema) if schema is None else rows.schema.equals(schema)):
+        raise StoreError(f"{path} is foreign: its columns are {names}; move it away.")
     return rows
+
+
+def _is_features(schema: pa.Schema) -> bool:
+    if "embedding" not in schema.names or not pa.types.is_fixed_size_list(kind := schema.field("embedding").type):
+        return False
+    return any(schema.equals(features_schema(kind.list_size, exact)) for exact in (False, True))
 
 
 def _same_width(tables: list[pa.Table], paths: list[Path]) -> list[pa.Table]:
@@ -279,12 +284,11 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
         names = sorted(set(found) | set(wanted))
         lines = [
-            _difference(found.get(n), wanted.get(n), f"{path}.{n}" if path else n)
-            for n in names
-            if found.get(n) != wanted.get(n)
+            _difference(found.get(name, "not there"), wanted.get(name, "not there"), f"{path}.{name}" if path else name)
+            for name in names
         ]
-        return "; ".join(line for line in lines[:4] if line)
-    return "" if json.dumps(found) == json.dumps(wanted) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
+        return "; ".join([line for line in lines if line][:4])
+    return "" if found == json.loads(json.dumps(wanted)) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
 
 
 def _now() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,12 +33,14 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise ValueError(f"sampling: stop is the single text {self.stop!r}: give a list of texts, [{self.stop!r}].")
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.n < 1 or self.max_new_tokens < 1:
             raise ValueError(f"sampling: n={self.n} and max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
-                f"sampling: temperature={self.temperature} must be 0 or more, top_p={self.top_p} in (0, 1], "
+                f"sampling: temperature={self.temperature} must be finite and 0 or more, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} 0 or more."
             )
         if self.temperature == 0 and self.n != 1:

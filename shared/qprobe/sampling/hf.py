@@ -59,6 +59,8 @@ class HFSampler:
             raise ValueError(
                 f"{len(prompts)} prompts need as many lists of {self.settings.n} seeds; {len(seeds)} were given."
             )
+        if not prompts:
+            return []
         if self._run is None:
             self._run = PrefixRun(models.load(self.model))
         language_model = self._run.language_model
@@ -172,7 +174,8 @@ class _Batch:
         kept = len(tokens)
         if cut < len(text):
             # Only the last tokens can lie beyond the cut: the row was stopped as soon as a stop text was complete.
-            while kept and len(self.tokenizer.decode_completion(prompt, tokens[: kept - 1])) >= cut:
+            # Lengths would not do: a character that lacks its last bytes is as long as the whole one.
+            while kept and self.tokenizer.decode_completion(prompt, tokens[: kept - 1]).startswith(text[:cut]):
                 kept -= 1
         logprob = float(sum(self.logprobs[row][:kept]))
         self.finished[row] = Completion(text[:cut], tokens[:kept], reason, logprob, self.seeds[row])

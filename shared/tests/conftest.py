@@ -1,0 +1,141 @@
+"""Tiny models with random weights and a byte-level tokenizer, made in code: real transformers, no hub, milliseconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# No test may wait for a network; libraries read this when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from qprobe.models import ModelSpec
+
+CORPUS = [
+    "def add(first, second):\n    return first + second\n",
+    "The answer to the question is the number of the letters in the word.",
+    "<|user|>What is the sum?<|end|>\n<|assistant|>\n",
+]
+SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CONTEXT = 192
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """About 300 tokens: every byte, some merges, five special ones; BOS is put before plain text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_model(folder: Path, config: Any, tokenizer: Any, seed: int = 0) -> ModelSpec:
+    """Write a model of random weights with its tokenizer; the process's random state is left as it was."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelSpec(name=str(folder), dtype="float32", device="cpu")
+
+
+def llama_config(**changes: Any) -> Any:
+    """Grouped queries (4 heads, 2 of keys), 4 layers; weights wide enough that scores are far from flat."""
+    from transformers import LlamaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.25,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**values | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A Llama of 4 layers and width 32: its attention is the plain one, so prompts are shared."""
+    return save_model(tmp_path_factory.mktemp("tiny-llama"), llama_config(), byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_sliding_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A Gemma 2 with a window of 6 tokens in every other layer and capped scores: keys and values are copied."""
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=CONTEXT,
+        sliding_window=6,
+        initializer_range=0.25,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return save_model(tmp_path_factory.mktemp("tiny-gemma2"), config, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A GPT-2: learned positions, no rotary ones, another name for its layers; keys and values are copied."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=CONTEXT,
+        initializer_range=0.25,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return save_model(tmp_path_factory.mktemp("tiny-gpt2"), config, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def fakes() -> ModuleType:
+    """The module `fakes.py` beside this file: a sampler, an embedder and a reward in a few lines of arithmetic."""
+    path = Path(__file__).with_name("fakes.py")
+    specification = importlib.util.spec_from_file_location("qprobe_fakes", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

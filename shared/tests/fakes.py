@@ -1,0 +1,169 @@
+"""A language model, an embedder and a reward in a few lines of arithmetic: whole pipelines in milliseconds.
+
+Task `t-042` is as hard as its number says; a completion says how good it is ("answer 73"); it passes when it is better than its
+task is hard. The embedding holds goodness (to be found by a probe), hardness, and noise, all read off the token ids alone.
+Tests reach these classes through the fixture `fakes`; the process that is killed imports this file by its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.prompts import Prompt
+from qprobe.sampling import Completion, SamplingSettings
+from qprobe.stages import RewardBatch, RewardRow, Split
+
+WIDTH = 6
+PROMPT_MARK = 1  # what the embedder's own encoding puts before a prompt, as a tokenizer puts BOS
+
+
+def prompts(count: int, start: int = 0) -> list[Prompt]:
+    return [Prompt(f"t-{number:03d}", text=f"task {number:03d}: ") for number in range(start, start + count)]
+
+
+def split(name: str = "train", count: int = 10, start: int = 0) -> Split:
+    return Split(name, prompts(count, start), {"data": "numbers", "start": start})
+
+
+def hardness(number: int) -> int:
+    """0..99, spread over the tasks."""
+    return number * 37 % 100
+
+
+def passes(task_id: str, completion: str) -> bool:
+    return int(completion.removeprefix("answer ")) > hardness(int(task_id.removeprefix("t-")))
+
+
+class Sampler:
+    """Completion i of a prompt is a function of its seed."""
+
+    def __init__(
+        self,
+        n: int = 4,
+        *,
+        temperature: float = 0.8,
+        tokens: bool = True,
+        tokenizer: str = "bytes",
+        seconds: float = 0.0,
+    ) -> None:
+        self.settings = SamplingSettings(n=n, temperature=temperature, stop=("\n",))
+        self.tokens = tokens
+        self.tokenizer = tokenizer
+        self.seconds = seconds
+        self.calls: list[int] = []  # prompts in each call
+        self.rendered = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"sampler": "fake", "model": {"name": "numbers"}, **dataclasses.asdict(self.settings)}
+
+    def prompt_identity(self) -> dict[str, Any]:
+        return {"name": "numbers"}
+
+    def tokenizer_fingerprint(self) -> str:
+        return self.tokenizer
+
+    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
+        self.rendered += 1
+        text = prompt.text if prompt.text is not None else "".join(m["content"] for m in prompt.messages)
+        return text, list(text.encode())
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+        self.calls.append(len(prompts))
+        time.sleep(self.seconds)
+        return [[self._completion(seed) for seed in of_prompt] for of_prompt in seeds]
+
+    def _completion(self, seed: int) -> Completion:
+        text = f"answer {int(hashlib.sha256(str(seed).encode()).hexdigest(), 16) % 100:02d}"
+        return Completion(text, list(text.encode()) if self.tokens else None, "stop", -float(seed % 7), seed)
+
+
+class Embedder:
+    """Goodness, hardness and noise at layer 1; the same times ten at layer 2, and so on; `values` overwrites a place."""
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (1,),
+        *,
+        tokenizer: str = "bytes",
+        seconds: float = 0.0,
+        width: int = WIDTH,
+        values: dict[int, float] | None = None,
+    ) -> None:
+        self._layers = tuple(layers)
+        self.tokenizer = tokenizer
+        self.seconds = seconds
+        self.width = width
+        self.values = values or {}  # call -> what the first number of its first row becomes
+        self.calls: list[int] = []
+        self.seen: list[tuple[list[int], list[int]]] = []  # (prompt ids, completion ids) of every row
+
+    def identity(self) -> dict[str, Any]:
+        return {"embedder": "fake", "model": {"name": "numbers", "dtype": "float32"}, "token": "last"}
+
+    @property
+    def layers(self) -> Sequence[int]:
+        return self._layers
+
+    def folder_name(self) -> str:
+        return "fake-numbers"
+
+    def tokenizer_fingerprint(self) -> str:
+        return self.tokenizer
+
+    def encode_prompt(self, text: str, templated: bool) -> list[int]:
+        return list(text.encode()) if templated else [PROMPT_MARK, *text.encode()]
+
+    def encode_completion(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> dict[int, Tensor]:
+        self.calls.append(len(prompts))
+        time.sleep(self.seconds)
+        rows = [(list(p), list(c)) for p, of_prompt in zip(prompts, completions, strict=True) for c in of_prompt]
+        self.seen += rows
+        states = torch.stack([self._state(p, c) for p, c in rows])
+        states[0, 0] = self.values.get(len(self.calls) - 1, float(states[0, 0]))
+        return {layer: states * 10.0 ** (layer - 1) for layer in self._layers}
+
+    def _state(self, prompt: list[int], completion: list[int]) -> Tensor:
+        goodness = int(bytes(completion).decode().removeprefix("answer ")) / 100
+        number = int(bytes(prompt).decode().lstrip(chr(PROMPT_MARK)).removeprefix("task ").removesuffix(": "))
+        digest = hashlib.sha256(bytes(prompt + completion)).digest()
+        noise = [byte / 255 - 0.5 for byte in digest[: self.width - 2]]
+        return torch.tensor([goodness, hardness(number) / 100, *noise])
+
+
+class Reward:
+    """1 where a completion passes. It may give its batches in reverse, and fail at one batch."""
+
+    name = "passes"
+
+    def __init__(self, *, reverse: bool = False, fail_at: int | None = None, seconds: float = 0.0) -> None:
+        self.reverse = reverse
+        self.fail_at = fail_at
+        self.seconds = seconds
+        self.calls: list[int] = []  # prompts in each batch
+
+    def identity(self) -> dict[str, Any]:
+        return {"reward": "passes"}
+
+    def rows(self, batch: RewardBatch) -> list[RewardRow]:
+        passed = [passes(task_id, completion) for task_id, _, completion in batch.rows]
+        return [RewardRow(float(p), "passed" if p else "failed", 0.5, "") for p in passed]
+
+    def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        for batch in reversed(list(batches)) if self.reverse else batches:
+            if len(self.calls) == self.fail_at:
+                raise RuntimeError("the judge does not answer")
+            self.calls.append(len(batch.keys))
+            time.sleep(self.seconds)
+            yield batch, self.rows(batch)

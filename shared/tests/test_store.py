@@ -1,0 +1,288 @@
+"""The run folder: whole parts or none, other inputs refused by name, damage and foreign parts found, features plain."""
+
+import errno
+import os
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qprobe import store
+from qprobe.store import StoreError, Table
+
+KEYS = ["a", "b"]
+
+
+def rewards(keys: list[str], samples: int = 2) -> pa.Table:
+    rows = [(key, sample) for key in keys for sample in range(samples)]
+    columns = {
+        "task_id": [key for key, _ in rows],
+        "sample": [sample for _, sample in rows],
+        "reward": [0.25 * i for i in range(len(rows))],
+        "verdict": ["passed"] * len(rows),
+        "seconds": [0.5] * len(rows),
+        "detail": [f"row {i}" for i in range(len(rows))],
+    }
+    return pa.table(columns, schema=store.REWARDS)
+
+
+def features(keys: list[str], values: np.ndarray) -> pa.Table:
+    return store.feature_rows(keys, list(range(len(keys))), values.astype(np.float32))[0]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    opened = store.open_table(tmp_path, "rewards", "pool", "name", inputs={"seed": 1}, schema=store.REWARDS)
+    opened.begin()
+    return opened
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Table:
+    opened = store.open_table(tmp_path, "features", "pool", "embedder", "layer=01", inputs={"layer": 1})
+    opened.begin()
+    return opened
+
+
+def test_what_was_written_is_read_in_the_order_that_was_asked_for(table: Table) -> None:
+    table.write(["c"], rewards(["c"]))
+    table.write(KEYS, rewards(KEYS))
+    assert table.has(KEYS)
+    assert not table.has(["b", "a"])  # another batch
+    assert table.read([KEYS, ["c"]]).equals(pa.concat_tables([rewards(KEYS), rewards(["c"])]))
+    assert table.read([["c"]]).equals(rewards(["c"]))
+    assert sorted(table.read()["task_id"].to_pylist()) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_a_full_disk_leaves_no_part_and_says_so(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.write(["c"], rewards(["c"]))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*it is absent.*start the same command again"):
+        table.write(KEYS, rewards(KEYS))
+    assert not table.has(KEYS)
+    assert sorted(os.listdir(table.folder)) == ["manifest.json", table.part(["c"]).name]
+    monkeypatch.undo()
+    table.write(KEYS, rewards(KEYS))  # the same command, after room was made
+    assert table.read([["c"], KEYS]).num_rows == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a file system needs root")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    try:
+        small = store.open_table(disk, "features", inputs={})
+        small.begin()
+        rows = features(["a"] * 100, np.ones((100, 300)))  # 60 kB
+        with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: PT012 - which of them is the disk's choice
+            for number in range(10):
+                small.write([str(number)], rows)
+        assert "it is absent" in str(caught.value)
+        written = len(small.parts())
+        assert written >= 2
+        assert len(os.listdir(small.folder)) == written + 1  # and the manifest: nothing half written
+        assert small.read().num_rows == 100 * written
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_temporary_files_of_dead_processes_are_removed_at_the_next_start(table: Table) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = table.folder / f".part-1.parquet.{platform.node()}.{dead.pid}.tmp"
+    left.write_bytes(b"half a part")
+    assert table.parts() == []
+    table.begin()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("which", ["table", "states"])
+@pytest.mark.parametrize("damage", ["truncated", "random", "empty"])
+def test_an_unreadable_part_stops_the_run_with_its_name(
+    which: str, damage: str, request: pytest.FixtureRequest
+) -> None:
+    damaged: Table = request.getfixturevalue(which)
+    damaged.write(KEYS, rewards(KEYS) if which == "table" else features(KEYS, np.ones((2, 3))))
+    path = damaged.part(KEYS)
+    content = path.read_bytes()
+    made = {"truncated": content[:-7], "random": random.Random(0).randbytes(len(content)), "empty": b""}
+    path.write_bytes(made[damage])
+    with pytest.raises(StoreError, match=rf"{path.name} cannot be read .*delete this part"):
+        damaged.read()
+
+
+@pytest.mark.parametrize("which", ["table", "states"])
+def test_no_changed_byte_is_ever_read_as_another_number(which: str, request: pytest.FixtureRequest) -> None:
+    damaged: Table = request.getfixturevalue(which)
+    values = np.random.default_rng(0).normal(size=(2, 40))
+    damaged.write(KEYS, rewards(KEYS) if which == "table" else features(KEYS, values))
+    path = damaged.part(KEYS)
+    content, rows = path.read_bytes(), damaged.read().to_pylist()
+    lot = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[lot.randrange(len(content))] ^= 1 << lot.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert damaged.read().to_pylist() == rows
+        except StoreError as error:
+            assert path.name in str(error)
+            refused += 1
+    assert refused > 150
+
+
+def foreign(kind: str) -> pa.Table:
+    keys = {"task_id": KEYS, "sample": pa.array([0, 1], pa.int32())}
+    three = np.arange(6.0)
+    if kind == "columns":
+        return pa.table({**keys, "score": [0.5, 1.0]})
+    if kind == "order":
+        return rewards(KEYS).select([0, 1, 3, 2, 4, 5])
+    if kind == "float64 values":
+        return pa.table({**keys, "embedding": pa.FixedSizeListArray.from_arrays(pa.array(three), 3)})
+    if kind == "lists":
+        return pa.table({**keys, "embedding": pa.array([[1.0, 2.0], [3.0]])})
+    return features(KEYS, three.reshape(2, 3)).set_column(1, "sample", pa.array([0, 1], pa.int64()))
+
+
+@pytest.mark.parametrize(
+    ("which", "kind"),
+    [
+        ("table", "columns"),
+        ("table", "order"),
+        ("states", "columns"),
+        ("states", "float64 values"),
+        ("states", "lists"),
+        ("states", "int64 samples"),
+    ],
+)
+def test_a_foreign_part_stops_the_run_with_its_name(which: str, kind: str, request: pytest.FixtureRequest) -> None:
+    taken: Table = request.getfixturevalue(which)
+    path = taken.part(KEYS)
+    pq.write_table(foreign(kind), path)
+    with pytest.raises(StoreError, match=f"{path.name} is foreign"):
+        taken.read()
+
+
+def test_a_part_of_another_dimension_stops_the_run_with_its_name(states: Table) -> None:
+    states.write(["a"], features(["a"], np.ones((1, 3))))
+    states.write(["b"], features(["b"], np.ones((1, 4))))
+    with pytest.raises(StoreError, match=f"{states.part(['b']).name} is foreign: its embeddings have 4 values.*has 3"):
+        states.read([["a"], ["b"]])
+
+
+def test_rows_of_another_schema_are_not_written(table: Table) -> None:
+    with pytest.raises(StoreError, match="takes rows of .*'reward'.* not of .*'embedding'"):
+        table.write(KEYS, features(KEYS, np.ones((2, 3))))
+    assert table.parts() == []
+
+
+def test_a_table_of_other_inputs_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    inputs: dict[str, Any] = {
+        "a": {"stop": ("x",), "hidden": (1,), "layers": (2,), "tokens": (3,), "temperature": 0.8},
+        "seed": 1,
+    }
+    store.open_table(tmp_path, "t", inputs=inputs).begin()
+    store.open_table(tmp_path, "t", inputs=inputs).begin()  # the same inputs: tuples are lists in JSON
+    other = store.open_table(tmp_path, "t", inputs={"a": inputs["a"] | {"temperature": 1.0, "top_k": 5}, "seed": 1})
+    message = r"\(a.temperature was 0.8, now 1.0; a.top_k was 'not there', now 5\): choose another run folder"
+    for call in (other.begin, other.check_inputs, other.read):
+        with pytest.raises(StoreError, match=message):
+            call()
+
+
+def test_parts_without_a_manifest_are_refused(table: Table) -> None:
+    table.write(KEYS, rewards(KEYS))
+    (table.folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="has parts but no manifest.json"):
+        table.begin()
+    with pytest.raises(StoreError, match="it has no manifest.json"):
+        store.found_table(table.folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "\xff"])
+def test_a_damaged_manifest_is_named(table: Table, text: str) -> None:
+    (table.folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    for call in (table.begin, lambda: store.found_table(table.folder)):
+        with pytest.raises(StoreError, match="manifest.json cannot be read"):
+            call()
+
+
+def test_a_begun_table_keeps_its_manifest_and_tells_its_inputs(table: Table) -> None:
+    manifest = (table.folder / "manifest.json").read_bytes()
+    table.begin()
+    assert (table.folder / "manifest.json").read_bytes() == manifest
+    assert store.found_table(table.folder, store.REWARDS).inputs == {"seed": 1}
+
+
+def test_missing_and_absent_parts_say_which_stage_to_run(table: Table) -> None:
+    with pytest.raises(StoreError, match="has no rows yet"):
+        table.read()
+    table.write(KEYS, rewards(KEYS))
+    with pytest.raises(StoreError, match="is missing 1 of 2 parts"):
+        table.read([KEYS, ["c"]])
+
+
+def test_identity_follows_the_content_of_the_inputs_alone() -> None:
+    def identity(inputs: dict[str, Any]) -> str:
+        return Table(Path("x"), inputs, None).identity
+
+    assert identity({"a": 1, "b": (2,)}) == identity({"b": [2], "a": 1})
+    assert identity({"a": 1}) != identity({"a": 2})
+
+
+def test_features_are_float16_bit_by_bit(states: Table) -> None:
+    values = np.array([[1.5, -2.25, 65504.0], [6e-8, 0.1, -0.0]])
+    rows, exact = store.feature_rows(KEYS, [0, 1], values.astype(np.float32))
+    assert not exact
+    states.write(KEYS, rows)
+    read = store.embeddings_of(states.read())
+    assert read.dtype == np.float16
+    assert read.tobytes() == values.astype(np.float16).tobytes()
+
+
+def test_values_beyond_float16_are_kept_as_float32_beside_float16_parts(states: Table) -> None:
+    small, large = np.array([[1.5, 0.1]], np.float32), np.array([[70000.0, 1e-9]], np.float32)
+    assert store.feature_rows(["b"], [0], large)[1]
+    states.write(["a"], features(["a"], small))
+    states.write(["b"], features(["b"], large))
+    rows = states.read([["a"], ["b"]])
+    read = store.embeddings_of(rows)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, np.concatenate([small.astype(np.float16).astype(np.float32), large]))
+    assert rows["task_id"].to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_embedding_that_is_not_finite_is_refused(bad: float) -> None:
+    values = np.ones((2, 3), np.float32)
+    values[1, 2] = bad
+    with pytest.raises(StoreError, match="The embedding of b, sample 7, is not finite.*bfloat16 or float32"):
+        store.feature_rows(KEYS, [0, 7], values)
+
+
+def test_features_are_written_plain_and_other_tables_are_not(states: Table, table: Table) -> None:
+    states.write(KEYS, features(KEYS, np.ones((2, 3))))
+    group = pq.read_metadata(states.part(KEYS)).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    assert {column.compression for column in columns} == {"UNCOMPRESSED"}
+    assert not any(column.is_stats_set or column.has_dictionary_page for column in columns)
+    table.write(KEYS, rewards(KEYS))
+    group = pq.read_metadata(table.part(KEYS)).row_group(0)
+    assert group.column(0).compression == "ZSTD"
+    assert group.column(0).is_stats_set
