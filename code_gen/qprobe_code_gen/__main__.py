@@ -145,6 +145,8 @@ def _indented(text: str) -> str:
 def run(config: dict[str, Any]) -> None:
     """Make the pipeline of a configuration, execute its stages, print what came out."""
     pipeline = make_pipeline(config)
+    if "reward" in config["stages"] and isinstance(pipeline.reward, UnitTestReward):
+        pipeline.reward.check()
     pipeline.execute(config["stages"])
     if "report" in config["stages"]:
         losses = pipeline.settings.losses

@@ -22,7 +22,9 @@ REQUEST = "Write a Python function for this specification."
 BEHIND_PROGRAMS = ("\n" + FENCE, '\n"""', "\nprint", "\nassert ", "\nif __name__")
 # What else stands behind a finished function, where one function is asked for. It may also stand in the first lines of a
 # whole program (a completion that begins with a fence or an import), so it counts only behind an empty line.
-BEHIND_FUNCTIONS = tuple(f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@"))
+BEHIND_FUNCTIONS = tuple(
+    f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@")
+)
 STYLES = ("chat_opened", "chat", "zero_shot", "few_shot")
 
 

@@ -43,6 +43,14 @@ class UnitTestReward:
     def identity(self) -> dict[str, Any]:
         return {"reward": self.name, "style": self.style.style, "limits": dataclasses.asdict(self.limits)}
 
+    def check(self) -> None:
+        """Start the sandbox once, so that what it lacks is said before hours of sampling.
+
+        Raises:
+            ExecutorError: it does not start, or `strict` and a layer is missing.
+        """
+        Executor(1, self.limits, self.strict).close()
+
     def program(self, task_id: str, completion: str) -> Program:
         """What is executed for a completion."""
         problem = self.problems[task_id]

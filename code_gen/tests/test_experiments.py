@@ -1,5 +1,6 @@
 """Every shipped experiment composes and runs, shrunk, on a tiny model; bad configurations are sentences before any work."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,26 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def few_mbpp_problems(folder: Path) -> str:
+    """Problems of MBPP's shape, five in each of the splits that the experiments read."""
+    rows = [
+        {
+            "task_id": number,
+            "text": f"Write a function to add {number}.",
+            "code": f"def add(x):\r\n  return x + {number}",
+            "test_setup_code": "",
+            "test_list": [f"assert add(1) == {number + 1}"],
+        }
+        for number in (*range(11, 16), *range(601, 606))
+    ]
+    path = folder / "mbpp.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
 def shrunk(model: ModelSpec, folder: Path) -> list[str]:
     return [
+        f"dataset.mbpp_file={few_mbpp_problems(folder)}",
         *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=5"),
         *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
         *("probe.steps=5", "evaluation.seeds=2", "evaluation.bootstrap=100"),
@@ -30,15 +49,16 @@ def shrunk(model: ModelSpec, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_shrunk(
-    name: str, tiny_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_code_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = composed([f"experiment={name}", *shrunk(tiny_model, tmp_path)])
+    config = composed([f"experiment={name}", *shrunk(tiny_code_model, tmp_path)])
     command.run(config)
     printed = capsys.readouterr().out
     assert "5 prompts x 2 samples" in printed
     assert "Q-probe L_PG" in printed
     assert str(tmp_path / f"{name}-limit5" / "tables") in printed
-    assert len(list((tmp_path / f"{name}-limit5").rglob("*.png"))) == 3
+    figures = sorted((tmp_path / f"{name}-limit5").rglob("*.png"))
+    assert len(figures) == 3 * len(config["dataset"]["test"])
 
 
 def test_every_key_of_every_configuration_has_a_comment() -> None:
@@ -93,14 +113,18 @@ def test_an_unknown_stage_is_a_sentence_before_any_work(tmp_path: Path) -> None:
 
 
 def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> None:
-    overrides = ["dataset.prompt_style=few_shot", "dataset.examples=[HumanEval/0,HumanEval/5]", f"paths.runs={tmp_path}"]
+    overrides = [
+        "dataset.prompt_style=few_shot",
+        "dataset.examples=[HumanEval/0,HumanEval/5]",
+        f"paths.runs={tmp_path}",
+    ]
     pipeline = command.make_pipeline(composed(["experiment=humaneval", "model.name=embedded", *overrides]))
     ids = [prompt.task_id for prompt in pipeline.tests[0].prompts]
     assert len(ids) == 162
     assert not {"HumanEval/0", "HumanEval/5"} & set(ids)
 
 
-def test_a_stage_that_misses_its_inputs_says_which(tiny_model: ModelSpec, tmp_path: Path) -> None:
-    pipeline = command.make_pipeline(composed(["experiment=demo", *shrunk(tiny_model, tmp_path)]))
+def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
+    pipeline = command.make_pipeline(composed(["experiment=demo", *shrunk(tiny_code_model, tmp_path)]))
     with pytest.raises(RuntimeError, match=r"completions/humaneval.sample is missing 1 of 1 parts"):
         pipeline.execute(["reward"])

@@ -19,33 +19,43 @@ KILLS = 3
 def command(model: ModelSpec, run: Path, stage: str) -> list[str]:
     return [
         *(sys.executable, "-m", "qprobe_code_gen", "experiment=demo", "model=hub", f"model.name={model.name}"),
-        *("model.dtype=float32", "model.device=cpu", "sampler.n=4", "sampler.max_new_tokens=12", "sampler.batch_rows=16"),
+        *(
+            "model.dtype=float32",
+            "model.device=cpu",
+            "sampler.n=4",
+            "sampler.max_new_tokens=12",
+            "sampler.batch_rows=16",
+        ),
         *("embedder.layers=[2,3]", f"paths.run={run}", "probe.steps=400", f"stages=[{stage}]", "limit=40"),
     ]
 
 
 def keys(run: Path, table: str) -> list[tuple[str, int]]:
     parts = sorted((run / table).glob("*.parquet"))
-    rows = [row for part in parts for row in pq.read_table(part, partitioning=None).select(["task_id", "sample"]).to_pylist()]
+    rows = [
+        row
+        for part in parts
+        for row in pq.read_table(part, partitioning=None).select(["task_id", "sample"]).to_pylist()
+    ]
     return sorted((row["task_id"], row["sample"]) for row in rows)
 
 
 @pytest.mark.slow
 def test_three_random_kills_in_every_stage_leave_the_tables_of_an_undisturbed_run(
-    tiny_model: ModelSpec, tmp_path: Path
+    tiny_code_model: ModelSpec, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seconds = {}
     for stage in STAGES:
         start = time.monotonic()
-        subprocess.run(command(tiny_model, whole, stage), check=True, capture_output=True)
+        subprocess.run(command(tiny_code_model, whole, stage), check=True, capture_output=True)
         seconds[stage] = time.monotonic() - start
     lot = random.Random(0)
     landed = 0
     for stage in STAGES:
         for _ in range(KILLS):
             process = subprocess.Popen(
-                command(tiny_model, killed, stage), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command(tiny_code_model, killed, stage), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
                 # The first half of the time is imports; the work lies behind it.
@@ -54,14 +64,18 @@ def test_three_random_kills_in_every_stage_leave_the_tables_of_an_undisturbed_ru
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 landed += 1
-        subprocess.run(command(tiny_model, killed, stage), check=True, capture_output=True)
+        subprocess.run(command(tiny_code_model, killed, stage), check=True, capture_output=True)
     assert landed >= KILLS * len(STAGES) // 2
     whole, killed = whole.with_name("whole-limit40"), killed.with_name("killed-limit40")
     tables = sorted(path.name for path in (whole / "tables").iterdir())
     assert len(tables) == 3
     for name in tables:
         assert (killed / "tables" / name).read_text() == (whole / "tables" / name).read_text()
-    for table in ("completions/humaneval.sample", "rewards/humaneval.sample/unit_tests", "completions/humaneval.greedy"):
+    for table in (
+        "completions/humaneval.sample",
+        "rewards/humaneval.sample/unit_tests",
+        "completions/humaneval.greedy",
+    ):
         found = keys(killed, table)
         assert len(set(found)) == len(found)
         assert found == keys(whole, table)

@@ -48,7 +48,9 @@ def test_a_row_becomes_a_problem() -> None:
     assert problem.task_id == "MBPP/011"
     assert problem.entry_point == "add_one"
     assert problem.tests == "assert add_one(1) == 2\nassert add_one(2) == 3\nassert add_one(-1) == 0"
-    assert problem.description.startswith("Write a function to add one.\nYour code should pass these tests:\n\nassert add_one(1)")
+    assert problem.description.startswith(
+        "Write a function to add one.\nYour code should pass these tests:\n\nassert add_one(1)"
+    )
     assert problem.code_prompt.startswith('"""\nWrite a function to add one.\n')
     assert "\r" not in problem.solution
 
@@ -77,7 +79,7 @@ def test_plain_and_gzipped_files_give_the_same_problems(tmp_path: Path) -> None:
 
 
 def test_bad_files_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no file .*nothing.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.jsonl"):
         load("mbpp-test", str(tmp_path / "nothing.jsonl"))
     with pytest.raises(ValueError, match="line 2 is no problem of MBPP: it has no code"):
         load("mbpp-test", write_rows(tmp_path / "a", [ROW, {k: v for k, v in ROW.items() if k != "code"}]))

@@ -93,12 +93,16 @@ def test_every_canonical_solution_survives_as_a_completion(name: str) -> None:
 
 
 @pytest.mark.parametrize("style", [PLAIN, OPENED])
-@pytest.mark.parametrize("completion", ["\n\ndef half(x):\n    return x // 2", "```python\ndef half(x):\n    return x // 2"])
+@pytest.mark.parametrize(
+    "completion", ["\n\ndef half(x):\n    return x // 2", "```python\ndef half(x):\n    return x // 2"]
+)
 def test_stop_texts_do_not_empty_a_completion_that_begins_anew(style: PromptStyle, completion: str) -> None:
     assert stop_position(completion, style.stop([HALF])) == len(completion)
 
 
-@pytest.mark.parametrize("behind", ["\n```\nTalk", "\n\ndef other():", "\nprint(half(1))", "\n\n# Test", "\nif __name__ =="])
+@pytest.mark.parametrize(
+    "behind", ["\n```\nTalk", "\n\ndef other():", "\nprint(half(1))", "\n\n# Test", "\nif __name__ =="]
+)
 def test_stop_texts_end_a_finished_function(behind: str) -> None:
     body = "    return x // 2"
     assert stop_position(body + behind, PLAIN.stop([HALF])) == len(body)

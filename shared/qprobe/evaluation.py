@@ -143,6 +143,7 @@ def save_sweep(sweep: Sequence[SweepProbe], folder: Path, inputs: dict[str, Any]
         entries.append({"loss": probe.loss, "seed": probe.seed, "fold": probe.fold, **described})
     network = sweep[0].trained.network
     shape = {"dimension": network.dimension, "hidden": list(network.hidden)}
+    (folder / "sweep.json").unlink(missing_ok=True)  # an older one must not describe new weights
     write_whole(folder / "sweep.safetensors", tensors_to_bytes(tensors))
     text = json.dumps({"inputs": inputs, "network": shape, "probes": entries}, indent=1)
     write_whole(folder / "sweep.json", text.encode())
@@ -166,8 +167,9 @@ def load_sweep(folder: Path, inputs: dict[str, Any]) -> list[SweepProbe] | None:
             sweep.append(SweepProbe(loss, seed, fold, TrainedProbe(network=network, **entry)))
         return sweep
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
         raise ValueError(
-            f"{folder} holds a damaged sweep of probes ({error}): delete the folder, it is trained anew."
+            f"{folder} holds a damaged sweep of probes ({first}): delete the folder, it is trained anew."
         ) from error
 
 

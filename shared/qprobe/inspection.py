@@ -33,7 +33,10 @@ def inspect(run: Path) -> list[TableState]:
     """
     if not (run / "prompts").is_dir():
         raise StoreError(f"{run} is no run folder: it has no folder prompts.")
-    return list(_states(run))
+    states = list(_states(run))
+    if not states:
+        raise StoreError(f"{run} holds no table yet: run the stage sample.")
+    return states
 
 
 def _states(run: Path) -> Iterator[TableState]:
@@ -45,7 +48,8 @@ def _states(run: Path) -> Iterator[TableState]:
     for table in _tables(run / "completions", store.COMPLETIONS):
         pool = table.folder.name
         of_split = prompts.get(pool.rpartition(".")[0])
-        expected[pool] = None if of_split is None else of_split * int(table.inputs["sampler"]["n"])
+        samples = table.inputs.get("sampler", {}).get("n")
+        expected[pool] = None if of_split is None or samples is None else of_split * int(samples)
         yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table))
     for table in _tables(run / "rewards", store.REWARDS):
         yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from qprobe.prompts import Prompt
 
@@ -251,7 +252,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
             yield
     except ImportError as error:
         raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(spec.source()[0]).exists():
             reason = "its files are here but cannot be used; check that they are complete and a causal language model's"
@@ -283,7 +284,9 @@ def load(spec: ModelSpec) -> LanguageModel:
         ModuleNotFoundError: transformers, gguf or the embedded model's package is missing.
     """
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"Model {spec.name!r} is asked for on {spec.device}, but torch finds no GPU: use device=auto or cpu.")
+        raise ValueError(
+            f"Model {spec.name!r} is asked for on {spec.device}, but torch finds no GPU: use device=auto or cpu."
+        )
     tokenizer = load_tokenizer(spec).tokenizer
     folder, arguments = _loading_arguments(spec)
     with _explained(spec):

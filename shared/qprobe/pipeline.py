@@ -10,6 +10,8 @@ on the others. The pipeline knows no reward, sampler or embedder by name.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from qprobe import evaluation, stages
 from qprobe.embedding import Embedder
 from qprobe.evaluation import EvaluationSettings, Example, SweepProbe
 from qprobe.probe import EmbeddingSource, QProbe
-from qprobe.report import figures, tables
+from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
 from qprobe.stages import Joined, Pool, Reward, Split
@@ -78,6 +80,11 @@ class Pipeline:
                 f"evaluation.k is {self.settings.k}, but only n={n} completions are sampled for a prompt: lower k or raise "
                 "sampler.n."
             )
+        names = [split.name for split in [*([self.training_split] if self.training_split else []), *self.tests]]
+        if not self.tests or len(set(names)) < len(names):
+            raise ValueError(
+                f"The splits are {', '.join(names) or 'none'}: give at least one, each with a name of its own."
+            )
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
         if self.training_split is None:
@@ -96,6 +103,8 @@ class Pipeline:
         """
         if unknown := [name for name in names if name not in STAGES]:
             raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        if "report" in names:
+            importlib.import_module("qprobe.report.figures")  # a missing matplotlib is said before hours of sampling
         work = {
             "sample": self.sample,
             "reward": self.reward_completions,
@@ -104,9 +113,21 @@ class Pipeline:
             "evaluate": self.evaluate,
             "report": self.write_report,
         }
+        self._check_tables(names)
         for name in STAGES:
             if name in names:
                 work[name]()
+
+    def _check_tables(self, names: Sequence[str]) -> None:
+        """Refuse tables of other inputs before hours of work on the tables before them."""
+        for pool in self.pools if "sample" in names else []:
+            pool.prompts.check_inputs()
+            pool.completions.check_inputs()
+        for pool in self.pools if "reward" in names else []:
+            pool.rewards(self.reward).check_inputs()
+        for pool in self.sample_pools if "embed" in names else []:
+            for layer in self.embedder.layers:
+                pool.features(self.embedder, layer).check_inputs()
 
     def sample(self) -> None:
         for pool in self.pools:
@@ -142,6 +163,8 @@ class Pipeline:
             ).write(self._results_path(pool.split))
 
     def write_report(self) -> None:
+        from qprobe.report import figures
+
         for split in self.tests:
             results = self.results(split)
             tables.write_tables(results, self.run / "tables")
@@ -214,12 +237,8 @@ class Pipeline:
             (trained,) = train(
                 data, [ProbeTask(loss, self.seed, data.sizes > 0)], self.training, k=self.k, seed=self.seed
             )
-            identity = self.embedder.identity()
-            source = EmbeddingSource(
-                {key: value for key, value in identity.items() if key != "token"},
-                self.probe_layer,
-                identity["token"],
-                self.embedder.tokenizer_fingerprint(),
+            source = EmbeddingSource.of(
+                self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint()
             )
             QProbe.of(trained, loss, source, inputs, k=self.k, seed=self.seed, settings=self.training).save_pretrained(
                 folder / loss
@@ -229,7 +248,7 @@ class Pipeline:
         """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
         settings = dataclasses.asdict(self.settings)
         chosen = {name: settings[name] for name in ("losses", "seeds", "folds", "train_share")}
-        return {
+        inputs = {
             "features": pool.features(self.embedder, self.probe_layer).identity,
             "rewards": pool.rewards(self.reward).identity,
             "training": dataclasses.asdict(self.training),
@@ -238,6 +257,8 @@ class Pipeline:
             "k": self.k,
             "seed": self.seed,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(inputs))  # as a card gives them back: tuples are lists
+        return plain
 
     def _join(self, pool: Pool) -> Joined:
         if pool.name not in self._joined:

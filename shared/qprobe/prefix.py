@@ -74,6 +74,9 @@ class PrefixRun:
         if self.shared:
             _register_attention()
             self.model.set_attn_implementation(ATTENTION_NAME)
+        elif getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+            # transformers' default (sdpa) leaves the cap on Gemma 2's scores away.
+            self.model.set_attn_implementation("eager")
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], layers: Sequence[int] = (), logits: bool = False) -> Prefix:
@@ -91,8 +94,9 @@ class PrefixRun:
             raise ValueError("No prompts were given: there is nothing to run the model on.")
         if not all(prompts):
             raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
-        parts = _by_length(prompts)
-        if len(parts) == 1:
+        # A sliding window's cache holds only the last tokens: those of several passes cannot be joined.
+        parts = _by_length(prompts) if self.shared else []
+        if len(parts) <= 1:
             return self._prefill_pass(prompts, layers, logits)
         passed = [self._prefill_pass([prompts[p] for p in part], layers, logits) for part in parts]
         return _joined(passed, parts)
@@ -210,11 +214,14 @@ class _SharedPrompts:
     owner: Tensor
     slots: Tensor = field(init=False)
     rows_per_prompt: int = field(init=False)
+    counts: list[int] = field(init=False)
+    lengths: list[int] = field(init=False)
     _hidden: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         counts = torch.bincount(self.owner, minlength=len(self.mask))
         self.rows_per_prompt = int(counts.max())
+        self.counts, self.lengths = counts.tolist(), self.mask.sum(1).tolist()
         first = counts.cumsum(0) - counts
         within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
         self.slots = self.owner * self.rows_per_prompt + within
@@ -250,6 +257,8 @@ class _SharedPrompts:
 
         Returns: (R, H, T, d).
         """
+        if query.shape[2] > 1:
+            return self._attend_prompt_by_prompt(layer, query, key, value, mask, scaling)
         prompt_key, prompt_value = self.layers[layer]
         rows, heads, width, d = query.shape
         shared = prompt_key.shape[1]
@@ -262,7 +271,38 @@ class _SharedPrompts:
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
         out: Tensor = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value
-        return out.view(rows, heads, width, d)
+        return out.reshape(rows, heads, width, d)
+
+    def _attend_prompt_by_prompt(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+    ) -> Tensor:
+        """`attend` for many tokens a row: torch's fused kernel, which never holds the (T, S + T) scores.
+
+        The prompt's keys are then small beside the work, so each prompt's rows get a copy, without padding.
+        """
+        prompt_key, prompt_value = self.layers[layer]
+        groups = query.shape[1] // prompt_key.shape[1]
+        width = prompt_key.shape[2]
+        output = torch.empty_like(query)
+        start = 0
+        for prompt, (rows, length) in enumerate(zip(self.counts, self.lengths, strict=True)):
+            own = slice(start, start + rows)
+            start += rows
+            if not rows:
+                continue
+            keys, values = (
+                torch.cat([before[prompt, :, width - length :].expand(rows, -1, -1, -1), after[own]], dim=2)
+                for before, after in ((prompt_key, key), (prompt_value, value))
+            )
+            of_prompt = mask.new_ones(mask.shape[2], length)
+            output[own] = torch.nn.functional.scaled_dot_product_attention(
+                query[own],
+                keys.repeat_interleave(groups, dim=1),
+                values.repeat_interleave(groups, dim=1),
+                attn_mask=torch.cat([of_prompt, mask[start - 1, 0]], dim=1),
+                scale=scaling,
+            )
+        return output
 
 
 def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -49,6 +49,13 @@ class EmbeddingSource:
         # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
         object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k != "dtype"})
 
+    @classmethod
+    def of(cls, identity: dict[str, Any], layer: int, template: str = "") -> EmbeddingSource:
+        """The source that an embedder's `identity()` describes: its key `model` where that is a model's own identity."""
+        rest = {key: value for key, value in identity.items() if key != "token"}
+        model = rest["model"] if isinstance(rest.get("model"), dict) else rest
+        return cls(model, layer, identity.get("token", "last"), template)
+
 
 class QProbe:
     """A small network that scores embeddings of prompt + completion, and the policy softmax(Q / beta).
@@ -81,6 +88,10 @@ class QProbe:
             raise ValueError(f"QProbe has no option {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
         if settings is not None and options:
             raise ValueError(f"Give either settings or {', '.join(options)}, not both.")
+        if beta is not None and not beta >= 0:
+            raise ValueError(f"beta is {beta}: a temperature is 0 (argmax) or more.")
+        if k < 1:
+            raise ValueError(f"k is {k}: a policy chooses from at least one candidate.")
         self.loss = loss
         self.beta = beta
         self.k = k
@@ -110,8 +121,11 @@ class QProbe:
         ids = np.asarray(prompts)
         if ids.ndim != 1:
             raise ValueError(f"prompts has shape {ids.shape}: give one id for each row.")
+        rows = _floats(features, "features")
+        if rows.ndim == 2 and len(ids) != len(rows):
+            raise ValueError(f"prompts has {len(ids)} rows, features has {len(rows)}: give one id for each row.")
         groups = torch.from_numpy(np.unique(ids, return_inverse=True)[1].astype(np.int64))
-        return self._fit(Data(_floats(features, "features"), _floats(rewards, "rewards").float(), groups))
+        return self._fit(Data(rows, _floats(rewards, "rewards").float(), groups))
 
     def fit_pairs(
         self,
@@ -217,13 +231,14 @@ class QProbe:
                 raise ValueError(
                     "select draws at random when beta > 0: pass a torch.Generator, or beta=0 for the best."
                 )
-            return int(scores.argmax())
+            return int(policy.selection_weights(scores, 0).argmax())
         return policy.select(scores, temperature, generator)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors) and card (JSON); no pickle."""
         trained = self._fitted()
         folder = Path(folder)
+        (folder / CARD_FILE).unlink(missing_ok=True)  # the card comes last: an older one must not describe new weights
         network.save(trained, folder)
         card = {
             "loss": self.loss,
@@ -260,7 +275,7 @@ class QProbe:
                 card["data"],
                 source,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
         probe.network_ = network.load(folder)
         return probe
@@ -284,7 +299,13 @@ class QProbe:
 
 
 def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
-    tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+    else:
+        try:  # torch wants memory that it may write to, which Arrow and pandas do not give
+            tensor = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be read as numbers ({error}): give an array of one float type.") from error
     if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
         return tensor
     if tensor.is_complex():

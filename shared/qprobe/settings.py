@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
@@ -23,6 +25,10 @@ def build(make: Callable[..., Made], values: Mapping[str, Any], where: str, **mo
         ValueError: a key that `make` does not know, one that it needs and does not get, or a value of the wrong kind.
     """
     check_keys(values, accepted(make) - set(more), where)
+    for name, kind in _kinds(make).items():
+        if name in values and not _fits(values[name], kind):
+            wanted = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+            raise ValueError(f"{where}.{name} is {values[name]!r}: it should be {wanted.replace('None', 'null')}.")
     try:
         return make(**values, **more)
     except TypeError as error:
@@ -40,3 +46,26 @@ def accepted(make: Callable[..., Any]) -> set[str]:
     if dataclasses.is_dataclass(make):
         return {f.name for f in dataclasses.fields(make) if f.init}
     return {name for name in inspect.signature(make).parameters if name != "self"}
+
+
+def _kinds(make: Callable[..., Any]) -> dict[str, Any]:
+    """The declared kind of every argument."""
+    if inspect.isclass(make) and not dataclasses.is_dataclass(make):
+        return typing.get_type_hints(make.__init__)
+    return typing.get_type_hints(make)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of a configuration is of a kind; kinds that no configuration can hold are not looked at."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (str, bool, types.NoneType):
+        return isinstance(value, kind)
+    return True

@@ -8,8 +8,11 @@ lost is made anew from the same batch as the first time.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,6 +169,7 @@ def render_prompts(pool: Pool) -> None:
 
 def sample(pool: Pool, progress: bool = True) -> None:
     """Draw the pool's completions."""
+    pool.prompts.check_inputs()  # its message names what differs; the completions know the prompts by their fingerprint
     table = pool.completions
     table.begin()
     if all(table.has(keys) for keys in pool.batches):
@@ -207,6 +211,10 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
                 yield RewardBatch(keys, [(r["task_id"], r["sample"], r["completion"]) for r in rows])
 
         for batch, rewarded in reward_stage(reward_batches()):
+            if batch.keys not in waiting:
+                raise RuntimeError(
+                    f"The reward {reward_stage.name} gave the batch of {batch.keys[0]} twice, or was never given it."
+                )
             if len(rewarded) != len(batch.rows):
                 raise RuntimeError(
                     f"The reward {reward_stage.name} gave {len(rewarded)} rows for {len(batch.rows)} completions."
@@ -261,7 +269,9 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
 
     def write(keys: Keys, parts: dict[int, pa.Table]) -> None:
         for layer, part in parts.items():
-            tables[layer].write(keys, part)
+            # A layer may be ahead of the others; rows that were written stay as they are.
+            if not tables[layer].has(keys):
+                tables[layer].write(keys, part)
 
     works = [Work(k, len(k) * pool.n, all(t.has(k) for t in tables.values())) for k in pool.batches]
     run_stage(f"embed {pool.kind}", works, stage, write, progress=progress)
@@ -305,9 +315,9 @@ def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, lay
     for name, table in tables.items():
         found = list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
         if found != expected:
-            wrong = sorted(set(expected) ^ set(found)) or [next(k for k in found if found.count(k) > 1)]
             raise StoreError(
-                f"The {name} of {pool.name} do not hold every (task_id, sample) once, as for {wrong[0]}: delete that table."
+                f"The {name} of {pool.name} do not hold every (task_id, sample) once and in order, as for "
+                f"{_first_wrong(found, expected)}: delete that table."
             )
     groups = np.repeat(np.arange(len(pool.task_ids)), pool.n)
     return Joined(
@@ -318,6 +328,15 @@ def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, lay
         rewards["verdict"].to_pylist(),
         features,
     )
+
+
+def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> tuple[str, int]:
+    """A key that is missing or there twice; else one that is foreign or in another's place."""
+    counts = Counter(found)
+    for key in expected:
+        if counts[key] != 1:
+            return key
+    return next(key for key, other in zip_longest(found, expected) if key != other)
 
 
 def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
@@ -331,6 +350,10 @@ def _completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:
 
 
 def _finite(value: float, name: str) -> float:
-    if not np.isfinite(value):
-        raise ValueError(f"The reward {name} gave {value}: a reward is a finite number.")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):  # a user's function may give anything
+        number = math.nan
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"The reward {name} gave {value!r}: a reward is a finite number.")
+    return number

@@ -190,8 +190,8 @@ def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
     if not manifest.exists():
         raise StoreError(f"{folder} is no table of a run folder: it has no manifest.json.")
     try:
-        return Table(folder, json.loads(manifest.read_text())["inputs"], schema)
-    except (ValueError, KeyError, TypeError) as error:
+        return Table(folder, dict(json.loads(manifest.read_text())["inputs"]), schema)
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreError(f"{manifest} cannot be read ({error}): move the table away or delete it.") from error
 
 

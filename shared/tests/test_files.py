@@ -17,7 +17,7 @@ def test_a_file_appears_with_its_folder_and_replaces_an_older_one(tmp_path: Path
     files.write_whole(path, b"first")
     files.write_whole(path, b"second")
     assert path.read_bytes() == b"second"
-    assert os.listdir(path.parent) == ["file"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -30,11 +30,11 @@ def test_a_full_disk_leaves_nothing_and_the_older_file_as_it_was(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, full)
     for path in (old, new):
         with pytest.raises(OSError, match=rf"{path} could not be written \(No space left on device\).*make room"):
             files.write_whole(path, b"content")
-    assert os.listdir(tmp_path) == ["old"]
+    assert list(tmp_path.iterdir()) == [old]
     assert old.read_bytes() == b"older"
 
 

@@ -1,37 +1,37 @@
 """What happens in the forked child: run the program, then its tests, and say how it ended. Standard library only.
 
 The child says "passed" by writing the token, which only the harness knows, after the tests have returned. An exit status
-proves nothing: `os._exit(0)` is one line. Everything that is needed after the program has run is bound to a name of this
-module before it runs, so that patched builtins and modules do not reach it.
+proves nothing: `os._exit(0)` is one line. What is needed after the program has run is bound to names of this module, which has
+builtins of its own: what the program patches does not reach it.
 """
 
 from __future__ import annotations
 
-import resource
+import builtins
 import sys
 import types
 from dataclasses import dataclass
 from os import _exit as exit_now
 from os import getpid, write
+from resource import RLIMIT_AS, getrlimit, setrlimit
 from typing import NoReturn
 
-compile_source, execute, evaluate, represent = compile, exec, eval, repr
-set_rlimit, RLIMIT_AS = resource.setrlimit, resource.RLIMIT_AS
+SHARED_BUILTINS = builtins.__dict__  # what programs get, and may patch
+globals()["__builtins__"] = dict(SHARED_BUILTINS)  # what the functions below use
 
 PROGRAM, TESTS, EXPRESSION = "<program>", "<tests>", "<expression>"
 PLACES = {PROGRAM: "the program", TESTS: "the tests", EXPRESSION: "the expression"}
-MEMORY_RESERVE = 32 << 20  # bytes that a child which ran out of memory gets back to report it
 RECURSION_LIMIT = 1000  # CPython's default
-EXEC_FRAMES = 0  # levels that `exec` itself adds beyond the frames below it; a test compares with plain CPython
+EXEC_FRAMES = 1  # the level that `exec` itself adds; a test compares with plain CPython
 
 
 @dataclass(frozen=True)
 class Source:
-    """The three texts of a program, as they came over the wire."""
+    """The three texts of a program as UTF-8 (with surrogates passed on, which models do write)."""
 
-    code: str
-    tests: str
-    expression: str
+    code: bytes
+    tests: bytes
+    expression: bytes
 
 
 def run(source: Source, token: bytes, result_fd: int, value_bytes: int) -> NoReturn:
@@ -71,14 +71,12 @@ def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
     """Verdict, detail and value of a program that returns or raises."""
     name = PROGRAM
     try:
-        code = compile_source(source.code, PROGRAM, "exec", 0, True)
+        code = compile(source.code, PROGRAM, "exec", 0, True)
         name = TESTS
-        tests = compile_source(source.tests, TESTS, "exec", 0, True)
+        tests = compile(source.tests, TESTS, "exec", 0, True)
         name = EXPRESSION
         # Leading blanks are an indentation error in eval mode and mean nothing in an expression.
-        expression = (
-            compile_source(source.expression.strip(), EXPRESSION, "eval", 0, True) if source.expression else None
-        )
+        expression = compile(source.expression.strip(), EXPRESSION, "eval", 0, True) if source.expression else None
     except MemoryError:
         return "out_of_memory", f"MemoryError while {PLACES[name]} was compiled", b""
     except RecursionError:
@@ -87,17 +85,17 @@ def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
         line = f" at line {fault.lineno}" if isinstance(fault, SyntaxError) and fault.lineno else ""
         return "syntax_error", f"{type(fault).__name__}{line} of {PLACES[name]}", b""
     module = types.ModuleType("program")
-    module.__dict__.pop("__builtins__", None)
+    module.__dict__["__builtins__"] = SHARED_BUILTINS
     sys.modules["program"] = module  # dataclasses, pickle and typing look a class's module up
     namespace = module.__dict__
     # A program must find as many free levels as under plain CPython: what stands below it does not count.
     sys.setrecursionlimit(RECURSION_LIMIT + depth() + EXEC_FRAMES)
     try:
-        execute(code, namespace)
-        execute(tests, namespace)
+        exec(code, namespace)
+        exec(tests, namespace)
         if expression is None:
             return "passed", "", b""
-        value = represent(evaluate(expression, namespace)).encode("utf-8", "backslashreplace")
+        value = repr(eval(expression, namespace)).encode("utf-8", "backslashreplace")
     except BaseException as fault:
         return describe(fault)
     if len(value) > value_bytes:
@@ -105,12 +103,15 @@ def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
     return "passed", "", value
 
 
+def text(source: bytes) -> str:
+    """Source as the str it was."""
+    return source.decode("utf-8", "surrogatepass")
+
+
 def describe(fault: BaseException) -> tuple[str, str, bytes]:
     """Verdict and detail of an exception."""
     if isinstance(fault, MemoryError):
-        soft, hard = resource.getrlimit(RLIMIT_AS)
-        if soft != hard:
-            set_rlimit(RLIMIT_AS, (hard, hard))
+        setrlimit(RLIMIT_AS, (getrlimit(RLIMIT_AS)[1],) * 2)
     line, place = 0, ""
     trace = BaseException.__dict__["__traceback__"].__get__(fault)  # a subclass may shadow the attribute
     while trace is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +18,11 @@ from types import TracebackType
 from typing import IO
 
 from . import wire
+from .cache import Cache
 from .verdicts import Execution, ExecutorError, Layer, Limits, Program, Verdict
 
 START_SECONDS = 60.0  # a cold disk and a busy machine included
+SILENCE = 12.0  # times the wall limit: two that wait for a busy machine, one after the other
 GRACE_SECONDS = 60.0  # beyond the wall limit, before a silent zygote counts as hung
 
 # The zygote imports its own files under their own names, but not the packages around them, which cost memory in every child.
@@ -44,13 +47,20 @@ class Executor:
         strict: refuse to start when a layer of isolation is missing.
         preload: modules that the zygote imports before it forks: faster for programs that import them, a little slower for
             all others.
+        cache: execute the same program (code, tests, expression, limits) only once. Turn it off to measure time, or for
+            programs that are meant to end differently each time.
 
     Raises:
         ExecutorError: the zygote did not start, or `strict` and a layer is missing.
     """
 
     def __init__(
-        self, workers: int = 2, limits: Limits | None = None, strict: bool = False, preload: Iterable[str] = ()
+        self,
+        workers: int = 2,
+        limits: Limits | None = None,
+        strict: bool = False,
+        preload: Iterable[str] = (),
+        cache: bool = True,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}: give at least 1")
@@ -66,9 +76,11 @@ class Executor:
         except BaseException:
             self.close()
             raise
-        self._version: str = hello["version"]
+        self._use_cache = cache
+        self._cache = Cache(hello["version"])
+        self._scratch.extend([hello["scratch"]] if hello["scratch"] else [])
         self._layers = [
-            Layer(name, name not in hello["problems"], stops, hello["problems"].get(name, ""))
+            Layer(name, name not in hello["problems"], stops, (hello["notes"] | hello["problems"]).get(name, ""))
             for name, stops in hello["layers"].items()
         ]
         missing = [f"{layer.name} ({layer.note})" for layer in self._layers if not layer.active]
@@ -89,6 +101,7 @@ class Executor:
             "workers": self.workers,
             "preload": preload,
             "packages": packages,
+            "temporary": tempfile.gettempdir(),
         }
         sandbox = Path(__file__).resolve().parent
         bootstrap = BOOTSTRAP.format(package=str(sandbox.parent), sandbox=str(sandbox))
@@ -116,7 +129,10 @@ class Executor:
         if parent is not None:
             os.close(parent)
         self._channel = ours
-        self._finalizer = weakref.finalize(self, _shut_down, self._zygote, ours, self._errors, self._owner)
+        self._scratch: list[str] = []  # folders of programs, known when the zygote has started
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._zygote, ours, self._errors, self._owner, self._scratch
+        )
 
     def __enter__(self) -> Executor:
         return self
@@ -129,6 +145,11 @@ class Executor:
     def close(self) -> None:
         """End the zygote and every program; safe to call twice."""
         self._finalizer()
+
+    @property
+    def pid(self) -> int:
+        """The process that was started: the zygote, or the one that waits outside its pid namespace."""
+        return self._zygote.pid
 
     def info(self) -> list[Layer]:
         """Which layers of isolation hold on this machine, what each stops, and why one is absent."""
@@ -161,14 +182,15 @@ class Executor:
         raise ExecutorError("the zygote gave no answer")
 
     def _stream(self, programs: Iterator[Program]) -> Iterator[tuple[int, Execution]]:
-        indices: dict[int, int] = {}
+        asked: dict[int, bytes] = {}  # number of a request -> key of its program
+        waiting: dict[bytes, list[int]] = {}  # key of a program -> indices that wait for it
         longest = 0.0
         ahead = 2 * self.workers  # enough to keep every worker busy while this process does something else
         numbered = enumerate(programs)
         exhausted = False
         try:
             while True:
-                while not exhausted and len(indices) < ahead:
+                while not exhausted and len(asked) < ahead:
                     item = next(numbered, None)
                     if item is None:
                         exhausted = True
@@ -176,14 +198,26 @@ class Executor:
                     index, program = item
                     limits = program.limits or self.limits
                     longest = max(longest, limits.wall)
-                    indices[self._send_program(program, limits)] = index
-                if not indices:
+                    key = self._cache.key(program, limits) if self._use_cache else b"%d" % index
+                    known = self._cache.get(key)
+                    if known is not None:
+                        yield index, known
+                    elif key in waiting:
+                        waiting[key].append(index)
+                    else:
+                        waiting[key] = [index]
+                        asked[self._send_program(program, limits)] = key
+                if not asked:
                     return
-                answer = self._receive(2 * longest + GRACE_SECONDS)
-                index = indices.pop(answer["id"])
-                yield index, self._read(answer)
+                answer = self._receive(SILENCE * longest + GRACE_SECONDS)
+                key = asked.pop(answer["id"])
+                execution = self._read(answer)
+                if self._use_cache and answer["settled"]:
+                    self._cache.put(key, execution)
+                for index in waiting.pop(key):
+                    yield index, execution
         finally:
-            if indices:
+            if asked:
                 self._cancel()
 
     def _send_program(self, program: Program, limits: Limits) -> int:
@@ -262,7 +296,9 @@ class Executor:
         return ExecutorError(f"the executor's zygote failed ({why})" + (f"; it said:\n{said}" if said else ""))
 
 
-def _shut_down(zygote: subprocess.Popen[bytes], channel: socket.socket, errors: IO[bytes], owner: int) -> None:
+def _shut_down(
+    zygote: subprocess.Popen[bytes], channel: socket.socket, errors: IO[bytes], owner: int, scratch: list[str]
+) -> None:
     channel.close()
     errors.close()
     if os.getpid() != owner:  # a forked copy of the executor's process: the zygote is not its child
@@ -274,3 +310,5 @@ def _shut_down(zygote: subprocess.Popen[bytes], channel: socket.socket, errors: 
         with contextlib.suppress(ProcessLookupError):
             os.kill(zygote.pid, signal.SIGKILL)
         zygote.wait()
+    for folder in scratch:  # only a killed zygote leaves one
+        shutil.rmtree(folder, ignore_errors=True)

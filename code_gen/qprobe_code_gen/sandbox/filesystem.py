@@ -5,6 +5,9 @@ home folders, /proc, /sys and everything writable are not hidden but gone. A chi
 tmpfs on /tmp. Standard library only.
 """
 
+# ruff: noqa: PTH102, PTH100, PTH103, PTH110, PTH112, PTH113, PTH114, PTH115, PTH118, PTH120, PTH123, PTH211
+# Files are named by descriptor here, and the zygote does without pathlib: what it loads, every fork copies.
+
 from __future__ import annotations
 
 import os
@@ -56,7 +59,7 @@ class Tree:
 
     def __init__(self, folders: list[str]) -> None:
         self.folders = folders
-        self.staged: list[tuple[str, str]] = []
+        self.staged: set[str] = set()
 
     def build(self) -> None:
         """Make the tree and move this process (alone in its mount namespace) into it.
@@ -70,11 +73,11 @@ class Tree:
         links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         kernel.mount("qprobe", top, "tmpfs", kernel.MS_NOSUID, "size=4m,mode=0755")
-        for number, (path, fd) in enumerate(sources.items()):
+        for path, fd in sources.items():
             target = top + path
             if path.startswith("/tmp/"):
-                self.staged.append((f"{STAGE}/{number}", path))
-                target = f"{top}{STAGE}/{number}"
+                self.staged.add(path.split("/")[2])
+                target = top + STAGE + path
             os.makedirs(os.path.dirname(target), exist_ok=True)
             if path in DEVICES:
                 write(target, b"")
@@ -110,9 +113,9 @@ class Tree:
         """
         options = f"size={disk_mib}m,nr_inodes=16384,mode=0700"
         kernel.mount("program", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-        for stage, path in self.staged:
-            os.makedirs(path, exist_ok=True)
-            kernel.mount(stage, path, None, kernel.MS_BIND | kernel.MS_REC)
+        for name in self.staged:
+            os.mkdir(f"/tmp/{name}")
+            kernel.mount(f"{STAGE}/tmp/{name}", f"/tmp/{name}", None, kernel.MS_BIND | kernel.MS_REC)
         os.chdir("/tmp")
 
 

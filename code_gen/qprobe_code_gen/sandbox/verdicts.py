@@ -30,8 +30,8 @@ class Limits:
     Args:
         cpu_seconds: processor time of the program and its descendants, seconds, > 0. The first limit: it does not move
             with the load of the machine.
-        wall_seconds: time on the clock, seconds, >= cpu_seconds; None is four times cpu_seconds plus two. It only stops
-            programs that wait (sleep, read a pipe for ever).
+        wall_seconds: time on the clock, seconds, >= cpu_seconds; None is four times cpu_seconds plus two. It stops programs
+            that wait (sleep, a lock for ever); time in the queue for a processor does not count.
         memory_mib: address space of one process and resident memory of all its processes together, MiB, >= 64.
         output_kib: printed text (standard output and error, each) and the value of the expression, KiB, >= 1.
         processes: processes and threads together, >= 1.

@@ -1,8 +1,13 @@
-"""The zygote: a small process that forks once per program, watches the children and always reaps them.
+"""The zygote: a small process whose forks, the slots, run the programs; it watches them and always reaps them.
 
 It is started by the executor as a fresh interpreter (never forked from a process that may hold threads and a loaded torch),
-imports what tests usually import, and then is one event loop. Standard library only: what it loads, every child pays for.
+imports what tests usually import, and then is one event loop. It does not fork the programs itself: a process that forks
+pays for every page it touches afterwards, and this one touches many. Standard library only: what it loads, every fork
+copies.
 """
+
+# ruff: noqa: PTH102, PTH106
+# Files are named by descriptor here, and the zygote does without pathlib: what it loads, every fork copies.
 
 from __future__ import annotations
 
@@ -11,46 +16,30 @@ import gc
 import importlib
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
-from . import child, wire
+from . import slots, wire
 from .layers import STOPS, Bounds, Isolation
+from .running import Running
+from .slots import Slot
 
-PRELOADED = (
-    "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy csv dataclasses datetime "
-    "decimal enum fractions functools hashlib heapq io itertools json math numbers operator os os.path pprint queue random "
-    "re statistics string struct sys textwrap threading time traceback types typing unicodedata warnings"
-).split()
+# Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for, but for
+# modules that are large and rare (hashlib brings OpenSSL, datetime and decimal are small).
+PRELOADED = """
+    abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq io
+    itertools math numbers operator os random re statistics string struct sys time traceback types typing warnings
+"""
 FIRST_LOOK = 0.02  # seconds; most programs have ended by then and are never looked at
 LOOK_EVERY = 0.05  # seconds between looks at a program that goes on
-FORK_ATTEMPTS = 50  # with 20 ms between: a machine that is full for a second is no reason to stop
-
-
-@dataclass
-class Running:
-    """A program that is being executed."""
-
-    ident: int
-    pid: int
-    token: bytes
-    limits: dict[str, Any]
-    fds: dict[str, int]
-    started: float
-    next_look: float
-    has_expression: bool
-    data: dict[str, bytearray] = field(
-        default_factory=lambda: {"out": bytearray(), "err": bytearray(), "result": bytearray()}
-    )
-    watched: set[str] = field(default_factory=set)
-    verdict: str = ""
-    detail: str = ""
+MOST_QUEUED = 5.0  # times the wall limit that a program may wait for a processor on top of it
+ATTEMPTS = 250  # to start a program, with 20 ms between: a machine that is full for seconds is no reason to stop
 
 
 class Zygote:
@@ -60,37 +49,34 @@ class Zygote:
         channel: connected socket to the executor.
         parent: a descriptor that becomes readable when the executor's process dies; None where there is none.
         workers: programs at the same time.
+        temporary: folder for temporary files.
     """
 
-    def __init__(self, channel: socket.socket, parent: int | None, workers: int) -> None:
+    def __init__(self, channel: socket.socket, parent: int | None, workers: int, temporary: str) -> None:
         self.channel = channel
+        self.parent = parent
         self.workers = workers
-        self.isolation = Isolation(workers)
+        self.isolation = Isolation(workers, temporary)
         self.inbox = wire.Inbox()
         self.outbox = bytearray()
         self.waiting: deque[dict[str, Any]] = deque()
         self.running: dict[int, Running] = {}
-        self.selector = selectors.DefaultSelector()
-        self.retry_fork_at = 0.0
-        self.fork_failures = 0
-        wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else os.pipe()
-        os.set_blocking(wake_reader, False)
-        os.set_blocking(wake_writer, False)
-        self.wake = wake_reader
-        self.wake_writer = wake_writer
-        self.selector.register(wake_reader, selectors.EVENT_READ, "wake")
-        self.selector.register(channel, selectors.EVENT_READ, "channel")
-        if parent is not None:
-            self.selector.register(parent, selectors.EVENT_READ, "parent")
-        self.null = os.open(os.devnull, os.O_RDONLY)
+        self.idle: list[Slot] = []
+        self.slots_made = 0
+        self.retry_at = 0.0
+        self.failures = 0
 
     def prepare(self) -> None:
-        """Put the shared layers on and tell the executor what holds."""
+        """Put the shared layers on, get ready to listen, and tell the executor what holds."""
         self.isolation.prepare()
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
         self.channel.setblocking(False)
-        self.send({"problems": self.isolation.problems, "layers": STOPS, "version": sys.version})
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.channel, selectors.EVENT_READ, "channel")
+        if self.parent is not None:
+            self.selector.register(self.parent, selectors.EVENT_READ, "parent")
+        isolation = self.isolation
+        hello = {"problems": isolation.problems, "notes": isolation.notes, "layers": STOPS}
+        self.send(hello | {"version": sys.version, "scratch": isolation.scratch})
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue a message to the executor."""
@@ -99,55 +85,53 @@ class Zygote:
 
     def flush(self) -> None:
         """Send what the socket takes now; the selector says when it takes more."""
+        wanted = selectors.EVENT_READ
         try:
             while self.outbox:
                 del self.outbox[: self.channel.send(self.outbox)]
         except BlockingIOError:
-            self.selector.modify(self.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, "channel")
+            wanted |= selectors.EVENT_WRITE
         except OSError:  # the executor is gone: nobody is left to answer
             self.leave()
-        else:
-            self.selector.modify(self.channel, selectors.EVENT_READ, "channel")
+        if self.selector.get_key(self.channel).events != wanted:
+            self.selector.modify(self.channel, wanted, "channel")
 
     def leave(self) -> None:
-        """End every program and this process."""
-        for running in list(self.running.values()):
-            self.kill(running)
-        for pid in list(self.running):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+        """End every program, every slot and this process."""
+        self.cancel()
+        for slot in list(self.idle):
+            self.discard(slot)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.isolation.scratch or "/")
         os._exit(0)
 
     def serve(self) -> None:
         """The loop; it never returns."""
         while True:
             self.fill()
-            events = self.selector.select(self.pause())
-            for key, mask in events:
+            for key, mask in self.selector.select(self.pause()):
                 if key.data == "channel":
                     if mask & selectors.EVENT_WRITE:
                         self.flush()
                     if mask & selectors.EVENT_READ:
                         self.receive()
-                elif key.data == "wake":
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self.wake, 4096)
                 elif key.data == "parent":
                     self.leave()
+                elif isinstance(key.data, Slot):
+                    self.hear(key.data)
                 else:
                     running, name = key.data
-                    self.drain(running, name)
-            self.reap()
+                    running.drain(name, self.selector)
             now = time.monotonic()
-            for running in list(self.running.values()):
+            for running in self.running.values():
                 if now >= running.next_look:
                     self.look(running, now)
 
     def pause(self) -> float | None:
-        """Seconds until something must be done without being woken."""
+        """Seconds until something must be done without being woken; None: for ever."""
         times = [running.next_look for running in self.running.values()]
         if self.waiting and len(self.running) < self.workers:
-            times.append(self.retry_fork_at)
+            times.append(self.retry_at)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def receive(self) -> None:
@@ -165,211 +149,194 @@ class Zygote:
             message = self.inbox.ready.popleft()
             if "cancel" in message:
                 self.cancel()
+                self.send({"cancelled": True})
             else:
                 self.waiting.append(message)
 
     def cancel(self) -> None:
-        """Kill and reap everything, then say so."""
+        """Drop what waits, kill and reap what runs, answer nothing."""
         self.waiting.clear()
-        for running in self.running.values():
-            self.stop(running, "error", "cancelled")
-        while self.running:
-            self.reap(block=True)
-        self.send({"cancelled": True})
+        for running in list(self.running.values()):
+            running.close_all(self.selector)
+            self.discard(running.slot)
 
     def fill(self) -> None:
         """Start programs while there is room."""
-        while self.waiting and len(self.running) < self.workers and time.monotonic() >= self.retry_fork_at:
+        while self.waiting and len(self.running) < self.workers and time.monotonic() >= self.retry_at:
             try:
                 self.start(self.waiting[0])
             except OSError as fault:
-                self.fork_failures += 1
-                self.retry_fork_at = time.monotonic() + 0.02
-                if self.fork_failures > FORK_ATTEMPTS:
-                    self.send(
-                        {"id": self.waiting.popleft()["id"], "fault": f"no new process could be started: {fault}"}
-                    )
-                    self.fork_failures = 0
+                self.failures += 1
+                self.retry_at = time.monotonic() + 0.02
+                if self.failures > ATTEMPTS:
+                    self.fail(self.waiting.popleft(), f"no program could be started: {fault}")
                 return
-            self.fork_failures = 0
+            self.failures = 0
             self.waiting.popleft()
 
+    def fail(self, message: dict[str, Any], why: str) -> None:
+        """Answer that the harness has failed."""
+        self.failures = 0
+        self.send({"id": message["id"], "fault": why})
+
     def start(self, message: dict[str, Any]) -> None:
-        """Fork one program."""
+        """Give one program to a slot.
+
+        Raises:
+            OSError: there is no room for another process or its pipes; try again later.
+        """
         limits = message["limits"]
         token = os.urandom(16).hex().encode()
+        texts = [message[name].encode("utf-8", "surrogatepass") for name in ("code", "tests", "expression")]
+        request = slots.pack_request(texts, token, limits["cpu_seconds"], limits["output_kib"] << 10)
+        slot = self.take_slot(Bounds(limits["memory_mib"], limits["processes"], limits["disk_mib"]))
         pipes: list[int] = []
         try:
             for _ in range(3):
                 pipes += os.pipe()
-            started = time.monotonic()
-            pid = self.isolation.fork()
+            sent = socket.send_fds(slot.control, [request], pipes[1::2])
+            slot.control.sendall(request[sent:])
         except OSError:
-            for fd in pipes:
+            self.discard(slot)
+            for fd in pipes[::2]:
                 os.close(fd)
             raise
-        if pid == 0:
-            self.become_program(message, token, pipes)
-        for fd in pipes[1::2]:
-            os.close(fd)
-        fds = dict(zip(("out", "err", "result"), pipes[::2], strict=True))
-        for fd in fds.values():
-            os.set_blocking(fd, False)
-        self.running[pid] = Running(
-            message["id"], pid, token, limits, fds, started, started + FIRST_LOOK, bool(message["expression"])
-        )
+        finally:
+            for fd in pipes[1::2]:
+                os.close(fd)
+        started = time.monotonic()
+        self.running[slot.pid] = Running(message, slot, token, pipes[::2], started, started + FIRST_LOOK)
 
-    def become_program(self, message: dict[str, Any], token: bytes, pipes: list[int]) -> None:
-        """In the child: confine it and run the program; never returns."""
-        limits = message["limits"]
-        result = 3
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            bounds = Bounds(limits["cpu_seconds"], limits["memory_mib"], limits["processes"], limits["disk_mib"])
-            self.isolation.confine(bounds)
-            # High copies first: one of the pipes' own numbers may be among 0 to 3.
-            ends = [os.dup(fd) for fd in (self.null, pipes[1], pipes[3], pipes[5])]
-            for fd, copy in enumerate(ends):
-                os.dup2(copy, fd)
-            os.closerange(4, 1 << 20)
-        except BaseException as fault:
-            os.write(pipes[5], token + b"\nfault\n" + repr(fault)[:300].encode() + b"\n")
-            os._exit(1)
-        source = child.Source(message["code"], message["tests"], message["expression"])
-        child.run(source, token, result, limits["output_kib"] << 10)
+    def take_slot(self, bounds: Bounds) -> Slot:
+        """An idle slot with these bounds, or a new one.
+
+        Raises:
+            OSError: there is no room for another process.
+        """
+        for index, slot in enumerate(self.idle):
+            if slot.bounds == bounds:
+                return self.idle.pop(index)
+        if self.idle:
+            self.discard(self.idle[0])
+        folder = ""
+        if self.isolation.scratch:
+            self.slots_made += 1
+            folder = f"{self.isolation.scratch}/{self.slots_made}"
+            os.mkdir(folder, 0o700)
+        ours, theirs = socket.socketpair()
+        pid = self.isolation.fork()
+        if pid == 0:
+            slots.live(theirs, self.isolation, bounds, folder)
+        theirs.close()
+        slot = Slot(pid, ours, bounds, folder)
+        self.selector.register(ours, selectors.EVENT_READ, slot)
+        return slot
+
+    def discard(self, slot: Slot) -> None:
+        """End a slot, and remove what its programs left behind."""
+        self.running.pop(slot.pid, None)
+        if slot in self.idle:
+            self.idle.remove(slot)
+        self.selector.unregister(slot.control)
+        slots.end(slot)
+        if not self.isolation.active("pid namespace"):
+            self.kill_orphans()
+        if slot.folder:
+            remove(slot.folder)
+
+    def hear(self, slot: Slot) -> None:
+        """Take a slot's word, or its silence, for the end of a program."""
+        reply = slot.control.recv(4096)
+        running = self.running.pop(slot.pid, None)
+        status, seconds, then = signal.SIGKILL, 0.0, slots.ENDS
+        if len(reply) >= slots.REPLY.size:
+            status, seconds, then = slots.REPLY.unpack_from(reply)
+        if running is not None:
+            running.drain_all(self.selector)
+        if then == slots.AGAIN:
+            self.idle.append(slot)
+        else:
+            self.discard(slot)
+        if running is None:
+            return
+        if then == slots.FAULT:
+            self.failures += 1
+            self.retry_at = time.monotonic() + 0.02
+            if self.failures > ATTEMPTS:
+                why = reply[slots.REPLY.size :].decode("utf-8", "replace")
+                self.fail(running.message, f"a layer of isolation that held before is refused now: {why}")
+            else:
+                self.waiting.appendleft(running.message)
+        elif running.may_try_again(status, seconds):
+            running.message["second"] = True
+            self.waiting.appendleft(running.message)
+        else:
+            self.send(running.answer(status, seconds))
 
     def look(self, running: Running, now: float) -> None:
-        """Watch a program that has not ended at once: its clocks, its outputs, its descendants."""
-        for name in running.fds.keys() - running.watched:
-            running.watched.add(name)
-            self.selector.register(running.fds[name], selectors.EVENT_READ, (running, name))
+        """Watch a program that has not ended at once: its outputs, its clocks, its descendants."""
+        running.watch(self.selector)
         limits = running.limits
+        cpu_left = limits["cpu_seconds"]
+        if self.isolation.processes is not None:
+            usage = running.look(self.isolation.processes)
+            cpu_left -= usage.cpu_seconds
+            if usage.processes > 1 and usage.memory > limits["memory_mib"] << 20:
+                running.stop("out_of_memory", f"more than {limits['memory_mib']} MiB in {usage.processes} processes")
         wall_left = running.started + limits["wall_seconds"] - now
-        cpu_left = limits["cpu_seconds"] - self.cpu_seconds(running)
+        if wall_left <= 0 and self.isolation.processes is not None:
+            # Waiting for a processor is the machine's doing; still, nothing may hold a worker for ever.
+            queued = self.isolation.processes.queued_below(running.slot.name_in_proc)
+            wall_left += min(queued, MOST_QUEUED * limits["wall_seconds"])
         if cpu_left <= 0:
-            self.stop(running, "timeout", f"more than {limits['cpu_seconds']:g} s of CPU time")
+            running.stop("timeout", running.too_slow)
         elif wall_left <= 0:
-            self.stop(running, "timeout", f"more than {limits['wall_seconds']:g} s on the clock")
-        running.next_look = now + max(0.001, min(LOOK_EVERY, wall_left, cpu_left))
+            running.stop("timeout", f"more than {limits['wall_seconds']:g} s on the clock", settled=False)
+        running.next_look = now + max(0.005, min(LOOK_EVERY, wall_left, cpu_left))
 
-    def cpu_seconds(self, running: Running) -> float:
-        """CPU time of the program's first process so far, all its threads."""
-        try:
-            return time.clock_gettime((~running.pid << 3) | 2)  # the kernel's name for a process's CPU clock
-        except OSError:
-            return 0.0
-
-    def drain(self, running: Running, name: str) -> None:
-        """Read what a program has written, up to its limit."""
-        fd = running.fds.get(name)
-        if fd is None:
+    def kill_orphans(self) -> None:
+        """Without a pid namespace: kill what programs have left; orphans are this process's children."""
+        if self.isolation.processes is None:
             return
-        limit = (running.limits["output_kib"] << 10) + (4096 if name == "result" else 0)
-        data = running.data[name]
-        while True:
-            try:
-                piece = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return
-            if not piece:
-                self.close(running, name)
-                return
-            data += piece
-            if len(data) > limit:
-                del data[limit:]
-                kind = "the result" if name == "result" else "an output"
-                self.stop(running, "output_limit", f"{kind} is longer than {running.limits['output_kib']} KiB")
-                self.close(running, name)
-                return
+        known = {slot.pid for slot in self.idle} | self.running.keys()
+        while orphans := self.isolation.processes.children_of_zygote().keys() - known:
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
-    def close(self, running: Running, name: str) -> None:
-        """Stop reading one of a program's pipes."""
-        fd = running.fds.pop(name)
-        if name in running.watched:
-            self.selector.unregister(fd)
-        os.close(fd)
 
-    def stop(self, running: Running, verdict: str, detail: str) -> None:
-        """Kill a program for a reason; the first reason stays."""
-        if not running.verdict:
-            running.verdict, running.detail = verdict, detail
-        self.kill(running)
-
-    def kill(self, running: Running) -> None:
-        """Kill a program and its process group (in a pid namespace the kernel kills the rest)."""
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(running.pid, signal.SIGKILL)
-
-    def reap(self, block: bool = False) -> None:
-        """Collect the children that have ended.
-
-        Args:
-            block: wait until all have.
-        """
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, 0 if block else os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            running = self.running.pop(pid, None)
-            if running is not None:
-                self.finish(running, status, usage.ru_utime + usage.ru_stime)
-
-    def finish(self, running: Running, status: int, seconds: float) -> None:
-        """Read what is left, decide the verdict, answer."""
-        for name in list(running.fds):
-            self.drain(running, name)
-        for name in list(running.fds):
-            self.close(running, name)
-        verdict, detail, value = self.judge(running, status, seconds)
-        answer: dict[str, Any] = {"id": running.ident, "seconds": seconds}
-        if verdict == "fault":
-            answer["fault"] = detail
-        else:
-            output = running.data["out"].decode("utf-8", "replace")
-            answer |= {"verdict": verdict, "detail": detail, "output": output, "value": value}
-        self.send(answer)
-
-    def judge(self, running: Running, status: int, seconds: float) -> tuple[str, str, str | None]:
-        """Verdict, detail and value of a program that has ended."""
-        if running.verdict:
-            return running.verdict, running.detail, None
-        record = bytes(running.data["result"]).split(b"\n", 3)
-        if seconds > running.limits["cpu_seconds"]:
-            return "timeout", f"more than {running.limits['cpu_seconds']:g} s of CPU time", None
-        if len(record) == 4 and record[0] == running.token:
-            has_value = record[1] == b"passed" and running.has_expression
-            value = record[3].decode("utf-8", "replace") if has_value else None
-            return record[1].decode(), record[2].decode(), value
-        code = os.waitstatus_to_exitcode(status)
-        if code >= 0:
-            return "error", f"left with status {code} before the tests had returned", None
-        if -code == signal.SIGKILL:
-            return "out_of_memory", "killed by the kernel", None
-        if -code == signal.SIGXCPU:
-            return "timeout", f"more than {running.limits['cpu_seconds']:g} s of CPU time", None
-        return "error", f"died of {signal.Signals(-code).name}", None
+def remove(folder: str) -> None:
+    """Remove a program's folder, however deep and whatever its modes."""
+    try:
+        os.rmdir(folder)  # most leave nothing
+    except OSError:
+        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+            pid = os.posix_spawnp(command[0], command, {"PATH": "/usr/bin:/bin"})
+            os.waitpid(pid, 0)
 
 
 def main() -> None:
     """Entry of the process: settings as JSON in the only argument."""
     settings = json.loads(sys.argv[1])
+    sys.argv[:] = [""]
     sys.path[:] = [*sys.path, *settings["packages"]]
-    for name in (*PRELOADED, *settings["preload"]):
+    for name in (*PRELOADED.split(), *settings["preload"]):
         importlib.import_module(name)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # three descriptors a worker; some systems refuse their own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))
     channel = socket.socket(fileno=settings["channel"])
-    channel.set_inheritable(False)
-    zygote = Zygote(channel, settings["parent"], settings["workers"])
+    zygote = Zygote(channel, settings["parent"], settings["workers"], settings["temporary"])
     zygote.prepare()
+    # Programs shall import what they name, not what the harness is made of, and not be told how it was started.
     for name in [name for name in sys.modules if name.split(".")[0] == "qprobe_code_gen"]:
-        del sys.modules[name]  # programs import what they name, not what the harness is made of
+        del sys.modules[name]
+    os.environ.clear()
+    os.environ.update({"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"})
     gc.collect()
-    gc.freeze()  # the collector does not touch, and so does not copy, the pages that children share
+    gc.freeze()  # the collector then does not touch, and so does not copy, the pages that forks share
     zygote.serve()

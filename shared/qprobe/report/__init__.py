@@ -1,7 +1,7 @@
 """What an evaluation found, as data, tables and figures.
 
-`results` holds the numbers, `tables` writes them as Markdown, LaTeX, CSV and plain text, `figures` draws them. The figures need
-matplotlib, so `qprobe.report.figures` is imported by whoever draws and never from here.
+`results` holds the numbers, `tables` writes them as Markdown, LaTeX, CSV and plain text, `figures` draws them. The
+figures need matplotlib, so `qprobe.report.figures` is imported by whoever draws and never from here.
 """
 
 from qprobe.report.results import (
@@ -13,7 +13,6 @@ from qprobe.report.results import (
     Row,
     TradeOff,
     TradeOffPoint,
-    write_whole,
 )
 from qprobe.report.tables import counts_line, to_csv, to_latex, to_markdown, to_text, write_tables
 
@@ -32,5 +31,4 @@ __all__ = [
     "to_markdown",
     "to_text",
     "write_tables",
-    "write_whole",
 ]

@@ -4,9 +4,9 @@
     reward_against_kl    expected reward against KL(pi_k || p0), in nats    (what a method gives for how far it goes)
     scores_per_prompt    a prompt's base reward against its mean score      (Fig. 4)
 
-A method has the same colour and marker in all three, and its name stands beside its line: no legend covers data. Bands are 95 %
-intervals. The same results give the same bytes: no dates, no settings of the user's matplotlib. Figures are built without pyplot, so
-nothing is opened, kept or changed in a notebook that calls this.
+A method has the same colour and marker in all three, and its name stands beside its line: no legend covers data.
+Bands are 95 % intervals. The same results give the same bytes: no dates, no settings of the user's matplotlib. Figures
+are built without pyplot, so nothing is opened, kept or changed in a notebook that calls this.
 """
 
 import io
@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qprobe.report.results import BASE_METHOD, Results, write_whole
+from qprobe.files import write_whole
+from qprobe.report.results import BASE_METHOD, Results, TradeOff
 
 try:
-    import matplotlib as mpl
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 COLUMN_INCHES = 3.5
 TEXT_INCHES = 7.0
 
-# Okabe and Ito's palette for the colour-blind, without its yellow (too faint for a line on white) and its black (the base).
+# Okabe and Ito's palette for the colour-blind, without its yellow (too faint on white) and its black (the base).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#666666"
@@ -47,7 +47,7 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.5,
     "axes.axisbelow": True,
     "lines.linewidth": 1.4,
-    "lines.markersize": 3.5,
+    "lines.markersize": 3,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "xtick.major.width": 0.6,
@@ -97,13 +97,13 @@ def reward_against_k(results: Results) -> Figure | None:
         results: one evaluation.
 
     Returns:
-        The figure, or None without data. The axis is logarithmic (base 2) when k spans more than a factor of 8. The dotted base is
-        the value at k=1, or that of the row pass@1 if k=1 was not measured.
+        The figure, or None without data. The axis is logarithmic (base 2) when k spans more than a factor of 8. The
+        dotted base is the value at k=1, or that of the row pass@1 if k=1 was not measured.
 
     Source: Fig. 3 (rewards of code) and Fig. 5 (win rates).
     """
     curve = results.reward_against_k
-    if curve is None:
+    if curve is None or not curve.series:
         return None
     with _house_style():
         figure, axes = _one_panel(results)
@@ -115,8 +115,7 @@ def reward_against_k(results: Results) -> Figure | None:
                 continue
             ks = [curve.k[i] for i in known]
             (line,) = axes.plot(ks, [band.value[i] for i in known], **look)
-            low, high = ([nan_if_none(side[i]) for i in known] for side in (band.low, band.high))
-            axes.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            _shade(axes, line, [band.low[i] for i in known], [band.high[i] for i in known])
             ends.append((method, float(line.get_ydata()[-1]), look["color"]))
         firsts = [band.value[0] for band in curve.series.values() if band.value[0] is not None]
         base = firsts[0] if curve.k[0] == 1 and firsts else _base_reward(results)
@@ -125,7 +124,7 @@ def reward_against_k(results: Results) -> Figure | None:
         axes.xaxis.set_major_locator(FixedLocator(_spaced(curve.k)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-        axes.set_xlabel("candidates k")
+        axes.set_xlabel("candidates $k$")
         axes.set_ylabel("expected reward")
         _finish(figure, axes, ends, base)
     return figure
@@ -138,12 +137,13 @@ def reward_against_kl(results: Results) -> Figure | None:
         results: one evaluation.
 
     Returns:
-        The figure, or None without data. Each line ends at its smallest beta; that beta and the largest are written at their points.
+        The figure, or None without data. Each line ends at its smallest beta; the betas of the line that ends highest
+        are written at its points.
 
     Source: the regularised objective E[Q] - beta KL(pi || p0), whose optimum the policy reaches as k grows.
     """
     trade_off = results.reward_against_kl
-    if trade_off is None:
+    if trade_off is None or not trade_off.series:
         return None
     with _house_style():
         figure, axes = _one_panel(results)
@@ -155,9 +155,10 @@ def reward_against_kl(results: Results) -> Figure | None:
             look = _look(results, method)
             kls = [point.kl for point in points]
             (line,) = axes.plot(kls, [point.reward for point in points], **look)
-            low, high = [nan_if_none(point.low) for point in points], [nan_if_none(point.high) for point in points]
-            axes.fill_between(kls, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            _shade(axes, line, [point.low for point in points], [point.high for point in points])
             ends.append((method, float(line.get_ydata()[-1]), look["color"]))
+        if ends:
+            _write_betas(axes, max(ends, key=lambda end: end[1])[0], trade_off)
         axes.set_xlim(left=0)
         axes.set_xlabel(r"KL$(\pi_k\,\|\,p_0)$ (nats)")
         axes.set_ylabel("expected reward")
@@ -172,7 +173,8 @@ def scores_per_prompt(results: Results) -> Figure | None:
         results: one evaluation.
 
     Returns:
-        The figure, or None without data. Panels share the axis of scores unless one method's scores span over five times another's.
+        The figure, or None without data. Panels share the axis of scores unless one method's scores span over five
+        times another's.
 
     Source: Fig. 4.
     """
@@ -185,7 +187,7 @@ def scores_per_prompt(results: Results) -> Figure | None:
     }
     spans = [max(y for _, y in cloud) - min(y for _, y in cloud) for cloud in clouds.values() if cloud]
     shared = not spans or max(spans) <= 5 * min(spans)
-    columns = min(len(clouds), 3)
+    columns = 2 if len(clouds) == 4 else min(len(clouds), 3)
     rows = math.ceil(len(clouds) / columns)
     width = COLUMN_INCHES if columns == 1 else TEXT_INCHES
     with _house_style():
@@ -203,11 +205,14 @@ def scores_per_prompt(results: Results) -> Figure | None:
                 slope, intercept = line
                 ends = [min(x for x, _ in cloud), max(x for x, _ in cloud)]
                 panel.plot(ends, [intercept + slope * x for x in ends], color="black", linewidth=1.2)
-            name = _typeset(method)
-            panel.set_title(name if line is None else f"{name}, slope {line[0]:.2f}", loc="left")
+            name = method if line is None else f"{method}, slope {line[0]:.2f}"
+            panel.set_title(_typeset(textwrap.fill(name, 40, break_on_hyphens=False)), loc="left")
             panel.set_xlim(-0.04, 1.04)
         for panel in panels[len(clouds) :]:
             panel.remove()
+        # A column that ends a row early keeps its numbers: matplotlib left them to the panel that is gone.
+        for panel in panels[max(0, len(clouds) - columns) : len(clouds)]:
+            panel.tick_params(labelbottom=True)
         figure.supxlabel("expected reward of the prompt, base model", fontsize=8)
         figure.supylabel("mean centred score", fontsize=8)
         _title(figure, results, width)
@@ -221,13 +226,18 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 }
 
 
-def nan_if_none(value: float | None) -> float:
-    return math.nan if value is None else value
+def _shade(axes: Any, line: Any, low: list[float | None], high: list[float | None]) -> None:
+    """Draw the 95 % band of a line: faint, with thin edges, so that bands which overlap can still be told apart."""
+    ends = [[math.nan if value is None else value for value in side] for side in (low, high)]
+    colour = line.get_color()
+    axes.fill_between(line.get_xdata(), *ends, color=colour, alpha=0.1, linewidth=0)
+    for end in ends:
+        axes.plot(line.get_xdata(), end, color=colour, alpha=0.35, linewidth=0.6)
 
 
 @contextmanager
 def _house_style() -> Iterator[None]:
-    # Drawn and saved by matplotlib's own defaults plus ours, whatever the user's matplotlibrc says; restored afterwards.
+    # Drawn and saved by matplotlib's defaults plus ours, whatever the user's matplotlibrc says; restored afterwards.
     with style.context(["default", _STYLE]):
         yield
 
@@ -236,7 +246,7 @@ def _one_panel(results: Results) -> tuple[Figure, Any]:
     figure = Figure(figsize=(COLUMN_INCHES, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     _title(figure, results, COLUMN_INCHES)
     return figure, axes
 
@@ -247,7 +257,7 @@ def _title(figure: Figure, results: Results, width: float) -> None:
         each = f"at most {each}"
     counts = f"{results.pool}: {results.prompts:,} prompts, {each} each"
     columns = round(15 * width)
-    lines = [line for part in (results.title, counts) for line in textwrap.wrap(part, columns)]
+    lines = [line for part in (results.title, counts) for line in textwrap.wrap(part, columns, break_on_hyphens=False)]
     figure.suptitle(_typeset("\n".join(lines)), x=0.01, ha="left")
 
 
@@ -275,11 +285,27 @@ def _base_reward(results: Results) -> float | None:
     return next((row.value for row in results.rows if row.method == BASE_METHOD), None)
 
 
+def _write_betas(axes: Any, method: str, trade_off: TradeOff) -> None:
+    """Write beta at the points of one line, leaving out those that would touch the one before."""
+    points = [point for point in trade_off.series[method] if point.kl is not None and point.reward is not None]
+    points.sort(key=lambda point: point.kl or 0.0, reverse=True)
+    furthest = points[0].kl or 0.0
+    written = math.inf
+    for point in points:
+        if written - (point.kl or 0.0) < 0.11 * furthest:
+            continue
+        written = point.kl or 0.0
+        text = rf"$\beta$={point.beta:.3g}" if point is points[0] else f"{point.beta:.3g}"
+        axes.annotate(
+            text, (point.kl, point.reward), (0, 4), textcoords="offset points", ha="center", fontsize=6, color="#333333"
+        )
+
+
 def _spaced(ks: list[int]) -> list[int]:
     """Choose the ticks: all values of k if they fit, else those that stand clear of each other."""
     logarithmic = ks[-1] > 8 * ks[0]
     place = [math.log2(k) if logarithmic else k for k in ks]
-    clear = (place[-1] - place[0]) / 9
+    clear = (place[-1] - place[0]) / 11
     chosen = [len(ks) - 1]
     for index in reversed(range(len(ks) - 1)):
         if place[chosen[-1]] - place[index] >= clear:
@@ -296,7 +322,7 @@ def _finish(figure: Figure, axes: Any, ends: list[tuple[str, float, str]], base:
     if not names:
         return
     names.sort(key=lambda entry: entry[1])
-    wrapped = [textwrap.wrap(method, 16, break_long_words=True) for method, _, _ in names]
+    wrapped = [textwrap.wrap(method, 16, break_on_hyphens=False) for method, _, _ in names]
     figure.draw_without_rendering()
     low, high = axes.get_ylim()
     line_height = 9.5 / 72 * figure.dpi / axes.get_window_extent().height * (high - low)

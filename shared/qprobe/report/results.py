@@ -1,21 +1,23 @@
 """The results of one evaluation: what the tables and figures are made of, kept as one JSON file.
 
-Every class converts its fields when it is built: numpy scalars and arrays become plain numbers and lists, NaN becomes None
-("not run"), and anything else that does not fit its declared type is an error that names the field. So what was built can be written,
-and what was written reads back equal. An unknown key is an error too: a file of another version is refused, not half understood.
+Every class converts its fields when it is built: numpy scalars and arrays become plain numbers and lists, NaN becomes
+None ("not run"), and anything else that does not fit its declared type is an error that names the field. So what was
+built can be written, and what was written reads back equal. An unknown key is an error too: a file of another version
+is refused, not half understood.
 """
 
 import dataclasses
 import functools
 import json
 import math
-import os
-import secrets
 import types
 import typing
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qprobe.files import write_whole
 
 BASE_METHOD = "pass@1"
 """The row that the differences are paired against: one completion of the base model, drawn at random."""
@@ -112,8 +114,8 @@ class Curve:
             lengths = (len(band.value), len(band.low), len(band.high))
             if lengths != (len(self.k),) * 3:
                 raise ValueError(
-                    f"reward_against_k, {method!r}: value, low and high have {lengths[0]}, {lengths[1]} and {lengths[2]} "
-                    f"entries, k has {len(self.k)}: give one entry for every k."
+                    f"reward_against_k, {method!r}: value, low and high have {lengths[0]}, {lengths[1]} and "
+                    f"{lengths[2]} entries, k has {len(self.k)}: give one entry for every k."
                 )
 
 
@@ -208,7 +210,8 @@ class Results:
 
     Args:
         title: what was evaluated, for the head of a table.
-        protocol: what was trained on what: "5-fold cross-validation over prompts", "trained on mbpp-train, tested here".
+        protocol: what was trained on what: "5-fold cross-validation over prompts", "trained on mbpp-train, tested
+            here".
         pool: the set of completions, such as "humaneval".
         k: candidates that a method chooses between.
         prompts: prompts of the pool.
@@ -309,34 +312,6 @@ class Results:
             raise ValueError(f"{path}: {error}") from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all: a temporary file beside it, then a rename.
-
-    Args:
-        path: the file; its folder is made if missing, an older file is replaced.
-        data: its content.
-
-    Raises:
-        OSError: if the disk is full or the folder closed; nothing half-written stays and an older file is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"{path} could not be written ({reason}); nothing was changed: free space or choose another folder",
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"the results hold {name}, which is not JSON: write null for what was not measured.")
 
@@ -349,12 +324,12 @@ def _refuse_negative(holder: Any, names: tuple[str, ...], where: str) -> None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _convert_fields(holder: Any) -> None:
-    cls = type(holder)
+def _convert_fields(holder: object) -> None:
+    cls: type = type(holder)
     for name, hint in _hints(cls).items():
         converted = _convert(getattr(holder, name), hint, f"{cls.__name__}.{name}")
         object.__setattr__(holder, name, converted)

@@ -1,9 +1,10 @@
 """The table of an evaluation as Markdown, LaTeX, CSV and plain text.
 
-What is read by people has two blocks. The first holds what was reached: reward, paired difference, counts, and the paper's value
-where one belongs. The second holds what concerns trained probes only: within-prompt AUC, temperature, seeds and their spread, which
-stays apart from the interval because it answers another question. A cell says "not run" where a number could have been and is not;
-a dash where none could be. The CSV has one line a method with every number in full precision, and a column `status` in place of words.
+What is read by people has two blocks. The first holds what was reached: reward, paired difference, counts, and the
+paper's value where one belongs. The second is for the rows that score completions: within-prompt AUC, temperature,
+seeds and their spread, which stays apart from the interval because it answers another question. A cell says "not run"
+where a number could have been and is not; a dash where none could be. The CSV has one line a method with every number
+in full precision, and a column `status` in place of words.
 """
 
 import csv
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from qprobe.report.results import BASE_METHOD, Results, Row, write_whole
+from qprobe.files import write_whole
+from qprobe.report.results import BASE_METHOD, Results, Row
 
 NOT_RUN = "not run"
 TEXT_WIDTH = 100
@@ -42,12 +44,12 @@ def to_text(results: Results) -> str:
     Returns:
         Title, protocol, counts, the table and the notes, with a newline at the end.
     """
-    lines = [line for part in _head(results) for line in textwrap.wrap(part, TEXT_WIDTH)]
+    lines = [line for part in _head(results) for line in textwrap.wrap(part, TEXT_WIDTH, break_on_hyphens=False)]
     for block in _blocks(results):
         lines += ["", *_aligned(block)]
     lines.append("")
     for note in _foot(results):
-        lines += textwrap.wrap(note, TEXT_WIDTH)
+        lines += textwrap.wrap(note, TEXT_WIDTH, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +128,8 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
 
     Args:
         results: one evaluation.
-        folder: where table.md, table.tex, table.csv and table.txt go; it is made if missing.
+        folder: where POOL.md, POOL.tex, POOL.csv and POOL.txt go, so that several pools can share it; it is made if
+            missing.
 
     Returns:
         The four paths.
@@ -135,9 +138,10 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         OSError: if a file cannot be written; that file is then as it was before.
     """
     formats: dict[str, Callable[[Results], str]] = {"md": to_markdown, "tex": to_latex, "csv": to_csv, "txt": to_text}
+    name = re.sub(r"[^\w.-]+", "-", results.pool)
     paths = []
     for suffix, render in formats.items():
-        path = folder / f"table.{suffix}"
+        path = folder / f"{name}.{suffix}"
         write_whole(path, render(results).encode())
         paths.append(path)
     return paths
@@ -191,7 +195,7 @@ def _blocks(results: Results) -> list[_Block]:
     )
     if any(row.paper is not None for row in results.rows):
         rewards.header.append("paper")
-        rewards.right.append(True)
+        rewards.right.append(False)  # .34 and .3457 are read by their points
         for cells, row in zip(rewards.rows, results.rows, strict=True):
             cells.append(_DASH if row.paper is None else _published(row.paper))
     probes = _Block(
@@ -253,7 +257,7 @@ def _aligned(block: _Block) -> list[str]:
     widths[0] = min(widths[0], max(room, 12))
     lines = []
     for cells in table:
-        names = textwrap.wrap(cells[0], widths[0]) or [""]
+        names = textwrap.wrap(cells[0], widths[0], break_on_hyphens=False) or [""]
         first = [names[0], *cells[1:]]
         padded = [
             cell.rjust(width) if right else cell.ljust(width)

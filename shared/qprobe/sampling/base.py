@@ -33,8 +33,9 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise ValueError(f"sampling: stop is the single text {self.stop!r}: give a list of texts, [{self.stop!r}].")
+        given: Any = self.stop  # a configuration may hold anything
+        if isinstance(given, str):
+            raise ValueError(f"sampling: stop is the single text {given!r}: give a list of texts, [{given!r}].")
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.n < 1 or self.max_new_tokens < 1:
             raise ValueError(f"sampling: n={self.n} and max_new_tokens={self.max_new_tokens} must be at least 1.")

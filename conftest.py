@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +91,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
+def tiny_code_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """The same with a context that holds HumanEval's prompts byte by byte."""
+    config = llama_config(max_position_embeddings=8192)
+    return save_model(tmp_path_factory.mktemp("tiny-code-llama"), config, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
 def tiny_sliding_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """A Gemma 2 with a window of 6 tokens in every other layer and capped scores: keys and values are copied."""
     from transformers import Gemma2Config
@@ -131,11 +140,93 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def fakes() -> ModuleType:
-    """The module `fakes.py` beside this file: a sampler, an embedder and a reward in a few lines of arithmetic."""
-    path = Path(__file__).with_name("fakes.py")
+    """The module `shared/tests/fakes.py`: a sampler, an embedder and a reward in a few lines of arithmetic."""
+    path = Path(__file__).parent / "shared" / "tests" / "fakes.py"
     specification = importlib.util.spec_from_file_location("qprobe_fakes", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_tiny_model(request: pytest.FixtureRequest) -> ModelSpec:
+    """Every tiny model in turn: both ways of qprobe.prefix."""
+    spec: ModelSpec = request.getfixturevalue(request.param)
+    return spec
+
+
+@functools.lru_cache(maxsize=8)
+def stock_model(spec: ModelSpec) -> Any:
+    """A copy of its own of the model, with transformers' plain (eager) attention, untouched by qprobe."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(spec.name, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def stock() -> Callable[[ModelSpec], Any]:
+    """The stock model of a spec, the second implementation that ours is compared with."""
+    return stock_model
+
+
+@pytest.fixture(scope="session")
+def stock_states() -> Callable[[ModelSpec, Sequence[int]], tuple[torch.Tensor, ...]]:
+    """The hidden states (T, D) of every layer 0..L of one sequence, run by itself."""
+
+    def states(spec: ModelSpec, ids: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode():
+            output = stock_model(spec)(torch.tensor([list(ids)]), output_hidden_states=True)
+        return tuple(layer[0] for layer in output.hidden_states)
+
+    return states
+
+
+@pytest.fixture(scope="session")
+def stock_logprobs() -> Callable[[ModelSpec, Sequence[int]], torch.Tensor]:
+    """Log-probabilities (T, V) of the token after each of one sequence, run by itself."""
+
+    def logprobs(spec: ModelSpec, ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            scores: torch.Tensor = stock_model(spec)(torch.tensor([list(ids)])).logits[0]
+        return scores.double().log_softmax(dim=-1)
+
+    return logprobs
+
+
+@pytest.fixture(scope="session")
+def random_ids() -> Callable[..., list[list[int]]]:
+    """Token ids of the given lengths, none special."""
+
+    def draw(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(len(SPECIAL_TOKENS), 300, (length,), generator=generator).tolist() for length in lengths]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """The largest relative L2 distance of any row (N, D) from its reference."""
+
+    def error(values: torch.Tensor, reference: torch.Tensor) -> float:
+        assert values.shape == reference.shape
+        distance = (values.double() - reference.double()).norm(dim=-1) / reference.double().norm(dim=-1)
+        return float(distance.max())
+
+    return error
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSpec]:
+    """Save a tiny Llama with some settings changed, and a chat template or none."""
+
+    def make(chat_template: str | None = CHAT_TEMPLATE, seed: int = 0, **changes: Any) -> ModelSpec:
+        folder = tmp_path_factory.mktemp("tiny")
+        return save_model(folder, llama_config(**changes), byte_tokenizer(chat_template), seed)
+
+    return make

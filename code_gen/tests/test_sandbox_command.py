@@ -1,0 +1,75 @@
+"""`qprobe-sandbox`: one line of JSON whatever the verdict, and sentences for input that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qprobe_code_gen.sandbox.__main__ import main
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("tests", "verdict"), [("assert f(1) == 1", "passed"), ("assert f(1) == 2", "failed"), ("f()", "error")]
+)
+def test_execute_prints_one_line_of_json_and_ends_with_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tests: str, verdict: str
+) -> None:
+    program = write(tmp_path / "program.py", "print('hello')\ndef f(x):\n    return x\n")
+    assert main(["execute", program, "--tests", write(tmp_path / "tests.py", tests), "--expression", "f(2)"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.count("\n") == 1
+    line = json.loads(out)
+    assert (line["verdict"], line["output"]) == (verdict, "hello\n")
+    assert line["value"] == ("2" if verdict == "passed" else None)
+    assert sorted(line) == ["detail", "output", "seconds", "value", "verdict"]
+
+
+def test_timeout_and_memory_are_the_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    busy = write(tmp_path / "busy.py", "while True:\n    pass")
+    assert main(["execute", busy, "--timeout", "0.2"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "timeout"
+    large = write(tmp_path / "large.py", "x = bytearray(200 << 20)")
+    assert main(["execute", large, "--memory", "128"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["execute", "no-such-file.py"], "no-such-file.py is not a file: give a Python source file"),
+        (["execute", "PROGRAM", "--tests", "no-tests.py"], "no-tests.py is not a file"),
+        (["execute", "PROGRAM", "--timeout", "-1"], "cpu_seconds is -1.0: give a positive number"),
+        (["execute", "PROGRAM", "--memory", "1"], "memory_mib is 1: give a whole number of at least 64"),
+        (["execute", "BINARY"], "is not UTF-8 text (byte 0)"),
+    ],
+)
+def test_bad_input_is_answered_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    names = {"PROGRAM": write(tmp_path / "program.py", "x = 1"), "BINARY": str(tmp_path / "binary")}
+    assert main([names.get(argument, argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("qprobe-sandbox: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_info_names_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    table = capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)
+    assert len(layers) == 15
+    for layer in layers:
+        assert f"stops {layer['stops']}" in table
+        assert ("active" if layer["active"] else "ABSENT") in table

@@ -1,0 +1,221 @@
+"""How executions come and go: streaming, cache, many at once, and nothing left behind, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qprobe_code_gen.sandbox import Executor, ExecutorError, Limits, Program
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
+
+SLEEP = Program("import time\ntime.sleep(3600)", limits=Limits(cpu_seconds=5, wall_seconds=3600))
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # A dead process whose parent was killed waits for the system's first process to reap it.
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def wait_until(condition: object, seconds: float = 10) -> bool:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_results_come_as_they_end_with_their_indices() -> None:
+    slow = Program("import time\ntime.sleep(0.5)")
+    with Executor(workers=2) as executor:
+        order = [index for index, _ in executor.run([slow, *(Program(f"x = {i}") for i in range(6))])]
+    assert sorted(order) == list(range(7))
+    assert order[-1] == 0
+
+
+def test_programs_are_read_only_a_little_ahead() -> None:
+    taken = 0
+
+    def programs() -> Iterator[Program]:
+        nonlocal taken
+        for i in range(100):
+            taken += 1
+            yield Program(f"x = {i}")
+
+    with Executor(workers=2) as executor:
+        results = executor.run(programs())
+        next(results)
+        assert taken <= 6
+        assert len(list(results)) == 99
+
+
+def test_the_same_program_is_executed_once() -> None:
+    program = Program("import os\nprint(os.urandom(8).hex())")
+    with Executor(workers=2) as executor:
+        outputs = {execution.output for _, execution in executor.run([program] * 10)}
+        assert len(outputs) == 1
+        assert executor.execute(program).output in outputs
+        # A different limit is a different execution.
+        assert executor.execute(Program(program.code, limits=Limits(memory_mib=512))).output not in outputs
+        assert executor.execute(Program(program.code, tests="pass")).output not in outputs
+    with Executor(workers=2, cache=False) as executor:
+        assert len({execution.output for _, execution in executor.run([program] * 10)}) == 10
+
+
+def test_a_timeout_of_the_clock_is_not_remembered() -> None:
+    late = Program("import os, time\nprint(os.urandom(8).hex(), flush=True)\ntime.sleep(60)")
+    with Executor(workers=1, limits=Limits(cpu_seconds=0.1, wall_seconds=0.3)) as executor:
+        assert executor.execute(late).output != executor.execute(late).output
+
+
+def test_large_programs_and_outputs_go_through() -> None:
+    big = "x" * 3_000_000
+    limits = Limits(output_kib=4096)
+    with Executor(workers=2, limits=limits) as executor:
+        programs = [Program(f"s = '{big}{i}'\nprint(s)", f"assert len(s) == {len(big) + 1}") for i in range(4)]
+        executions = dict(executor.run(programs))
+    assert [executions[i].output == f"{big}{i}\n" for i in range(4)] == [True] * 4
+
+
+def test_leaving_the_loop_early_kills_what_runs_and_the_next_run_is_clean() -> None:
+    with Executor(workers=2) as executor:
+        for _, execution in executor.run([Program("x = 1"), SLEEP, SLEEP]):
+            assert execution.passed
+            break
+        assert [i for i, e in executor.run([Program("y = 1"), Program("z = 1")] * 3) if not e.passed] == []
+        assert wait_until(lambda: len(descendants(executor.pid)) <= 3)
+
+
+def test_two_runs_at_once_are_refused() -> None:
+    with Executor(workers=1) as executor:
+        first = executor.run([Program("x = 1")] * 2)
+        next(first)
+        with pytest.raises(ExecutorError, match="still in a run"):
+            next(executor.run([Program("x = 2")]))
+        list(first)
+        assert executor.execute(Program("x = 2")).passed
+
+
+def test_a_closed_executor_says_so() -> None:
+    executor = Executor(workers=1)
+    executor.close()
+    executor.close()
+    with pytest.raises(ExecutorError, match="closed"):
+        executor.execute(Program("x = 1"))
+    with pytest.raises(ValueError, match="workers is 0"):
+        Executor(workers=0)
+
+
+@pytest.mark.parametrize("which", ["the one that waits outside", "the one inside the pid namespace"])
+def test_a_killed_zygote_raises_and_is_never_a_verdict(which: str) -> None:
+    executor = Executor(workers=2)
+    results = executor.run([Program("x = 1"), SLEEP, SLEEP])
+    next(results)
+    everything = [executor.pid, *descendants(executor.pid)]
+    os.kill(everything["inside" in which], signal.SIGKILL)
+    with pytest.raises(ExecutorError, match="zygote failed"):
+        next(results)
+    assert wait_until(lambda: not alive(everything)), alive(everything)
+
+
+def test_a_module_that_cannot_be_preloaded_raises_with_the_reason() -> None:
+    with pytest.raises(ExecutorError, match="no_such_module"):
+        Executor(workers=1, preload=["no_such_module"])
+
+
+PARENT = """
+import sys
+from qprobe_code_gen.sandbox import Executor, Limits, Program
+sleep = Program("import os, time\\nos.fork()\\nos.setsid() if os.fork() == 0 else 0\\ntime.sleep(3600)",
+                limits=Limits(cpu_seconds=5, wall_seconds=3600))
+with Executor(workers=2, cache=False) as executor:
+    results = executor.run([Program("x = 1"), sleep, sleep])
+    next(results)
+    print(executor.pid, flush=True)
+    next(results)
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_outlives_the_parent(blow: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        zygote = int(parent.stdout.readline())
+        # The zygote in its pid namespace, two slots, two programs of four processes each.
+        ready = wait_until(lambda: len(descendants(zygote)) == 11)
+        everything = [zygote, *descendants(zygote)]
+        parent.send_signal(blow if ready else signal.SIGKILL)
+        parent.wait(timeout=20)
+    assert ready
+    assert wait_until(lambda: not alive(everything)), alive(everything)
+
+
+def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other() -> None:
+    program = "import time\nprint('started', flush=True)\ntime.sleep(3600)"
+    limits = Limits(cpu_seconds=5, wall_seconds=3600)
+    kinds = {"pid": "pid namespace", "net": "network namespace", "ipc": "ipc namespace", "mnt": "mount namespace"}
+    with Executor(workers=2, limits=limits) as executor:
+        absent = [layer.name for layer in executor.info() if not layer.active]
+        results = executor.run([Program("x = 1"), Program(program), Program(program + "\n")])
+        next(results)
+        assert wait_until(lambda: len(descendants(executor.pid)) == 5 or absent)
+        first, second = [pid for pid in descendants(executor.pid) if not descendants(pid)][-2:]
+        for kind, layer in kinds.items():
+            if layer not in absent:
+                links = {os.readlink(f"/proc/{pid}/ns/{kind}") for pid in (os.getpid(), first, second)}
+                assert len(links) == 3, kind
+
+
+def test_descriptors_and_processes_are_as_many_after_many_executions_as_before() -> None:
+    def counts() -> tuple[int, int, int]:
+        zygote = descendants(executor.pid)[0]
+        ours, theirs = (len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), zygote))
+        return ours, theirs, len(descendants(executor.pid))
+
+    with Executor(workers=2, cache=False, limits=Limits(cpu_seconds=0.2)) as executor:
+        list(executor.run([Program("x = 1")] * 20))
+        before = counts()
+        mixed = ["x = 1", "1 / 0", "x =", "import os\nos._exit(0)", "open('f', 'w').close()", "import os\nos.fork()"]
+        list(executor.run(Program(mixed[i % len(mixed)]) for i in range(300)))
+        assert wait_until(lambda: counts() == before), (before, counts())
+
+
+def test_a_forked_copy_of_the_parent_may_not_use_or_end_the_executor() -> None:
+    with Executor(workers=1) as executor:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                executor.execute(Program("x = 1"))
+            except ExecutorError as fault:
+                executor.close()
+                os._exit(0 if "belongs to the process" in str(fault) else 2)
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert executor.execute(Program("x = 1")).passed

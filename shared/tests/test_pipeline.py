@@ -1,0 +1,409 @@
+"""Whole pipelines on fakes: end to end, nothing twice, refused before any work, and killed at random moments."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qprobe import store
+from qprobe.evaluation import EvaluationSettings
+from qprobe.pipeline import STAGES, Pipeline
+from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.store import StoreError
+from qprobe.training import TrainingSettings
+
+TRAINING = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
+SETTINGS = EvaluationSettings(losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, draws=5, bootstrap=100)
+WORK = STAGES[:-1]  # all but the report, whose figures take a second
+MAKERS = ("sampler", "greedy", "reward", "embedder")
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def make(fakes: ModuleType, tmp_path: Path) -> Make:
+    """Pipelines over one run folder, with fresh fakes each: 12 prompts x 4 samples, cross-validated."""
+
+    def made(**changes: Any) -> Pipeline:
+        values: dict[str, Any] = {
+            "run": tmp_path / "run",
+            "title": "Numbers",
+            "tests": [fakes.split("numbers", 12)],
+            "reward": fakes.Reward(),
+            "sampler": fakes.Sampler(),
+            "greedy": fakes.Sampler(1, temperature=0.0),
+            "embedder": fakes.Embedder(),
+            "training": TRAINING,
+            "settings": SETTINGS,
+            "batch_rows": 12,
+            "progress": False,
+        }
+        return Pipeline(**values | changes)
+
+    return made
+
+
+def calls(pipeline: Pipeline) -> dict[str, int]:
+    return {name: sum(getattr(pipeline, name).calls) for name in MAKERS}
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(path: Path) -> dict[str, dict[str, str]]:
+    return {row["method"]: row for row in csv.DictReader(path.read_text().splitlines())}
+
+
+def test_cross_validation_end_to_end(make: Make, fakes: ModuleType) -> None:
+    pipeline = make()
+    pipeline.execute()
+    assert calls(pipeline) == {"sampler": 12, "greedy": 12, "reward": 24, "embedder": 12}
+    run = pipeline.run
+    tables = sorted(path.name for path in (run / "tables").iterdir())
+    assert tables == ["numbers.csv", "numbers.md", "numbers.tex", "numbers.txt"]
+    figures = sorted(path.name for path in (run / "figures" / "numbers").iterdir())
+    assert figures == [
+        f"{name}.{kind}"
+        for name in ("reward_against_k", "reward_against_kl", "scores_per_prompt")
+        for kind in ("pdf", "png")
+    ]
+    table = rows(run / "tables" / "numbers.csv")
+    assert list(table) == ["pass@1", "greedy", "Q-probe L_Q", "Q-probe L_PG", "skyline pass@4"]
+    completions = store.found_table(run / "completions" / "numbers.sample", store.COMPLETIONS).read().to_pylist()
+    passed: dict[str, list[bool]] = {}
+    for row in completions:
+        passed.setdefault(row["task_id"], []).append(fakes.passes(row["task_id"], row["completion"]))
+    assert float(table["pass@1"]["value"]) == pytest.approx(sum(map(sum, passed.values())) / 48)
+    assert float(table["skyline pass@4"]["value"]) == pytest.approx(sum(map(any, passed.values())) / 12)
+    greedy = store.found_table(run / "completions" / "numbers.greedy", store.COMPLETIONS).read().to_pylist()
+    assert float(table["greedy"]["value"]) == pytest.approx(
+        sum(fakes.passes(row["task_id"], row["completion"]) for row in greedy) / 12
+    )
+    assert float(table["pass@1"]["value"]) < float(table["Q-probe L_PG"]["value"])
+    assert table["Q-probe L_PG"]["protocol"] == "3-fold cross-validation over prompts"
+    assert float(table["Q-probe L_PG"]["auc"]) > 0.7  # goodness is among the features
+
+
+def test_trained_on_one_set_and_tested_on_others_end_to_end(make: Make, fakes: ModuleType) -> None:
+    tests = [fakes.split("first", 8, 100), fakes.split("second", 5, 200)]
+    pipeline = make(tests=tests, training_split=fakes.split("training", 12), greedy=None)
+    pipeline.execute()
+    assert sum(pipeline.sampler.calls) == sum(pipeline.embedder.calls) == 25  # type: ignore[attr-defined]
+    for split in tests:
+        table = rows(pipeline.run / "tables" / f"{split.name}.csv")
+        assert {row["pool"] for row in table.values()} == {split.name}  # no split's table lies over another's
+        assert table["pass@1"]["prompts"] == str(len(split.prompts))
+        assert table["Q-probe L_PG"]["protocol"] == "trained on training, tested here"
+        assert table["greedy"]["status"] == "not run"
+        assert len(list((pipeline.run / "figures" / split.name).glob("*.png"))) == 3
+    assert len(list((pipeline.run / "tables").iterdir())) == 8  # and none of the training set
+    assert [path.name for path in (pipeline.run / "probes").iterdir()] == ["training"]
+    pair = pipeline.example(tests[0], "policy_gradient")
+    assert pair is not None
+    assert 100 <= int(pair.task_id.removeprefix("t-")) < 108
+
+
+def test_a_second_run_does_nothing_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make()
+    first.execute(WORK)
+    kept = [first.run / name for name in ("prompts", "completions", "rewards", "features", "probes")]
+    before = [times(folder) for folder in kept]
+    results = first.results(first.tests[0])
+    for place in ("qprobe.pipeline.train", "qprobe.evaluation.train"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("trained again"))
+    second = make()
+    second.execute(WORK)
+    assert calls(second) == dict.fromkeys(MAKERS, 0)
+    assert second.sampler.rendered == 0  # type: ignore[attr-defined]
+    assert [times(folder) for folder in kept] == before
+    assert second.results(second.tests[0]) == results
+
+
+@pytest.mark.parametrize(
+    ("changes", "trains"),
+    [
+        ({"training": {"learning_rate": 0.2}}, True),
+        ({"settings": {"folds": 4}}, True),
+        ({"settings": {"k": 2}}, True),  # beta is chosen for it
+        ({"settings": {"bootstrap": 120, "draws": 6}}, False),  # these only measure
+    ],
+)
+def test_other_training_disowns_no_completion_reward_or_feature(
+    changes: dict[str, Any], trains: bool, make: Make
+) -> None:
+    first = make()
+    first.execute(WORK)
+    before = {name: times(first.run / name) for name in ("completions", "rewards", "features")}
+    probes = times(first.run / "probes")
+    replaced = {
+        "training": TrainingSettings(**vars(TRAINING) | changes.get("training", {})),
+        "settings": EvaluationSettings(**vars(SETTINGS) | changes.get("settings", {})),
+    }
+    second = make(**replaced)
+    second.execute(WORK)
+    assert calls(second) == dict.fromkeys(MAKERS, 0)
+    assert {name: times(first.run / name) for name in before} == before
+    after = times(first.run / "probes")
+    assert after.keys() == probes.keys()
+    assert all((after[path] != time) == trains for path, time in probes.items())
+    third = make(**replaced)
+    third.execute(WORK)
+    assert times(first.run / "probes") == after
+
+
+def test_the_saved_probes_know_what_they_read(make: Make) -> None:
+    pipeline = make()
+    pipeline.execute(("sample", "reward", "embed", "train"))
+    folder = pipeline.run / "probes" / "numbers"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["policy_gradient", "reward_mse"]
+    probe = QProbe.from_pretrained(folder / "policy_gradient")
+    assert probe.source == EmbeddingSource({"name": "numbers"}, 1, "last", "bytes")
+    assert (probe.loss, probe.k, probe.settings) == ("policy_gradient", 4, TRAINING)
+    features = store.embeddings_of(
+        store.found_table(pipeline.run / "features" / "numbers.sample" / "fake-numbers" / "layer=01").read()
+    )
+    assert probe.score(features).shape == (48,)
+    with pytest.raises(ValueError, match="reads layer 1 of numbers"):
+        probe.score(features, EmbeddingSource({"name": "numbers"}, 2, "last", "bytes"))
+
+
+def test_a_final_probe_that_is_missing_is_made_again_alone(make: Make) -> None:
+    pipeline = make()
+    pipeline.execute(WORK)
+    folder = pipeline.run / "probes" / "numbers"
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = times(folder)
+    (folder / "reward_mse" / "probe.json").unlink()
+    make().execute(["train"])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+    changed = {path.parent.name for path, time in times(folder).items() if before[path] != time}
+    assert changed == {"reward_mse"}
+
+
+def test_stages_can_be_called_alone_and_run_in_their_own_order(make: Make) -> None:
+    make().execute(["embed", "sample"])
+    pipeline = make()
+    pipeline.execute(["reward"])
+    assert calls(pipeline) == {"sampler": 0, "greedy": 0, "reward": 24, "embedder": 0}
+    pipeline = make()
+    pipeline.execute(["train"])
+    make().execute(["evaluate"])
+    assert calls(pipeline) == dict.fromkeys(MAKERS, 0)
+    assert make().results(pipeline.tests[0]).prompts == 12
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "message"),
+    [
+        ("reward", StoreError, "completions/numbers.sample is missing 1 of 1 parts"),
+        ("embed", StoreError, "prompts/numbers is missing 1 of 1 parts"),
+        ("train", StoreError, "completions/numbers.sample is missing 4 of 4 parts"),
+        ("evaluate", StoreError, "is missing 4 of 4 parts: run the stage that makes it"),
+        ("report", FileNotFoundError, "numbers.json does not exist: run the stage evaluate first"),
+    ],
+)
+def test_a_stage_before_its_inputs_says_what_is_missing(
+    stage: str, error: type[Exception], message: str, make: Make
+) -> None:
+    with pytest.raises(error, match=message):
+        make().execute([stage])
+
+
+def test_an_unknown_stage_is_refused_before_any_work(make: Make) -> None:
+    pipeline = make()
+    with pytest.raises(ValueError, match="There is no stage smaple: choose from sample, reward, embed"):
+        pipeline.execute(["sample", "smaple"])
+    assert not pipeline.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": EvaluationSettings(k=5, folds=3)}, "evaluation.k is 5, but only n=4 completions"),
+        ({"layer": 7}, r"The probes read layer 7, but the embedder makes \[1\]"),
+        ({"batch_rows": 0}, "batch_rows is 0"),
+        ({"settings": EvaluationSettings(folds=13)}, "12 prompts cannot make 13 folds"),
+        ({"tests": []}, "The splits are none: give at least one"),
+        ({"tests": ["a", "a"]}, "The splits are a, a: .* each with a name of its own"),
+        ({"training_split": "numbers"}, "The splits are numbers, numbers"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    changes: dict[str, Any], message: str, make: Make, fakes: ModuleType
+) -> None:
+    if "tests" in changes:
+        changes = {"tests": [fakes.split(name) for name in changes["tests"]]}
+    if "training_split" in changes:
+        changes = {"training_split": fakes.split(changes["training_split"])}
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("which", ["reward", "embedder", "sampler"])
+def test_tables_of_other_inputs_are_refused_before_the_stages_before_them(
+    which: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make()
+    first.execute(WORK)
+    for path in first.run.glob("completions/*/part-*"):
+        path.unlink()  # hours of sampling would be due
+    second = make()
+    other = getattr(second, which)
+    identity = other.identity() | {"version": 2}
+    monkeypatch.setattr(other, "identity", lambda: identity)
+    with pytest.raises(
+        StoreError, match=rf"made from other inputs \((\w+\.)?version was 'not there', now 2|{which}\.version"
+    ):
+        second.execute(WORK)
+    assert calls(second) == dict.fromkeys(MAKERS, 0)
+
+
+def test_probes_read_the_highest_layer_unless_another_is_asked_for(make: Make, fakes: ModuleType) -> None:
+    first = make(embedder=fakes.Embedder((2, 1)))
+    assert first.probe_layer == 2
+    first.execute(("sample", "reward", "embed", "train"))
+    probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
+    assert probe.source is not None
+    assert probe.source.layer == 2
+    make(embedder=fakes.Embedder((2, 1)), layer=1).execute(["train"])
+    probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
+    assert probe.source is not None
+    assert probe.source.layer == 1
+
+
+# A process that has imported everything forks one child a run: a child is killed, and the next starts in milliseconds.
+SERVER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import fakes
+import qprobe.report.figures
+from qprobe.evaluation import EvaluationSettings
+from qprobe.pipeline import STAGES, Pipeline
+from qprobe.training import TrainingSettings
+
+def work(run):
+    print("pid", os.getpid(), flush=True)
+    pipeline = Pipeline(
+        run=run, title="Numbers", tests=[fakes.split("numbers", 30)], reward=fakes.Reward(seconds=0.01),
+        sampler=fakes.Sampler(seconds=0.01), greedy=fakes.Sampler(1, temperature=0.0, seconds=0.01),
+        embedder=fakes.Embedder((1, 2), seconds=0.01), batch_rows=4, progress=False,
+        training=TrainingSettings(steps=150, learning_rate=0.05, minimum_mixed=2),
+        settings=EvaluationSettings(seeds=2, folds=3, draws=50, bootstrap=2000),
+    )
+    for stage in STAGES:
+        print("begins", stage, flush=True)
+        pipeline.execute([stage])
+    print("finished", flush=True)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        work(Path(line.strip()))
+        os._exit(0)
+    print("gone", os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Server:
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
+    def line(self) -> list[str]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server died"
+        return line.split()
+
+    def start(self, run: Path) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{run}\n")
+        self.process.stdin.flush()
+        return int(self.line()[1])
+
+    def finish(self, run: Path) -> dict[str, float]:
+        """Run to the end; seconds of each stage."""
+        self.start(run)
+        marks = []
+        while (line := self.line())[0] != "gone":
+            marks.append((line[-1], time.monotonic()))
+        assert line[1] == "0"
+        return {name: after - start for (name, start), (_, after) in pairwise(marks)}
+
+    def kill(self, run: Path, stage: str, after: float) -> bool:
+        """Kill a run some seconds after a stage began; whether it was in that stage still."""
+        child = self.start(run)
+        while self.line() != ["begins", stage]:
+            pass
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+        line = self.line()
+        landed = line == ["gone", str(signal.SIGKILL.value)]
+        while line[0] != "gone":
+            line = self.line()
+        return landed
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        started = Server(process)
+        assert started.line() == ["ready"]
+        yield started
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs that are killed are forked")
+def test_killed_at_random_moments_of_every_stage_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    lot = random.Random(0)
+    landed = dict.fromkeys(STAGES, 0)
+    with server() as running:
+        seconds = running.finish(whole)
+        for stage in STAGES:
+            for _ in range(20):
+                # What a killed run had done stays done: several kills share one stage.
+                landed[stage] += running.kill(killed, stage, lot.uniform(0, 0.3) * seconds[stage])
+                if landed[stage] == 4:
+                    break
+        running.finish(killed)
+    assert min(landed.values()) >= 3, landed
+    for kind in ("tables", "results", "figures", "probes"):
+        files = sorted(path.relative_to(whole) for path in (whole / kind).rglob("*") if path.is_file())
+        assert files
+        for file in files:
+            assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+    manifests = sorted(path.parent.relative_to(whole) for path in whole.rglob("manifest.json"))
+    assert len(manifests) == 7  # prompts; completions and rewards of two pools; features of two layers
+    for folder in manifests:
+        parts = [sorted(path.name for path in (run / folder).glob("*")) for run in (whole, killed)]
+        assert parts[0] == parts[1]  # none more, none less, nothing half written
+        for name in parts[0]:
+            if name != "manifest.json":
+                assert (killed / folder / name).read_bytes() == (whole / folder / name).read_bytes()
+        found = store.found_table(killed / folder).folder
+        if "prompts" not in folder.parts:
+            tables = [pq.read_table(part, partitioning=None) for part in sorted(found.glob("*.parquet"))]
+            keys = [key for t in tables for key in zip(t["task_id"].to_pylist(), t["sample"].to_pylist(), strict=True)]
+            samples = 1 if "numbers.greedy" in folder.parts else 4
+            assert sorted(keys) == [(f"t-{number:03d}", sample) for number in range(30) for sample in range(samples)]

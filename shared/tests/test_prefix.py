@@ -1,0 +1,273 @@
+"""Continuing shared prompts is exact: states and scores are those of the joined sequence, one model family after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qprobe import models, prefix
+from qprobe.models import LanguageModel, ModelSpec
+from qprobe.prefix import PrefixRun
+
+States = Callable[[ModelSpec, Sequence[int]], tuple[Tensor, ...]]
+Logprobs = Callable[[ModelSpec, Sequence[int]], Tensor]
+Ids = Callable[..., list[list[int]]]
+Error = Callable[[Tensor, Tensor], float]
+
+TOLERANCE = 1e-4
+PROMPT_LENGTHS = (9, 2, 14, 1, 5)
+OWNER = (0, 0, 1, 2, 2, 2, 4)  # the prompt of length 1 has no row
+
+
+@pytest.fixture
+def run(any_tiny_model: ModelSpec) -> PrefixRun:
+    return PrefixRun(models.load(any_tiny_model))
+
+
+@pytest.fixture
+def prompts(random_ids: Ids) -> list[list[int]]:
+    return random_ids(PROMPT_LENGTHS)
+
+
+def hook_count(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("per_pass", [2048, 16, 1])
+def test_prefill_returns_states_and_scores_of_the_last_prompt_token(
+    run: PrefixRun,
+    prompts: list[list[int]],
+    stock_states: States,
+    stock_logprobs: Logprobs,
+    relative_error: Error,
+    monkeypatch: pytest.MonkeyPatch,
+    per_pass: int,
+) -> None:
+    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", per_pass)
+    spec = run.language_model.spec
+    found = run.prefill(prompts, (0, 2, 4), logits=True)
+    assert found.lengths.tolist() == list(PROMPT_LENGTHS)
+    assert found.mask.sum(dim=1).tolist() == list(PROMPT_LENGTHS)
+    for layer in (0, 2, 4):
+        wanted = torch.stack([stock_states(spec, ids)[layer][-1] for ids in prompts])
+        assert relative_error(found.states[layer], wanted) <= TOLERANCE
+    assert found.logits is not None
+    scores = torch.stack([stock_logprobs(spec, ids)[-1] for ids in prompts])
+    torch.testing.assert_close(found.logits.double().log_softmax(dim=-1), scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_pass", [2048, 16])
+def test_rows_grown_in_steps_and_dropped_on_the_way_stay_exact(
+    run: PrefixRun,
+    prompts: list[list[int]],
+    random_ids: Ids,
+    stock_states: States,
+    stock_logprobs: Logprobs,
+    relative_error: Error,
+    monkeypatch: pytest.MonkeyPatch,
+    per_pass: int,
+) -> None:
+    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", per_pass)
+    spec = run.language_model.spec
+    continuation = run.continuation(run.prefill(prompts), torch.tensor(OWNER))
+    sequences = [list(prompts[p]) for p in OWNER]
+    alive = list(range(len(OWNER)))
+    # Widths of the steps, and which of the living rows go on after each: whole prompts leave, then half of all.
+    steps: list[tuple[int, list[int]]] = [
+        (1, [0, 1, 2, 3, 4, 5, 6]),
+        (3, [0, 2, 3, 5, 6]),
+        (1, [0, 2, 3]),
+        (8, [1, 2]),
+        (1, [1]),
+        (2, [0]),
+    ]
+    for step, (width, kept) in enumerate(steps):
+        ids = random_ids([width] * len(alive), seed=step)
+        for row, tokens in zip(alive, ids, strict=True):
+            sequences[row] += tokens
+        found = continuation.extend(torch.tensor(ids), (0, 3, 4), logits=True)
+        for layer in (0, 3, 4):
+            wanted = torch.cat([stock_states(spec, sequences[row])[layer][-width:] for row in alive])
+            assert relative_error(found.states[layer].reshape(wanted.shape), wanted) <= TOLERANCE
+        assert found.logits is not None
+        scores = torch.stack([stock_logprobs(spec, sequences[row])[-1] for row in alive])
+        torch.testing.assert_close(found.logits.double().log_softmax(dim=-1), scores, rtol=0, atol=1e-4)
+        continuation.keep(torch.tensor(kept))
+        alive = [alive[place] for place in kept]
+
+
+def test_rows_may_be_dropped_before_the_first_step(
+    run: PrefixRun, prompts: list[list[int]], stock_states: States, relative_error: Error
+) -> None:
+    continuation = run.continuation(run.prefill(prompts), torch.tensor(OWNER))
+    continuation.keep(torch.tensor([2, 6]))
+    found = continuation.extend(torch.tensor([[7, 8], [9, 10]]), (3,)).states[3]
+    spec = run.language_model.spec
+    wanted = [stock_states(spec, [*prompts[1], 7, 8])[3][-2:], stock_states(spec, [*prompts[4], 9, 10])[3][-2:]]
+    assert relative_error(found.reshape(4, -1), torch.cat(wanted)) <= TOLERANCE
+
+
+def test_two_continuations_of_one_prefix_are_apart(
+    run: PrefixRun, prompts: list[list[int]], stock_states: States, relative_error: Error
+) -> None:
+    shared = run.prefill(prompts)
+    first, second = (run.continuation(shared, torch.tensor(OWNER)) for _ in range(2))
+    first.extend(torch.full((7, 3), 9))
+    found = second.extend(torch.full((7, 2), 11), (4,)).states[4][:, -1]
+    wanted = torch.stack([stock_states(run.language_model.spec, [*prompts[p], 11, 11])[4][-1] for p in OWNER])
+    assert relative_error(found, wanted) <= TOLERANCE
+
+
+def test_padding_on_the_right_reaches_nothing_before_it(run: PrefixRun, prompts: list[list[int]]) -> None:
+    ids = torch.full((7, 6), 20)
+    other = ids.clone()
+    other[:, 4:] = 99
+    shared = run.prefill(prompts)
+    states = [run.continuation(shared, torch.tensor(OWNER)).extend(x, (4,)).states[4] for x in (ids, other)]
+    assert torch.equal(states[0][:, :4], states[1][:, :4])
+    assert not torch.allclose(states[0][:, 4:], states[1][:, 4:], atol=0.1)
+
+
+def test_prompts_without_rows_are_let_go(tiny_model: ModelSpec, prompts: list[list[int]]) -> None:
+    run = PrefixRun(models.load(tiny_model))
+    continuation = run.continuation(run.prefill(prompts), torch.tensor(OWNER))
+    held = []
+    for kept in ([0, 2, 3, 5, 6], [0, 1], [1]):
+        continuation.keep(torch.tensor(kept))
+        held.append(len(continuation._prompts.mask))
+    assert held == [5, 2, 1]  # of 5 prompts: 4 in use, then 2, then 1
+
+
+def test_passes_over_the_prompts_are_small_and_score_the_last_token_only(
+    tiny_model: ModelSpec, random_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", 16)
+    run = PrefixRun(models.load(tiny_model))
+    shapes: list[tuple[int, ...]] = []
+    head = run.model.lm_head.register_forward_hook(lambda _m, inputs, _o: shapes.append(tuple(inputs[0].shape)))
+    body = run.model.model.embed_tokens.register_forward_hook(
+        lambda _m, inputs, _o: shapes.append(tuple(inputs[0].shape))
+    )
+    run.prefill(random_ids((9, 2, 14, 1, 5, 20)), logits=True)
+    head.remove()
+    body.remove()
+    # Lengths 1 2 5, 9, 14, 20: rows times the longest stay within 16 where more than one row goes together.
+    assert shapes == [(3, 5), (3, 1, 32), (1, 9), (1, 1, 32), (1, 14), (1, 1, 32), (1, 20), (1, 1, 32)]
+
+
+def test_no_hook_stays_on_the_model(run: PrefixRun, prompts: list[list[int]]) -> None:
+    before = hook_count(run.model)
+    shared = run.prefill(prompts, (2,))
+    run.prefill(prompts, (0,))
+    run.prefill(prompts, (4,), logits=True)
+    with pytest.raises(IndexError):
+        run.continuation(shared, torch.tensor(OWNER)).extend(torch.full((7, 1), 10**6), (1,))
+    assert hook_count(run.model) == before
+
+
+@pytest.mark.parametrize(("prompts", "message"), [([], "No prompts were given"), ([[5], []], "A prompt has no tokens")])
+def test_nothing_to_run_on_is_a_sentence(run: PrefixRun, prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.prefill(prompts)
+
+
+def test_the_two_ways_are_both_taken(
+    tiny_model: ModelSpec, tiny_sliding_model: ModelSpec, tiny_gpt2_model: ModelSpec
+) -> None:
+    ways = [PrefixRun(models.load(spec)).shared for spec in (tiny_model, tiny_sliding_model, tiny_gpt2_model)]
+    assert ways == [True, False, False]
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What makes each family's own traits show at this size.
+TRAITS: dict[str, dict[str, Any]] = {
+    "granite": {"attention_multiplier": 0.7, "residual_multiplier": 0.6, "embedding_multiplier": 3.0},
+    "mistral": {"sliding_window": None},
+    "olmo": {"clip_qkv": 0.8},
+    "phi3": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"sliding_window": None},
+}
+
+
+def language_model(family: str, **changes: Any) -> tuple[LanguageModel, Any]:
+    """(a model of the family with random weights, its copy with stock attention)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **SMALL | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config)
+        copied = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    copied.load_state_dict(model.state_dict())
+    return LanguageModel(model, None, ModelSpec(family, dtype="float32", device="cpu")), copied
+
+
+@pytest.mark.parametrize("family", sorted(prefix.PLAIN_ATTENTION))
+def test_every_family_called_plain_is_plain(family: str, relative_error: Error) -> None:
+    ours, stock = language_model(family, **TRAITS.get(family, {}))
+    run = PrefixRun(ours)
+    assert run.shared
+    prompts, owner = [[5, 6, 7, 8, 9, 10], [11, 12]], [0, 0, 1]
+    tokens = [[20, 21, 22], [23, 24, 25], [26, 27, 28]]
+    found = run.continuation(run.prefill(prompts), torch.tensor(owner)).extend(torch.tensor(tokens), (1, 2, 3), True)
+    with torch.inference_mode():
+        joined = [
+            stock(torch.tensor([prompts[p] + ids]), output_hidden_states=True)
+            for p, ids in zip(owner, tokens, strict=True)
+        ]
+    for layer in (1, 2, 3):
+        wanted = torch.cat([output.hidden_states[layer][0, -3:] for output in joined])
+        assert relative_error(found.states[layer].reshape(wanted.shape), wanted) <= TOLERANCE
+    assert found.logits is not None
+    assert relative_error(found.logits, torch.cat([output.logits[:, -1] for output in joined])) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "shared"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}, True),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, False),
+        ("mistral", {"sliding_window": 4}, False),
+        ("gemma", {"head_dim": 8}, False),
+    ],
+)
+def test_attention_with_a_window_or_unknown_is_left_to_the_model(
+    family: str, changes: dict[str, Any], shared: bool, relative_error: Error
+) -> None:
+    ours, stock = language_model(family, **changes)
+    run = PrefixRun(ours)
+    assert run.shared is shared
+    found = run.continuation(run.prefill([[5, 6, 7, 8, 9, 10], [11]]), torch.tensor([0, 1])).extend(
+        torch.tensor([[20, 21, 22], [23, 24, 25]]), (2, 3)
+    )
+    with torch.inference_mode():
+        for row, ids in enumerate(([5, 6, 7, 8, 9, 10, 20, 21, 22], [11, 23, 24, 25])):
+            wanted = stock(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            for layer in (2, 3):
+                assert relative_error(found.states[layer][row], wanted[layer][0, -3:]) <= TOLERANCE
+
+
+def test_a_model_without_a_list_of_layers_is_a_sentence() -> None:
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=4))
+    model = SimpleNamespace(config=config, base_model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="keeps its 4 layers in no module list"):
+        prefix.decoder_layers(model)

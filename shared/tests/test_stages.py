@@ -1,0 +1,373 @@
+"""Stages: whole batches, resumed without a row twice or lost, no reward invented, tokens reused only where they mean the same."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qprobe import stages, store
+from qprobe.prompts import Prompt
+from qprobe.runners.local import Work, run_stage
+from qprobe.sampling import sample_seeds
+from qprobe.stages import Pool, RewardBatch, RewardRow, Split
+from qprobe.store import StoreError, Table
+
+
+@pytest.fixture
+def pool(fakes: ModuleType, tmp_path: Path) -> Pool:
+    """Ten prompts x 4 samples in batches of 3, 3, 3 and 1 prompts."""
+    return make_pool(fakes, tmp_path)
+
+
+def make_pool(fakes: ModuleType, run: Path, **changes: Any) -> Pool:
+    values = {"split": fakes.split(), "kind": "sample", "sampler": fakes.Sampler(), "seed": 5, "batch_rows": 12}
+    return Pool(run, **values | changes)
+
+
+def complete(pool: Pool, fakes: ModuleType, embedder: Any = None) -> stages.Joined:
+    embedder = embedder or fakes.Embedder()
+    stages.sample(pool, progress=False)
+    stages.reward(pool, fakes.Reward(), progress=False)
+    stages.embed(pool, embedder, progress=False)
+    return stages.join(pool, fakes.Reward(), embedder, embedder.layers[0])
+
+
+def contents(table: Table) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in table.parts()}
+
+
+def rewrite(table: Table, keys: Any, change: Any) -> None:
+    """Put changed rows into the part of a batch."""
+    pq.write_table(change(table.read([keys])), table.part(keys))
+
+
+def test_batches_are_whole_prompts_of_the_sorted_tasks_whatever_the_order_they_came_in(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    ids = [f"t-{number:03d}" for number in range(10)]
+    expected = [tuple(ids[:3]), tuple(ids[3:6]), tuple(ids[6:9]), tuple(ids[9:])]
+    for prompts in (fakes.prompts(10), fakes.prompts(10)[::-1]):
+        assert make_pool(fakes, tmp_path, split=Split("s", prompts, {})).batches == expected
+    assert len(make_pool(fakes, tmp_path, batch_rows=1).batches) == 10  # a prompt is never cut
+
+
+def test_completions_carry_their_own_seed_and_the_tables_join(pool: Pool, fakes: ModuleType) -> None:
+    joined = complete(pool, fakes)
+    rows = pool.completions.read(pool.batches).to_pylist()
+    assert [(row["task_id"], row["sample"]) for row in rows] == [(t, s) for t in pool.task_ids for s in range(4)]
+    for row in rows:
+        # hash(run seed, task_id) + sample, from the words of DESIGN.
+        digest = hashlib.sha256(b"5\x00" + row["task_id"].encode()).digest()
+        assert row["seed"] == int.from_bytes(digest[:8], "big") // 8 + row["sample"]
+        assert bytes(row["token_ids"]).decode() == row["completion"]
+    assert joined.completions == [row["completion"] for row in rows]
+    assert joined.groups.tolist() == [number for number in range(10) for _ in range(4)]
+    expected = [float(fakes.passes(row["task_id"], row["completion"])) for row in rows]
+    assert joined.rewards.tolist() == expected
+    assert 0 < sum(expected) < 40
+    assert joined.verdicts == ["passed" if reward else "failed" for reward in expected]
+    assert joined.features is not None
+    goodness = [int(text.removeprefix("answer ")) / 100 for text in joined.completions]
+    np.testing.assert_array_equal(joined.features[:, 0], np.array(goodness, np.float16))
+
+
+def test_a_stage_resumes_where_it_was_cut_and_ends_as_if_undisturbed(fakes: ModuleType, tmp_path: Path) -> None:
+    whole = make_pool(fakes, tmp_path / "whole")
+    undisturbed = complete(whole, fakes)
+    cut = make_pool(fakes, tmp_path / "cut")
+    complete(cut, fakes)
+    lost = {"completions": (0, 3), "rewards": (1,), "features": (0, 2)}
+    tables = {
+        "completions": cut.completions,
+        "rewards": cut.rewards(fakes.Reward()),
+        "features": cut.features(fakes.Embedder(), 1),
+    }
+    for name, table in tables.items():
+        for number in lost[name]:
+            table.part(cut.batches[number]).unlink()
+    before = {name: contents(table) for name, table in tables.items()}
+    sampler, reward, embedder = fakes.Sampler(), fakes.Reward(), fakes.Embedder()
+    again = make_pool(fakes, tmp_path / "cut", sampler=sampler)
+    stages.sample(again, progress=False)
+    stages.reward(again, reward, progress=False)
+    stages.embed(again, embedder, progress=False)
+    # The very batches that were lost: none cut anew from what was left.
+    assert (sampler.calls, reward.calls, embedder.calls) == ([3, 1], [3], [3, 3])
+    assert sampler.rendered == 0
+    for name, table in tables.items():
+        assert contents(table).items() >= before[name].items()
+    resumed = stages.join(again, reward, embedder, 1)
+    assert resumed.completions == undisturbed.completions
+    np.testing.assert_array_equal(resumed.rewards, undisturbed.rewards)
+    assert resumed.features is not None
+    assert undisturbed.features is not None
+    np.testing.assert_array_equal(resumed.features, undisturbed.features)
+    for name, table in tables.items():
+        rows = table.read()
+        found = sorted(zip(rows["task_id"].to_pylist(), rows["sample"].to_pylist(), strict=True))
+        assert found == [(t, s) for t in cut.task_ids for s in range(4)], name
+
+
+def test_a_finished_stage_asks_nobody(pool: Pool, fakes: ModuleType) -> None:
+    complete(pool, fakes)
+    sampler, reward, embedder = fakes.Sampler(), fakes.Reward(), fakes.Embedder()
+    complete(make_pool(fakes, pool.run, sampler=sampler), fakes, embedder)
+    stages.reward(pool, reward, progress=False)
+    assert sampler.calls == reward.calls == embedder.calls == []
+
+
+def test_a_part_is_written_as_soon_as_its_batch_is_done(
+    pool: Pool, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.sample(pool, progress=False)
+    table = pool.rewards(fakes.Reward())
+    reward = fakes.Reward()
+    seen = []
+
+    def rows(batch: RewardBatch) -> Any:
+        seen.append(len(table.parts()))
+        return fakes.Reward().rows(batch)
+
+    monkeypatch.setattr(reward, "rows", rows)
+    stages.reward(pool, reward, progress=False)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_rewards_may_come_in_any_order_of_batches(fakes: ModuleType, tmp_path: Path) -> None:
+    tables = []
+    for reward in (fakes.Reward(), fakes.Reward(reverse=True)):
+        pool = make_pool(fakes, tmp_path / str(reward.reverse))
+        stages.sample(pool, progress=False)
+        stages.reward(pool, reward, progress=False)
+        tables.append(pool.rewards(reward).read(pool.batches))
+    assert reward.calls == [1, 3, 3, 3]  # really reversed
+    assert tables[0].equals(tables[1])
+
+
+def test_a_reward_that_fails_writes_no_row_of_its_batch_and_the_others_stay(pool: Pool, fakes: ModuleType) -> None:
+    stages.sample(pool, progress=False)
+    with pytest.raises(RuntimeError, match="the judge does not answer"):
+        stages.reward(pool, fakes.Reward(fail_at=2), progress=False)
+    table = pool.rewards(fakes.Reward())
+    assert [table.has(keys) for keys in pool.batches] == [True, True, False, False]
+    reward = fakes.Reward()
+    stages.reward(pool, reward, progress=False)
+    assert reward.calls == [3, 1]
+    assert table.read(pool.batches).num_rows == 40
+
+
+class Broken:
+    """A reward whose batches are changed before they are given back."""
+
+    name = "broken"
+
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        yield from self.change([(batch, [RewardRow(1.0)] * len(batch.rows)) for batch in batches])
+
+
+def graded(value: Any) -> Any:
+    return lambda batches: [(batch, [*rows[:-1], RewardRow(value)]) for batch, rows in batches]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (graded(float("nan")), ValueError, "broken gave nan"),
+        (graded(float("-inf")), ValueError, "broken gave -inf"),
+        (graded(1e39), ValueError, "broken gave 1e.39"),  # infinite as float32
+        (graded(None), ValueError, "broken gave None"),
+        (graded("good"), ValueError, "broken gave 'good'"),
+        (lambda batches: [(b, rows[:-1]) for b, rows in batches], RuntimeError, "gave 11 rows for 12 completions"),
+        (lambda batches: batches[:-1], RuntimeError, "returned without 1 of 4 batches"),
+        (lambda batches: [*batches, batches[0]], RuntimeError, "the batch of t-000 twice"),
+        (
+            lambda batches: [(RewardBatch(("x",), [("x", 0, "")]), [RewardRow(0.0)])],
+            RuntimeError,
+            "the batch of x twice, or was never given",
+        ),
+    ],
+)
+def test_a_reward_that_breaks_its_promise_is_a_sentence(
+    pool: Pool, change: Any, error: type[Exception], message: str
+) -> None:
+    stages.sample(pool, progress=False)
+    with pytest.raises(error, match=message):
+        stages.reward(pool, Broken(change), progress=False)
+    table = pool.rewards(Broken(change))
+    for part in table.parts():
+        assert np.isfinite(pq.read_table(part, partitioning=None)["reward"].to_numpy()).all()
+
+
+def test_tokens_are_reused_where_both_tokenizers_are_one(pool: Pool, fakes: ModuleType) -> None:
+    embedder = fakes.Embedder()
+    complete(pool, fakes, embedder)
+    assert {prompt[0] for prompt, _ in embedder.seen} == {ord("t")}  # as the sampler encoded it: without a mark
+    texts = pool.completions.read(pool.batches)["completion"].to_pylist()
+    assert [bytes(completion).decode() for _, completion in embedder.seen] == texts
+
+
+@pytest.mark.parametrize("sampler", [{"tokens": False}, {"tokenizer": "another"}])
+def test_otherwise_prompt_and_completion_are_encoded_each_by_itself(
+    sampler: dict[str, Any], fakes: ModuleType, tmp_path: Path
+) -> None:
+    pool = make_pool(fakes, tmp_path, sampler=fakes.Sampler(**sampler))
+    embedder = fakes.Embedder()
+    complete(pool, fakes, embedder)
+    texts = pool.completions.read(pool.batches)["completion"].to_pylist()
+    for (prompt, completion), task, text in zip(
+        embedder.seen, [t for t in pool.task_ids for _ in range(4)], texts, strict=True
+    ):
+        assert prompt == [fakes.PROMPT_MARK, *f"task {task[2:]}: ".encode()]
+        assert completion == list(text.encode())
+
+
+def test_a_conversation_is_encoded_as_already_templated(fakes: ModuleType, tmp_path: Path) -> None:
+    messages = ({"role": "user", "content": "task 007: "},)
+    split = Split("chat", [Prompt("t-007", messages=messages)], {})
+    embedder = fakes.Embedder(tokenizer="another")
+    complete(make_pool(fakes, tmp_path, split=split), fakes, embedder)
+    assert bytes(embedder.seen[0][0]).decode() == "task 007: "
+
+
+def test_several_layers_are_made_in_one_pass_each_in_its_table(pool: Pool, fakes: ModuleType) -> None:
+    embedder = fakes.Embedder(layers=(2, 1))
+    complete(pool, fakes, embedder)
+    assert embedder.calls == [3, 3, 3, 1]
+    first, second = (
+        store.embeddings_of(pool.features(embedder, layer).read(pool.batches)).astype(np.float32) for layer in (1, 2)
+    )
+    np.testing.assert_allclose(second, 10 * first, rtol=2e-3)  # two roundings to float16
+    assert (pool.run / "features" / "train.sample" / "fake-numbers" / "layer=01").is_dir()
+
+
+def test_a_layer_that_is_added_leaves_the_rows_of_the_others_untouched(pool: Pool, fakes: ModuleType) -> None:
+    complete(pool, fakes)
+    table = pool.features(fakes.Embedder(), 1)
+    before = {path: path.stat().st_mtime_ns for path in table.parts()}
+    embedder = fakes.Embedder(layers=(1, 2), values=dict.fromkeys(range(4), 0.99))  # as bfloat16 may move bits
+    stages.embed(pool, embedder, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in table.parts()} == before
+    assert pool.features(embedder, 2).read(pool.batches).num_rows == 40
+
+
+def test_values_beyond_float16_are_told_and_kept(
+    pool: Pool, fakes: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined = complete(pool, fakes, fakes.Embedder(values={0: 1e5, 2: 1e5}))
+    assert joined.features is not None
+    assert joined.features.dtype == np.float32
+    assert joined.features[0, 0] == 1e5
+    assert capsys.readouterr().out.count("stored as float32") == 1
+
+
+def test_an_embedding_of_nan_is_refused_with_its_row(pool: Pool, fakes: ModuleType) -> None:
+    with pytest.raises(StoreError, match="The embedding of t-003, sample 0, is not finite"):
+        complete(pool, fakes, fakes.Embedder(values={1: float("nan")}))
+    table = pool.features(fakes.Embedder(), 1)
+    assert [table.has(keys) for keys in pool.batches] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["completions", "rewards", "features"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: pa.concat_tables([rows, rows.slice(4, 1)]), "t-001"),  # a row twice
+        (lambda rows: rows.slice(1), "t-000"),  # a row missing
+        (lambda rows: rows.take([1, 0, *range(2, 12)]), "t-000"),  # rows exchanged
+        (lambda rows: pa.concat_tables([rows.slice(0, 11), rows.slice(4, 1)]), "t-001|t-002"),  # one twice, one missing
+    ],
+)
+def test_rows_twice_missing_or_exchanged_are_refused(
+    name: str, change: Any, told: str, pool: Pool, fakes: ModuleType
+) -> None:
+    complete(pool, fakes)
+    embedder = fakes.Embedder()
+    tables = {
+        "completions": pool.completions,
+        "rewards": pool.rewards(fakes.Reward()),
+        "features": pool.features(embedder, 1),
+    }
+    rewrite(tables[name], pool.batches[0], change)
+    with pytest.raises(StoreError, match=rf"The {name} of train.sample do not hold every .* for \('({told})', \d\)"):
+        stages.join(pool, fakes.Reward(), embedder, 1)
+
+
+def test_a_stage_before_its_inputs_says_which_is_missing(pool: Pool, fakes: ModuleType) -> None:
+    for stage in (
+        lambda: stages.reward(pool, fakes.Reward(), progress=False),
+        lambda: stages.embed(pool, fakes.Embedder(), progress=False),
+        lambda: stages.join(pool, fakes.Reward()),
+    ):
+        with pytest.raises(StoreError, match=r"is missing \d of \d parts: run the stage that makes it"):
+            stage()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 6}, "seed was 5, now 6"),
+        ({"batch_rows": 8}, "batch_rows was 12, now 8"),
+        ({"sampler": {"n": 2}}, "sampler.n was 4, now 2"),
+        ({"sampler": {"temperature": 1.0}}, "sampler.temperature was 0.8, now 1.0"),
+        ({"split": 3}, "split.start was 0, now 3"),
+    ],
+)
+def test_completions_of_other_inputs_are_refused_and_the_difference_named(
+    changes: dict[str, Any], message: str, pool: Pool, fakes: ModuleType
+) -> None:
+    complete(pool, fakes)
+    before = sorted(path for path in pool.run.rglob("*"))
+    if "sampler" in changes:
+        changes = {"sampler": fakes.Sampler(**changes["sampler"])}
+    if "split" in changes:
+        changes = {"split": fakes.split(start=changes["split"])}
+    other = make_pool(fakes, pool.run, **changes)
+    with pytest.raises(StoreError, match=message):
+        stages.sample(other, progress=False)
+    for stage in (stages.reward, stages.embed):
+        maker = fakes.Reward() if stage is stages.reward else fakes.Embedder()
+        with pytest.raises(StoreError, match="made from other inputs"):
+            stage(other, maker, progress=False)
+    assert sorted(pool.run.rglob("*")) == before
+    assert not any(".tmp" in name for _, _, files in os.walk(pool.run) for name in files)
+
+
+def test_a_split_needs_prompts_of_different_names(fakes: ModuleType) -> None:
+    with pytest.raises(ValueError, match="The split empty has no prompts"):
+        Split("empty", [], {})
+    with pytest.raises(ValueError, match="the task id t-001 twice"):
+        Split("s", [*fakes.prompts(3), *fakes.prompts(1, start=1)], {})
+
+
+def test_seeds_differ_between_runs_prompts_and_samples() -> None:
+    seeds = [seed for run in (0, 1) for task in ("a", "b", "1") for seed in sample_seeds(run, task, 3)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_the_runner_counts_what_it_made_and_takes_batches_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[str] = []
+
+    def stage(batches: Iterable[str]) -> Iterator[tuple[str, int]]:
+        for batch in batches:
+            events.append(f"work {batch}")
+            yield batch, 1
+
+    works = [Work("a", 3, True), Work("b", 2, False), Work("c", 1, False)]
+    made = run_stage("name", works, stage, lambda batch, rows: events.append(f"write {batch}"))
+    assert made == 3
+    assert events == ["work b", "write b", "work c", "write c"]
+    assert "6/6" in capsys.readouterr().err

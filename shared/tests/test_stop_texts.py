@@ -1,0 +1,208 @@
+"""A completion is cut before the first stop text that counts, and keeps the tokens of what is left."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qprobe import models, prefix
+from qprobe.models import ModelSpec
+from qprobe.sampling import SamplingSettings, sample_seeds
+from qprobe.sampling.base import stop_position
+from qprobe.sampling.hf import HFSampler
+
+
+class ScriptedRun:
+    """Stands in for PrefixRun: row r is certain of the tokens of script r, one after another."""
+
+    def __init__(self, language_model: models.LanguageModel, scripts: Sequence[Sequence[int]]) -> None:
+        self.language_model = language_model
+        self.scripts = scripts
+        self.rows = list(range(len(scripts)))
+        self.step = 0
+
+    def scores(self) -> Tensor:
+        logits = torch.zeros(len(self.rows), 300)
+        for place, row in enumerate(self.rows):
+            assert self.step < len(self.scripts[row]), f"row {row} did not stop at the end of its script"
+            logits[place, self.scripts[row][self.step]] = 5.0
+        return logits
+
+    def prefill(self, _prompts: Any, logits: bool) -> prefix.Prefix:
+        assert logits
+        return prefix.Prefix(None, torch.empty(0), torch.empty(0), self.scores(), {})
+
+    def continuation(self, _prefix: Any, _owner: Any) -> ScriptedRun:
+        return self
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = [self.rows[place] for place in rows.tolist()]
+
+    def extend(self, ids: Tensor, logits: bool) -> prefix.Extension:
+        assert logits
+        assert ids[:, 0].tolist() == [self.scripts[row][self.step] for row in self.rows]
+        self.step += 1
+        return prefix.Extension(self.scores(), {})
+
+
+# A script's token has logit 5, the other 299 have 0.
+SCRIPTED_LOGPROB = 5 - math.log(math.exp(5) + 299)
+
+
+@pytest.fixture
+def complete(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, int, str]]]:
+    """Let a sampler write scripts, each a list of texts: tokens, or characters that are written byte by byte.
+
+    A script has to hold all that is asked of it: a row that stops too late runs out of it.
+    Returns for every script the text, the number of tokens kept and the finish reason; the tokens themselves and the
+    log-probability are checked on the way.
+    """
+    tokenizer = models.load_tokenizer(tiny_model)
+
+    def token_ids(parts: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            whole = tokenizer.encode_completion(part)
+            assert len(whole) == 1 or len(part) == 1, f"{part!r} is no single token"
+            ids += whole
+        return ids
+
+    def run(
+        *scripts: Sequence[str], stop: tuple[str, ...] = (), max_new_tokens: int = 30, prompt: str = "def f"
+    ) -> list[tuple[str, int, str]]:
+        ids = [token_ids(script) for script in scripts]
+        monkeypatch.setattr("qprobe.sampling.hf.PrefixRun", lambda language_model: ScriptedRun(language_model, ids))
+        sampler = HFSampler(
+            tiny_model, SamplingSettings(n=1, temperature=0.0, stop=stop, max_new_tokens=max_new_tokens)
+        )
+        prompts = [tokenizer.encode_prompt(prompt, templated=False)] * len(scripts)
+        found: list[tuple[str, int, str]] = []
+        for script, (completion,) in zip(ids, sampler.sample(prompts, [[0]] * len(scripts)), strict=True):
+            kept = completion.token_ids
+            assert kept is not None
+            assert kept == script[: len(kept)]
+            assert completion.logprob == pytest.approx(len(kept) * SCRIPTED_LOGPROB)
+            found.append((completion.text, len(kept), completion.finish_reason))
+        return found
+
+    return run
+
+
+END = "<|eos|>"
+Complete = Callable[..., list[tuple[str, int, str]]]
+
+
+def test_without_a_stop_text_a_completion_ends_at_the_end_token(complete: Complete) -> None:
+    assert complete(["a", "b", END], ["c", END]) == [("ab", 2, "stop"), ("c", 1, "stop")]
+
+
+def test_a_completion_is_cut_at_its_longest_length(complete: Complete) -> None:
+    assert complete([*"abc"], ["c", END], max_new_tokens=3) == [("abc", 3, "length"), ("c", 1, "stop")]
+
+
+def test_the_text_is_cut_before_a_stop_text_over_several_tokens(complete: Complete) -> None:
+    assert complete([*"ab", *"STOP"], stop=("STOP",)) == [("ab", 2, "stop")]
+
+
+def test_the_first_of_several_stop_texts_decides(complete: Complete) -> None:
+    # One token completes both of them.
+    assert complete(["a", "end"], stop=("nd", "e")) == [("a", 1, "stop")]
+    assert complete(["a", "end"], stop=("en", "aend")) == [("a", 1, "stop")]
+
+
+def test_a_token_that_straddles_the_cut_is_kept(complete: Complete) -> None:
+    assert complete(["a", "er", "!"], stop=("r!",)) == [("ae", 2, "stop")]
+    assert complete(["a", "end"], stop=("nd",)) == [("ae", 2, "stop")]
+
+
+def test_a_stop_text_inside_one_token_drops_it_where_it_begins_there(complete: Complete) -> None:
+    assert complete(["a", "end"], stop=("en",)) == [("a", 1, "stop")]
+
+
+def test_each_row_stops_at_its_own_time(complete: Complete) -> None:
+    found = complete([*"abcdef"], [*"a!"], [*"abc", END], [*"abcd!"], stop=("!",), max_new_tokens=6)
+    assert found == [("abcdef", 6, "length"), ("a", 1, "stop"), ("abc", 3, "stop"), ("abcd", 4, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("\n\n#a#", "\n\n#a"),
+        ("#a#", "#a"),
+        ("\n#\n#", "\n#\n"),
+        (" ##", " #"),
+    ],
+)
+def test_a_stop_text_behind_white_space_alone_does_not_count(complete: Complete, script: str, text: str) -> None:
+    assert complete(list(script), stop=("#",)) == [(text, len(text), "stop")]
+
+
+def test_a_stop_text_that_begins_in_leading_white_space_does_not_count(complete: Complete) -> None:
+    assert complete([*"\n\nab\n\n"], stop=("\n\n",)) == [("\n\nab", 4, "stop")]
+
+
+def test_a_prompt_is_no_part_of_a_stop_text(complete: Complete) -> None:
+    assert complete([*"fab", END], stop=("ff", "def"), prompt="def f") == [("fab", 3, "stop")]
+
+
+def test_characters_of_several_tokens_are_text_once_they_are_complete(complete: Complete) -> None:
+    # Each byte is a token: é has 2, € has 3, 😀 has 4.
+    assert complete([*"é€😀", END]) == [("é€😀", 9, "stop")]
+    assert complete([*"a😀", END], max_new_tokens=3) == [("a\N{REPLACEMENT CHARACTER}", 3, "length")]
+
+
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_character_before_the_cut_keeps_all_its_tokens(complete: Complete, character: str) -> None:
+    size = len(character.encode())
+    assert complete([*"a", character, *"STOP"], stop=("STOP",)) == [("a" + character, 1 + size, "stop")]
+    assert complete(["a", "b", character], stop=(character,)) == [("ab", 2, "stop")]
+    assert complete([*"a", character, character], stop=(character * 2,)) == [("a", 1, "stop")]
+
+
+def test_a_long_completion_is_searched_to_its_end(complete: Complete) -> None:
+    # The stop text is looked for in the last tokens only: it must be found far behind the prompt and any character.
+    script = [*"x😀" * 4, *"ab", *"€", *"!?"]
+    size = len("".join(script).encode())
+    assert complete(script, stop=("€!?",), max_new_tokens=60) == [("x😀" * 4 + "ab", size - 5, "stop")]
+
+
+def test_leading_white_space_belongs_to_the_completion(complete: Complete) -> None:
+    assert complete([" ", " the", "\n", END], prompt="def") == [("  the\n", 3, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "position"),
+    [
+        ("abc", (), 3),
+        ("abc", ("c", "b"), 1),
+        ("abab", ("ab",), 2),
+        ("  ab", ("a",), 4),
+        ("  ab", ("b",), 3),
+        ("   ", (" ",), 3),
+        ("", ("a",), 0),
+    ],
+)
+def test_the_position_of_the_first_stop_text(text: str, stop: tuple[str, ...], position: int) -> None:
+    assert stop_position(text, stop) == position
+
+
+def test_stop_texts_cut_completions_of_a_real_model(
+    tiny_model: ModelSpec, random_ids: Callable[..., list[list[int]]]
+) -> None:
+    prompts = random_ids((5, 17, 1, 9))
+    seeds = [sample_seeds(0, f"task {p}", 3) for p in range(4)]
+    free = HFSampler(tiny_model, SamplingSettings(n=3, max_new_tokens=30)).sample(prompts, seeds)
+    stop = tuple({c.text[len(c.text) // 2 :][:2] for row in free for c in row})
+    cut = HFSampler(tiny_model, SamplingSettings(n=3, max_new_tokens=30, stop=stop)).sample(prompts, seeds)
+    for before, after in zip(itertools.chain(*free), itertools.chain(*cut), strict=True):
+        assert after.text == before.text[: stop_position(before.text, stop)]
+        assert before.token_ids is not None
+        assert after.token_ids is not None
+        assert after.token_ids == before.token_ids[: len(after.token_ids)]
+        assert after.finish_reason == "stop"
