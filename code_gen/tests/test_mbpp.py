@@ -9,7 +9,7 @@ import pytest
 
 from qprobe_code_gen.problems.mbpp import SPLITS, load, problem_from_row
 from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.sandbox import Executor, Program
+from qprobe_code_gen.sandbox import Executor, Limits, Program
 
 ROW = {
     "task_id": 11,
@@ -18,8 +18,8 @@ ROW = {
     "test_setup_code": "",
     "test_list": ["assert add_one(1) == 2", "assert add_one(2) == 3", "assert add_one(-1) == 0"],
 }
-# Reference solutions that fail their own tests, with the reason.
-BROKEN: dict[str, str] = {}
+# One reference solution (MBPP/123, by trial division) takes 2 CPU seconds on a quiet machine.
+LIMITS = Limits(cpu_seconds=20.0)
 
 
 def published_file() -> str:
@@ -99,7 +99,7 @@ def test_reference_solutions_pass_their_tests() -> None:
     file = published_file()
     problems = [problem for name in SPLITS for problem in load(name, file).problems]
     assert len(problems) == 974
-    with Executor(workers=2) as executor:
+    with Executor(workers=2, limits=LIMITS) as executor:
         programs = (Program(problem.solution, problem.tests) for problem in problems)
         failed = {problems[i].task_id: str(e.verdict) for i, e in executor.run(programs) if e.verdict != "passed"}
-    assert set(failed) == set(BROKEN), failed
+    assert failed == {}
