@@ -103,10 +103,17 @@ def test_large_programs_and_outputs_go_through() -> None:
 
 
 def test_leaving_the_loop_early_kills_what_runs_and_the_next_run_is_clean() -> None:
-    with Executor(workers=2) as executor:
-        for _, execution in executor.run([Program("x = 1"), SLEEP, SLEEP]):
-            assert execution.passed
-            break
+    with Executor(workers=2, cache=False) as executor:
+        counts = []
+        for _ in range(3):
+            for _, execution in executor.run(
+                [Program("x = 1"), SLEEP, Program(SLEEP.code + "\n", limits=SLEEP.limits)]
+            ):
+                assert execution.passed
+                break
+            zygote = descendants(executor.pid)[0]
+            counts.append(len(list(Path(f"/proc/{zygote}/fd").iterdir())))
+        assert len(set(counts)) == 1, counts
         assert [i for i, e in executor.run([Program("y = 1"), Program("z = 1")] * 3) if not e.passed] == []
         assert wait_until(lambda: len(descendants(executor.pid)) <= 3)
 
@@ -189,7 +196,7 @@ def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other() ->
         first, second = [pid for pid in descendants(executor.pid) if not descendants(pid)][-2:]
         for kind, layer in kinds.items():
             if layer not in absent:
-                links = {os.readlink(f"/proc/{pid}/ns/{kind}") for pid in (os.getpid(), first, second)}
+                links = {str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for pid in (os.getpid(), first, second)}
                 assert len(links) == 3, kind
 
 
@@ -200,10 +207,12 @@ def test_descriptors_and_processes_are_as_many_after_many_executions_as_before()
         return ours, theirs, len(descendants(executor.pid))
 
     with Executor(workers=2, cache=False, limits=Limits(cpu_seconds=0.2)) as executor:
-        list(executor.run([Program("x = 1")] * 20))
+        both_slots = [Program("import time\ntime.sleep(0.2)")] * 2
+        list(executor.run(both_slots))
         before = counts()
         mixed = ["x = 1", "1 / 0", "x =", "import os\nos._exit(0)", "open('f', 'w').close()", "import os\nos.fork()"]
         list(executor.run(Program(mixed[i % len(mixed)]) for i in range(300)))
+        list(executor.run(both_slots))
         assert wait_until(lambda: counts() == before), (before, counts())
 
 

@@ -98,7 +98,7 @@ ENDS: dict[str, tuple[str, set[str]]] = {
     ),
     "closing the result channel": ("import os\nos.closerange(3, 256)\ndef answer():\n    return 42", {"error"}),
     "a fork that passes in place of its parent": (
-        "import os\nif os.fork():\n    os._exit(1)\ndef answer():\n    return 42",
+        "import os, time\nif os.fork():\n    time.sleep(0.3)\n    os._exit(1)\ndef answer():\n    return 42",
         {"error"},
     ),
     "an exception that cannot be described": (

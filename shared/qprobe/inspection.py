@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,9 @@ def _reward_remark(table: Table) -> str:
     rows = table.read()
     rewards = rows["reward"].to_numpy()
     groups = np.unique(rows["task_id"].to_pylist(), return_inverse=True)[1]
-    verdicts = rows["verdict"].to_pylist()
-    counted = ", ".join(
-        f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts), key=verdicts.count, reverse=True) if v
-    )
+    verdicts = Counter(verdict for verdict in rows["verdict"].to_pylist() if verdict)
+    by_count = sorted(verdicts.items(), key=lambda item: (-item[1], item[0]))
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in by_count)
     mixed = int(mixed_prompts(rewards, groups).sum())
     return f"mean reward {rewards.mean():.3f}; {mixed} of {groups.max() + 1} prompts with good and bad completions; {counted}"
 

@@ -27,7 +27,8 @@ def test_a_finished_run_folder(pool: Pool, fakes: ModuleType) -> None:
     by_prompt = joined.rewards.reshape(10, 4)
     mixed = sum(0 < row.sum() < 4 for row in by_prompt)
     assert 0 < mixed < 10
-    counts = sorted([(passed, "passed"), (40 - passed, "failed")], reverse=True)
+    counts = [(40 - passed, "failed"), (passed, "passed")]  # the most frequent first, then by name
+    counts = counts[::-1] if passed > 20 else counts
     remark = f"mean reward {passed / 40:.3f}; {mixed} of 10 prompts with good and bad completions; " + ", ".join(
         f"{count} {verdict}" for count, verdict in counts
     )

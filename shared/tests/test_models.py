@@ -174,11 +174,16 @@ def test_loading_is_silent(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    models.load(spec_of(folder))
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        models.load(spec_of(folder))
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", "")
-    assert logging.get_verbosity() == before
-    assert logging.is_progress_bar_enabled()
 
 
 def test_a_loaded_model_knows_its_shape(tiny_model: ModelSpec, tiny_gpt2_model: ModelSpec) -> None:

@@ -197,15 +197,18 @@ def test_held_out_prompts_choose_and_never_teach(loss: str) -> None:
     assert not torch.equal(parameters(other.network), parameters(before.network))
 
 
-def test_prompts_outside_the_mask_are_neither_trained_on_nor_held_out_nor_measured() -> None:
+@pytest.mark.parametrize("pairs", [False, True])
+def test_groups_outside_the_mask_are_neither_trained_on_nor_held_out_nor_measured(pairs: bool) -> None:
     data = planted([4] * 40)
     mask = torch.arange(40) < 30
+    if pairs:  # two groups a prompt, and only one of them in the mask
+        data, mask = dataclasses.replace(data, prompts=torch.arange(40) // 2), torch.arange(40) % 2 == 0
     outside = ~mask[data.groups]
     settings = quick(held_out=0.4, minimum_mixed=3)
     before = train_one(data, "policy_gradient", settings, groups=mask)
-    spoilt = Data(
-        torch.where(outside[:, None], 1e3, data.features), torch.where(outside, 7.0, data.rewards), data.groups
-    )
+    features, rewards = torch.where(outside[:, None], 1e3, data.features), torch.where(outside, 7.0, data.rewards)
+    rewards[outside.nonzero()[::4, 0]] = 3.0  # mixed, all of them
+    spoilt = dataclasses.replace(data, features=features, rewards=rewards)
     after = train_one(spoilt, "policy_gradient", settings, groups=mask)
     assert torch.equal(parameters(after.network), parameters(before.network))
     assert dataclasses.replace(after, network=before.network) == before

@@ -30,8 +30,8 @@ from .layers import STOPS, Bounds, Isolation
 from .running import Running
 from .slots import Slot
 
-# Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for, but for
-# modules that are large and rare (hashlib brings OpenSSL, datetime and decimal are small).
+# Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for. Not hashlib,
+# which brings OpenSSL, nor numpy: every fork would pay for them; `preload` adds them where most programs want them.
 PRELOADED = """
     abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq io
     itertools math numbers operator os random re statistics string struct sys time traceback types typing warnings
