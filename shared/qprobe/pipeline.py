@@ -230,19 +230,15 @@ class Pipeline:
         """One probe a loss, trained on every prompt of the pool: what an application loads."""
         folder = self.run / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
-        for loss in self.settings.losses:
-            if (folder / loss / "probe.json").exists() and QProbe.from_pretrained(folder / loss).data_ == inputs:
-                continue
-            data = evaluation.training_data(self._join(pool))
-            (trained,) = train(
-                data, [ProbeTask(loss, self.seed, data.sizes > 0)], self.training, k=self.k, seed=self.seed
-            )
-            source = EmbeddingSource.of(
-                self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint()
-            )
-            QProbe.of(trained, loss, source, inputs, k=self.k, seed=self.seed, settings=self.training).save_pretrained(
-                folder / loss
-            )
+        losses = [loss for loss in self.settings.losses if not _made_from(folder / loss, inputs)]
+        if not losses:
+            return
+        data = evaluation.training_data(self._join(pool))
+        tasks = [ProbeTask(loss, self.seed, data.sizes > 0) for loss in losses]
+        source = EmbeddingSource.of(self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint())
+        options: dict[str, Any] = {"k": self.k, "seed": self.seed, "settings": self.training}
+        for loss, trained in zip(losses, train(data, tasks, self.training, k=self.k, seed=self.seed), strict=True):
+            QProbe.of(trained, loss, source, inputs, **options).save_pretrained(folder / loss)
 
     def _sweep_inputs(self, pool: Pool) -> dict[str, Any]:
         """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
@@ -285,3 +281,8 @@ class Pipeline:
         trained_on = pool if self.training_split is None else self.training_pools[0]
         joined = self._join(pool)
         return joined, evaluation.score(self.sweep(trained_on), joined, self.settings, self.seed)
+
+
+def _made_from(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether a saved probe is there that was trained on these inputs."""
+    return (folder / "probe.json").exists() and QProbe.from_pretrained(folder).data_ == inputs

@@ -245,6 +245,7 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     nothing = evaluate(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]] * 2, np.zeros((2, 2)))}, k=1)
     assert any("there is nothing to choose, by any probe" in note for note in nothing.notes)
     assert row(nothing, "Q-probe L_Q").auc is None
+    assert nothing.notes[-1] == "The figure of reward against KL is for k=1 candidates."
     pool = planted()
     few = dataclasses.replace(TRAINING, minimum_mixed=100)
     sweep = evaluation.cross_validate(pool, few, SETTINGS, k=3, seed=5, progress=False)
@@ -300,16 +301,17 @@ def test_a_sweep_whose_writing_was_cut_off_is_none_of_either(tmp_path: Path, mon
     assert evaluation.load_sweep(tmp_path, INPUTS) is None
 
 
-@pytest.mark.parametrize("file", ["sweep.json", "sweep.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "other", "gone"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [(f"sweep.{kind}", damage) for kind in ("json", "safetensors") for damage in ("cut", "other")]
+    + [("sweep.safetensors", "gone")],  # without sweep.json there is no sweep, which is no damage
+)
 def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> None:
     evaluation.save_sweep(sweep_of(0.5, -1.25), tmp_path, INPUTS)
     path = tmp_path / file
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-9])
     elif damage == "gone":
-        if file == "sweep.json":
-            pytest.skip("without it there is no sweep, which is no damage")
         path.unlink()
     elif file == "sweep.json":
         path.write_text("[]")

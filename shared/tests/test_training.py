@@ -205,6 +205,8 @@ def test_groups_outside_the_mask_are_neither_trained_on_nor_held_out_nor_measure
         data, mask = dataclasses.replace(data, prompts=torch.arange(40) // 2), torch.arange(40) % 2 == 0
     outside = ~mask[data.groups]
     settings = quick(held_out=0.4, minimum_mixed=3)
+    held = training._held_out(data, ProbeTask("policy_gradient", 0, mask), settings).held
+    assert int(held.sum()) == int(0.4 * int(mask.sum()))
     before = train_one(data, "policy_gradient", settings, groups=mask)
     features, rewards = torch.where(outside[:, None], 1e3, data.features), torch.where(outside, 7.0, data.rewards)
     rewards[outside.nonzero()[::4, 0]] = 3.0  # mixed, all of them
