@@ -230,8 +230,8 @@ class Pipeline:
         """One probe a loss, trained on every prompt of the pool: what an application loads."""
         folder = self.run / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
-        losses = [loss for loss in self.settings.losses if not _made_from(folder / loss, inputs)]
-        if not losses:
+        losses = self.settings.losses
+        if all(_made_from(folder / loss, inputs) for loss in losses):
             return
         data = evaluation.training_data(self._join(pool))
         tasks = [ProbeTask(loss, self.seed, data.sizes > 0) for loss in losses]

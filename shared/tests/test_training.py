@@ -167,6 +167,11 @@ def test_the_step_of_the_lowest_held_out_loss_is_taken() -> None:
     assert torch.equal(parameters(found.network), parameters(networks[best]))
 
 
+def test_the_last_step_is_looked_at_wherever_it_falls() -> None:
+    found = train_one(planted([6] * 40, noise=0.1), "reward_mse", quick(held_out=0.3, minimum_mixed=3, steps=17))
+    assert (found.steps, found.chosen) == (17, True)
+
+
 def test_a_probe_that_only_worsens_on_held_out_prompts_stays_at_its_start() -> None:
     data = planted([4] * 40)
     settings = quick(held_out=0.5, minimum_mixed=3)
@@ -331,8 +336,14 @@ def test_an_epoch_sees_every_row_once_in_even_chunks_of_one_prompt(chunk: int) -
     for group, size in enumerate(sizes.tolist()):
         assert len(cut[group]) == -(-size // chunk)
         assert max(cut[group]) - min(cut[group]) <= 1
-    again = torch.cat([at for at, _ in training._batches(rows, settings, generator)])
-    assert not torch.equal(again, seen)  # drawn anew in every epoch
+    again = list(training._batches(rows, settings, generator))
+    order = groups[seen].tolist()
+    assert order != sorted(order)  # chunks come in random order
+    if 1 < chunk < 25:  # and prompts are cut by lot, anew in every epoch
+        cuts = [
+            {frozenset(at[c == n].tolist()) for at, c in epoch for n in set(c.tolist())} for epoch in (batches, again)
+        ]
+        assert len(cuts[0] - cuts[1]) >= 4
 
 
 def test_epochs_count_passes_and_steps_count_steps() -> None:
