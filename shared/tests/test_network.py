@@ -136,7 +136,7 @@ def test_a_write_that_fails_leaves_the_older_file_whole(tmp_path: Path, monkeypa
     def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qprobe.network.os.fsync", disk_full)
+    monkeypatch.setattr("qprobe.files.os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save(ProbeNetwork(3), tmp_path)
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == older
