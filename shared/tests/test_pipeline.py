@@ -21,6 +21,7 @@ from qprobe import store
 from qprobe.evaluation import EvaluationSettings
 from qprobe.pipeline import STAGES, Pipeline
 from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.stages import RewardRow
 from qprobe.store import StoreError
 from qprobe.training import TrainingSettings
 
@@ -111,6 +112,10 @@ def test_trained_on_one_set_and_tested_on_others_end_to_end(make: Make, fakes: M
         assert len(list((pipeline.run / "figures" / split.name).glob("*.png"))) == 3
     assert len(list((pipeline.run / "tables").iterdir())) == 8  # and none of the training set
     assert [path.name for path in (pipeline.run / "probes").iterdir()] == ["training"]
+    sweep = pipeline.sweep(pipeline.training_pools[0])
+    assert [(probe.loss, probe.seed, probe.fold) for probe in sweep] == [
+        (loss, seed, None) for loss in SETTINGS.losses for seed in range(2)
+    ]
     pair = pipeline.example(tests[0], "policy_gradient")
     assert pair is not None
     assert 100 <= int(pair.task_id.removeprefix("t-")) < 108
@@ -162,6 +167,24 @@ def test_other_training_disowns_no_completion_reward_or_feature(
     third = make(**replaced)
     third.execute(WORK)
     assert times(first.run / "probes") == after
+
+
+def test_another_reward_trains_anew_on_the_same_completions_and_features(
+    make: Make, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make().execute(WORK)
+    other = fakes.Reward()
+    monkeypatch.setattr(other, "name", "fails")
+    monkeypatch.setattr(other, "identity", lambda: {"reward": "fails"})
+    monkeypatch.setattr(other, "rows", lambda batch: [RewardRow(1 - row.reward) for row in fakes.Reward().rows(batch)])
+    pipeline = make(reward=other)
+    features = times(pipeline.run / "features")
+    first = {path: path.read_bytes() for path in (pipeline.run / "probes").rglob("*.safetensors")}
+    pipeline.execute(WORK)
+    assert calls(pipeline) == {"sampler": 0, "greedy": 0, "reward": 24, "embedder": 0}
+    assert times(pipeline.run / "features") == features
+    assert len(first) == 3
+    assert all(path.read_bytes() != content for path, content in first.items())
 
 
 def test_the_saved_probes_know_what_they_read(make: Make) -> None:

@@ -122,8 +122,10 @@ def test_select_follows_the_policy() -> None:
     drawn = np.bincount([probe.select(candidates, beta=2.0, generator=generator) for _ in range(2000)], minlength=6)
     law = np.exp(scores / 2.0) / np.exp(scores / 2.0).sum()
     np.testing.assert_allclose(drawn / 2000, law, atol=0.045)  # four standard errors of a half
+    probe.beta_ = 0.5
+    assert probe.select(candidates, beta=0) == int(scores.argmax())  # 0 is a temperature, not the absence of one
     probe.beta_ = 0.0
-    assert probe.select(candidates) == int(scores.argmax())  # its own temperature
+    assert probe.select(candidates) == int(scores.argmax())  # its own
 
 
 def test_ties_are_the_first_without_a_generator_and_by_lot_with_one() -> None:

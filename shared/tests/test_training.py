@@ -361,6 +361,15 @@ def test_the_seed_decides_and_the_process_keeps_its_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_temperature_of_training_scales_what_is_learnt() -> None:
+    # A loss of Q / beta: Adam does not see the gradient's scale, so beta times the steps lead to beta times the weights.
+    data = planted([4] * 30)
+    cold = quick(training_beta=0.25, learning_rate=0.005, weight_decay=0.0)
+    warm = quick(training_beta=1.0, learning_rate=0.02, weight_decay=0.0)
+    found, expected = (learnt(train_one(data, "policy_gradient", s), data, "policy_gradient") for s in (cold, warm))
+    torch.testing.assert_close(found, 0.25 * expected, rtol=1e-2, atol=1e-3)
+
+
 def test_weight_decay_spares_the_bias() -> None:
     data = planted([4] * 30)
     rewards = dataclasses.replace(data, rewards=torch.ones(120))
