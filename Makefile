@@ -25,6 +25,9 @@ test: $(VENV)/.developed ## The tests, without the slow ones
 humaneval: $(VENV)/.installed ## HumanEval by cross-validation, a model of yours: ARGS="model=hub model.name=..."
 	$(BIN)/qprobe-code-gen experiment=humaneval $(ARGS)
 
+mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table 1's set-up): ARGS="model=hub model.name=..."
+	$(BIN)/qprobe-code-gen experiment=mbpp $(ARGS)
+
 inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
 	$(BIN)/qprobe inspect $(RUN)
 
@@ -64,4 +67,4 @@ $(VENV)/.developed: $(VENV)/.installed environments/development.txt
 	$(PIP) --editable preference --requirement environments/development.txt
 	@touch $@
 
-.PHONY: demo test humaneval inspect check test-all bench-executor setup constraints clean help
+.PHONY: demo test humaneval mbpp inspect check test-all bench-executor setup constraints clean help

@@ -47,13 +47,21 @@ def test_fit_returns_itself_and_ranks_new_completions(loss: str) -> None:
     assert probe.dimension == 6
 
 
-def test_fit_is_one_probe_of_train_on_all_prompts() -> None:
+def test_fit_is_one_probe_of_train_on_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     features, rewards, names = rows()
     groups = torch.from_numpy(np.unique(names, return_inverse=True)[1])
     data = Data(torch.from_numpy(features), torch.from_numpy(rewards), groups)
     task = ProbeTask("reward_mse", 3, torch.ones(30, dtype=torch.bool))
     (expected,) = train(data, [task], TrainingSettings(**OPTIONS), k=4, seed=3)
+    asked: list[dict[str, Any]] = []
+
+    def spy(*arguments: Any, **more: Any) -> Any:
+        asked.append(more)
+        return train(*arguments, **more)
+
+    monkeypatch.setattr("qprobe.probe.train", spy)
     probe = QProbe("reward_mse", k=4, seed=3, **OPTIONS).fit(features, rewards, names)
+    assert asked == [{"k": 4, "seed": 3}]
     assert torch.equal(probe.network_.weights[0], expected.network.weights[0])
     assert (probe.beta_, probe.training_["steps"]) == (expected.beta, expected.steps)
     assert probe.data_ | {"fingerprint": ""} == {"rows": 150, "prompts": 30, "fingerprint": ""}
