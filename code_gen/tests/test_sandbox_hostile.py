@@ -96,6 +96,12 @@ ENDS: dict[str, tuple[str, set[str]]] = {
         "        pass\nos._exit(0)",
         {"error"},
     ),
+    "speaking for its slot": (
+        # A slot's answer (status 0, no CPU time, take another program) on every descriptor, then on with the work.
+        "import os, struct, time\nfor fd in range(4, 256):\n    try:\n        os.write(fd, struct.pack('=idB', 0, 0.0, 0))\n"
+        "    except OSError:\n        pass\ntime.sleep(0.2)\ndef answer():\n    return 41",
+        {"failed"},
+    ),
     "closing the result channel": ("import os\nos.closerange(3, 256)\ndef answer():\n    return 42", {"error"}),
     "a fork that passes in place of its parent": (
         "import os, time\nif os.fork():\n    time.sleep(0.3)\n    os._exit(1)\ndef answer():\n    return 42",
@@ -291,6 +297,12 @@ def test_an_attack_is_refused_and_the_honest_rest_passes(executor: Executor, nam
     )
     after = [execution for _, execution in executor.run([Program(f"{check}\nn = {i}") for i in range(4)])]
     assert all(execution.passed for execution in after), after
+
+
+def test_a_program_holds_its_three_streams_and_the_result_channel_and_no_other_descriptor(executor: Executor) -> None:
+    look = "import os\nopen_ones = []\nfor fd in range(4096):\n    try:\n        os.fstat(fd)\n        open_ones.append(fd)\n"
+    execution = executor.execute(Program(look + "    except OSError:\n        pass", expression="open_ones"))
+    assert execution.value == "[0, 1, 2, 3]"
 
 
 def test_the_deliberate_forgeries_that_the_documentation_names_do_pass(executor: Executor) -> None:

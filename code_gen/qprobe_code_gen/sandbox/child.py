@@ -10,35 +10,33 @@ from __future__ import annotations
 import builtins
 import sys
 import types
-from dataclasses import dataclass
 from os import _exit as exit_now
 from os import getpid, write
 from resource import RLIMIT_AS, getrlimit, setrlimit
 from typing import NoReturn
 
 SHARED_BUILTINS = builtins.__dict__  # what programs get, and may patch
+# The program's module, made before the forks: each has a copy of its own, and no fork needs to enlarge `sys.modules`.
+MODULE = types.ModuleType("program")
+MODULE.__dict__["__builtins__"] = SHARED_BUILTINS
 globals()["__builtins__"] = dict(SHARED_BUILTINS)  # what the functions below use
 
 PROGRAM, TESTS, EXPRESSION = "<program>", "<tests>", "<expression>"
 PLACES = {PROGRAM: "the program", TESTS: "the tests", EXPRESSION: "the expression"}
 RECURSION_LIMIT = 1000  # CPython's default
-EXEC_FRAMES = 1  # the level that `exec` itself adds; a test compares with plain CPython
+FRAMES = 5  # run_next, become_program, run, judge and `exec` itself; a test compares with plain CPython
 
 
-@dataclass(frozen=True)
-class Source:
-    """The three texts of a program as UTF-8 (with surrogates passed on, which models do write)."""
-
-    code: bytes
-    tests: bytes
-    expression: bytes
+# Every page of memory that a fork touches must be copied for it: the way to the program goes through few objects.
 
 
-def run(source: Source, token: bytes, result_fd: int, value_bytes: int) -> NoReturn:
+def run(code: bytes, tests: bytes, expression: bytes, token: bytes, result_fd: int, value_bytes: int) -> NoReturn:
     """Run a program and its tests in this process, write the record, leave.
 
     Args:
-        source: the program.
+        code: the program as UTF-8 (with surrogates passed on, which models do write).
+        tests: the same.
+        expression: the same; empty for none.
         token: proof of the harness, hexadecimal ASCII.
         result_fd: where the record goes: token, verdict, detail and value, one a line.
         value_bytes: largest value of the expression, bytes.
@@ -47,13 +45,13 @@ def run(source: Source, token: bytes, result_fd: int, value_bytes: int) -> NoRet
     stdout = sys.stdout
     verdict, detail, value = "error", "", b""
     try:
-        verdict, detail, value = judge(source, value_bytes)
+        verdict, detail, value = judge(code, tests, expression, value_bytes)
     except BaseException as fault:  # out of memory while reporting: what happened is still known
         verdict = "out_of_memory" if type(fault) is MemoryError else "error"
         detail = "the harness could not describe the exception"
     if getpid() != mine:  # a forked copy of the program came this far: only the original may report
         exit_now(0)
-    for stream in (sys.stdout, stdout):
+    for stream in (stdout,) if sys.stdout is stdout else (sys.stdout, stdout):
         try:
             stream.flush()
         except BaseException:  # a closed or replaced stream is the program's own affair
@@ -67,16 +65,16 @@ def run(source: Source, token: bytes, result_fd: int, value_bytes: int) -> NoRet
     exit_now(0)
 
 
-def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
+def judge(code: bytes, tests: bytes, expression: bytes, value_bytes: int) -> tuple[str, str, bytes]:
     """Verdict, detail and value of a program that returns or raises."""
     name = PROGRAM
     try:
-        code = compile(source.code, PROGRAM, "exec", 0, True)
+        compiled_code = compile(code, PROGRAM, "exec", 0, True)
         name = TESTS
-        tests = compile(source.tests, TESTS, "exec", 0, True)
+        compiled_tests = compile(tests, TESTS, "exec", 0, True)
         name = EXPRESSION
         # Leading blanks are an indentation error in eval mode and mean nothing in an expression.
-        expression = compile(source.expression.strip(), EXPRESSION, "eval", 0, True) if source.expression else None
+        compiled_expression = compile(expression.strip(), EXPRESSION, "eval", 0, True) if expression else None
     except MemoryError:
         return "out_of_memory", f"MemoryError while {PLACES[name]} was compiled", b""
     except RecursionError:
@@ -84,28 +82,18 @@ def judge(source: Source, value_bytes: int) -> tuple[str, str, bytes]:
     except (SyntaxError, ValueError, OverflowError) as fault:
         line = f" at line {fault.lineno}" if isinstance(fault, SyntaxError) and fault.lineno else ""
         return "syntax_error", f"{type(fault).__name__}{line} of {PLACES[name]}", b""
-    module = types.ModuleType("program")
-    module.__dict__["__builtins__"] = SHARED_BUILTINS
-    sys.modules["program"] = module  # dataclasses, pickle and typing look a class's module up
-    namespace = module.__dict__
-    # A program must find as many free levels as under plain CPython: what stands below it does not count.
-    sys.setrecursionlimit(RECURSION_LIMIT + depth() + EXEC_FRAMES)
+    namespace = MODULE.__dict__
     try:
-        exec(code, namespace)
-        exec(tests, namespace)
-        if expression is None:
+        exec(compiled_code, namespace)
+        exec(compiled_tests, namespace)
+        if compiled_expression is None:
             return "passed", "", b""
-        value = repr(eval(expression, namespace)).encode("utf-8", "backslashreplace")
+        value = repr(eval(compiled_expression, namespace)).encode("utf-8", "backslashreplace")
     except BaseException as fault:
         return describe(fault)
     if len(value) > value_bytes:
         return "output_limit", f"the value of the expression is longer than {value_bytes} bytes", b""
     return "passed", "", value
-
-
-def text(source: bytes) -> str:
-    """Source as the str it was."""
-    return source.decode("utf-8", "surrogatepass")
 
 
 def describe(fault: BaseException) -> tuple[str, str, bytes]:
@@ -134,14 +122,17 @@ def describe(fault: BaseException) -> tuple[str, str, bytes]:
     return verdict, f"{detail}: {message[:120]}" if message else detail, b""
 
 
-def depth() -> int:
-    """Number of Python frames below and including the caller."""
+def allow_recursion() -> None:
+    """Give programs that the caller forks as many free levels as they find under plain CPython.
+
+    What stands below a program does not count: the frames down to the caller, and `FRAMES` from there.
+    """
     frame: types.FrameType | None = sys._getframe(1)
     count = 0
     while frame is not None:
         count += 1
         frame = frame.f_back
-    return count
+    sys.setrecursionlimit(RECURSION_LIMIT + count + FRAMES)
 
 
 def clean(detail: str) -> bytes:

@@ -185,12 +185,15 @@ class Executor:
         asked: dict[int, bytes] = {}  # number of a request -> key of its program
         waiting: dict[bytes, list[int]] = {}  # key of a program -> indices that wait for it
         longest = 0.0
-        ahead = 2 * self.workers  # enough to keep every worker busy while this process does something else
+        # The least keeps every worker busy while this process does something else; several are sent at a time, so that the
+        # zygote is not woken for every single one.
+        least, most = 2 * self.workers, 4 * self.workers
         numbered = enumerate(programs)
         exhausted = False
         try:
             while True:
-                while not exhausted and len(asked) < ahead:
+                wanted = most if len(asked) <= least else 0
+                while not exhausted and len(asked) < wanted:
                     item = next(numbered, None)
                     if item is None:
                         exhausted = True
@@ -275,16 +278,14 @@ class Executor:
         while True:
             if self._inbox.ready:
                 return self._inbox.ready.popleft()
-            self._channel.settimeout(seconds)
+            if self._channel.gettimeout() != seconds:
+                self._channel.settimeout(seconds)
             try:
-                data = self._channel.recv(1 << 20)
+                data = self._channel.recv(wire.PIECE)
             except TimeoutError as fault:
                 raise self._broken(f"no answer for {seconds:.0f} s") from fault
             except OSError as fault:
                 raise self._broken(str(fault)) from fault
-            finally:
-                if self._finalizer.alive:
-                    self._channel.settimeout(None)
             if not data:
                 raise self._broken("it has ended")
             self._inbox.feed(data)

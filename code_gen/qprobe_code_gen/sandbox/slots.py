@@ -27,6 +27,7 @@ REQUEST = struct.Struct("=dq32sIII")
 REPLY = struct.Struct("=idB")
 AGAIN, ENDS, FAULT = 0, 1, 2
 RESULT = 3  # the descriptor of the result in a program
+HIGHEST = 1 << 16  # above every descriptor that the zygote can have
 
 
 @dataclass
@@ -55,6 +56,8 @@ def pack_request(texts: list[bytes], token: bytes, cpu_seconds: float, value_byt
 def live(control: socket.socket, isolation: Isolation, bounds: Bounds, folder: str) -> NoReturn:
     """The life of a slot, in its own process: confine it, then run programs until the zygote hangs up."""
     try:
+        child.allow_recursion()
+        reusable = isolation.slots_are_reusable
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -63,11 +66,11 @@ def live(control: socket.socket, isolation: Isolation, bounds: Bounds, folder: s
         # A change time cannot be set back, but its clock is coarse: a file of the very first tick shows in the list.
         pristine = (os.fstat(tmp).st_ctime_ns, os.listdir(tmp))
         keep = sorted({control.fileno(), tmp, *isolation.kept_in_slot})
-        for below, above in zip([2, *keep], [*keep, 1 << 16], strict=True):
+        for below, above in zip([2, *keep], [*keep, HIGHEST], strict=True):
             os.closerange(below + 1, above)
         while True:
             status, seconds = _run_next(control, isolation)
-            clean = isolation.slots_are_reusable and (os.fstat(tmp).st_ctime_ns, os.listdir(tmp)) == pristine
+            clean = reusable and (os.fstat(tmp).st_ctime_ns, os.listdir(tmp)) == pristine
             control.sendall(REPLY.pack(status, seconds, AGAIN if clean else ENDS))
             if not clean:
                 os._exit(0)
@@ -87,10 +90,11 @@ def _run_next(control: socket.socket, isolation: Isolation) -> tuple[int, float]
     pid = os.fork()
     if pid == 0:
         _become_program(data, fds, isolation)
-    for fd in fds:
-        os.close(fd)
     _, status, usage = os.wait4(pid, 0)
     isolation.kill_leftovers(pid)
+    # Not before: while the fork lives, every page that this process touches must be copied.
+    for fd in fds:
+        os.close(fd)
     return status, usage.ru_utime + usage.ru_stime
 
 
@@ -102,19 +106,17 @@ def _become_program(data: bytes, fds: list[int], isolation: Isolation) -> NoRetu
         seconds = int(cpu_seconds) + 2  # the zygote's own look at the clock comes first and is finer
         lower(resource.RLIMIT_CPU, seconds, seconds)
         isolation.confine_program()
-        # High copies first: the descriptors may themselves be among the numbers 1 to 3.
-        copies = [os.dup(fd) for fd in (output, errors, result)]
-        for fd, copy in enumerate(copies, start=1):
-            os.dup2(copy, fd)
-        os.closerange(RESULT + 1, max(*copies, *fds) + 1)
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        os.dup2(result, RESULT)  # the last one: 0 to 2 are never among those that came, this number may be
+        os.closerange(RESULT + 1, HIGHEST)  # above all the slot's own socket: who has it can speak for the slot
     except BaseException as fault:
         os.write(result, token + b"\nfault\n" + repr(fault)[:300].encode() + b"\n")
         os._exit(1)
     start = REQUEST.size
-    source = child.Source(
-        data[start : start + code], data[start + code : start + code + tests], data[start + code + tests :]
-    )
-    child.run(source, token, RESULT, value_bytes)
+    middle = start + code
+    last = middle + tests
+    child.run(data[start:middle], data[middle:last], data[last:], token, RESULT, value_bytes)
 
 
 def end(slot: Slot) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any
 
 HEADER = struct.Struct("!I")
+PIECE = 1 << 16  # bytes to receive at once; more would be mapped, cleared and unmapped for every message
 Message = dict[str, Any]
 
 

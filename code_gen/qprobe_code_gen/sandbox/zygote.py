@@ -26,6 +26,7 @@ from collections import deque
 from typing import Any
 
 from . import slots, wire
+from .child import MODULE
 from .layers import STOPS, Bounds, Isolation
 from .running import Running
 from .slots import Slot
@@ -137,7 +138,7 @@ class Zygote:
     def receive(self) -> None:
         """Take programs and cancellations from the executor."""
         try:
-            data = self.channel.recv(1 << 20)
+            data = self.channel.recv(wire.PIECE)
         except BlockingIOError:
             return
         except OSError:
@@ -335,6 +336,7 @@ def main() -> None:
     # Programs shall import what they name, not what the harness is made of, and not be told how it was started.
     for name in [name for name in sys.modules if name.split(".")[0] == "qprobe_code_gen"]:
         del sys.modules[name]
+    sys.modules[MODULE.__name__] = MODULE  # dataclasses, pickle and typing look a class's module up
     os.environ.clear()
     os.environ.update({"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"})
     gc.collect()
