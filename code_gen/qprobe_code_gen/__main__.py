@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.evaluation import EvaluationSettings
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe.report import tables
@@ -25,6 +24,7 @@ from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Split
+from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
 from qprobe_code_gen.prompts import PromptStyle
@@ -38,7 +38,7 @@ KEYS = {
     *("name", "title", "stages", "limit", "seed", "layer", "paths", "dataset", "model", "sampler", "embedder", "probe"),
     *("evaluation", "sandbox", "paper"),
 }
-DATASET_KEYS = {"test", "train", "prompt_style", "examples", "examples_from", "mbpp_file"}
+DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
 
 def load_problems(name: str, dataset: dict[str, Any]) -> ProblemSet:
@@ -72,12 +72,16 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     """
     check_keys(config, KEYS, "the configuration")
     check_keys(config["dataset"], DATASET_KEYS, "dataset")
-    limit = config["limit"]
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit is {limit!r}: a number of problems, at least 1, or null for all.")
     dataset, style = config["dataset"], prompt_style(config["dataset"])
     train = [dataset["train"]] if dataset["train"] else []
-    sets = [without(load_problems(name, dataset), dataset["examples"], limit) for name in [*train, *dataset["test"]]]
+    names = [*train, *dataset["test"]]
+    check_keys(dataset["limits"], set(names), "dataset.limits")
+    limit = _limit(config["limit"], "limit")
+    sets = []
+    for name in names:
+        limits = [limit, _limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
+        fewest = min((x for x in limits if x is not None), default=None)
+        sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
     problems = [problem for s in sets for problem in s.problems]
     splits = [
         Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
@@ -111,6 +115,12 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         batch_rows=batch_rows,
         paper=config["paper"],
     )
+
+
+def _limit(value: Any, where: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{where} is {value!r}: a number of problems, at least 1, or null for all.")
+    return value
 
 
 def _back_end(known: dict[str, Any], name: str, where: str) -> Any:

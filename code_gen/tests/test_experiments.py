@@ -58,7 +58,7 @@ def test_every_experiment_runs_shrunk(
     assert "Q-probe L_PG" in printed
     assert str(tmp_path / f"{name}-limit5" / "tables") in printed
     figures = sorted((tmp_path / f"{name}-limit5").rglob("*.png"))
-    assert len(figures) == 3 * len(config["dataset"]["test"])
+    assert len(figures) == 4 * len(config["dataset"]["test"])
 
 
 def test_every_key_of_every_configuration_has_a_comment() -> None:
@@ -86,6 +86,8 @@ def test_every_key_of_every_configuration_has_a_comment() -> None:
     [
         ("evaluation.losses=[policy_gradiant]", "no loss named 'policy_gradiant': choose one of"),
         ("evaluation.k=9", "k is 9, but only n=8 completions"),
+        ("dataset.limits={mbpp-test: 3}", "dataset.limits has no key mbpp-test: it knows humaneval"),
+        ("dataset.limits={humaneval: 0}", "dataset.limits.humaneval is 0: a number of problems, at least 1"),
         ("+sampler.temprature=1", "sampler has no key temprature"),
         ("+probe.width=1", "probe has no key width"),
         ("+extra=1", "the configuration has no key extra"),

@@ -1,27 +1,16 @@
-"""From joined rows to results: a sweep of probes, their scores on prompts they have not seen, and what these earn.
-
-One set of prompts is cross-validated: every seed redraws the folds, every prompt is scored by probes that never saw it.
-With a training set and a test set, every probe trains on the first and scores all of the second.
-"""
+"""From a sweep of probes to results: their scores on prompts they have not seen, what these earn, what may be believed."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 
 from qprobe import policy
-from qprobe.files import write_whole
 from qprobe.losses import find_loss
 from qprobe.metrics import (
     Interval,
@@ -32,145 +21,27 @@ from qprobe.metrics import (
     reward_grid,
     within_prompt_auc,
 )
-from qprobe.network import ProbeNetwork
-from qprobe.report.results import Band, Curve, PromptScore, PromptScores, Results, Row, TradeOff, TradeOffPoint
+from qprobe.report.results import (
+    Band,
+    Curve,
+    LearningCurve,
+    PromptScore,
+    PromptScores,
+    Results,
+    Row,
+    TradeOff,
+    TradeOffPoint,
+)
 from qprobe.stages import Joined
-from qprobe.training import BETAS, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.sweep import EvaluationSettings, SweepProbe, fold_of
+from qprobe.training import BETAS, score_rows
 
 # Temperatures of the curve of reward against KL, besides those that training may choose.
 CURVE_BETAS = (*BETAS, 2.0, 5.0)
-# Random subsets a prompt for the KL curve; its bias (see policy.kl_to_base) is far below the curve's width.
-KL_DRAWS = 20
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What is trained and how it is measured.
-
-    Args:
-        losses: names of `qprobe.losses.LOSSES`, a row of the table each.
-        seeds: probes a loss; each redraws folds (cross-validation) or held-out prompts.
-        folds: parts of the cross-validation where there is one set of prompts.
-        k: candidates at use; None takes all samples of a prompt.
-        train_share: share of the training prompts that every seed draws, in (0, 1]; cross-validation uses them all.
-        draws: random subsets a prompt where no closed form exists.
-        bootstrap: resamples of an interval.
-    """
-
-    losses: tuple[str, ...] = ("reward_mse", "reward_cross_entropy", "policy_gradient")
-    seeds: int = 5
-    folds: int = 5
-    k: int | None = None
-    train_share: float = 1.0
-    draws: int = 200
-    bootstrap: int = 10_000
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "losses", tuple(self.losses))
-        for name in self.losses:
-            find_loss(name)
-        if not self.losses or self.seeds < 1 or self.folds < 2 or self.draws < 2 or self.bootstrap < 100:
-            raise ValueError(
-                "evaluation needs at least one loss, seeds >= 1, folds >= 2, draws >= 2 and bootstrap >= 100; it has "
-                f"{len(self.losses)}, {self.seeds}, {self.folds}, {self.draws} and {self.bootstrap}."
-            )
-        if not 0 < self.train_share <= 1:
-            raise ValueError(f"evaluation.train_share is {self.train_share}: a share in (0, 1].")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"evaluation.k is {self.k}: a policy chooses from at least one candidate.")
-
-
-@dataclass(frozen=True)
-class SweepProbe:
-    """One probe of a sweep: its loss and seed, the fold it never saw (None: it is tested on another set), the probe."""
-
-    loss: str
-    seed: int
-    fold: int | None
-    trained: TrainedProbe
-
-
-def training_data(joined: Joined) -> Data:
-    """The rows of a pool as training reads them."""
-    assert joined.features is not None  # the callers join with features
-    return Data(torch.from_numpy(joined.features), torch.from_numpy(joined.rewards), torch.from_numpy(joined.groups))
-
-
-def fold_of(prompts: int, folds: int, seed: int) -> np.ndarray:
-    """(P,) fold of every prompt, by lot, sizes differing by one at most."""
-    if prompts < folds:
-        raise ValueError(
-            f"{prompts} prompts cannot make {folds} folds: use more prompts or evaluation.folds={max(2, prompts)}."
-        )
-    return np.random.default_rng([seed, prompts]).permutation(np.arange(prompts) % folds)
-
-
-def cross_validate(
-    joined: Joined, training: TrainingSettings, settings: EvaluationSettings, *, k: int, seed: int, progress: bool
-) -> list[SweepProbe]:
-    """Train seeds x folds x losses probes, each on the prompts outside its fold."""
-    folds = [fold_of(len(joined.task_ids), settings.folds, seed + s) for s in range(settings.seeds)]
-    plan = [(loss, s, f) for loss in settings.losses for s in range(settings.seeds) for f in range(settings.folds)]
-    tasks = [ProbeTask(loss, seed + s, torch.from_numpy(folds[s] != f)) for loss, s, f in plan]
-    trained = train(training_data(joined), tasks, training, k=k, seed=seed, progress=progress)
-    return [SweepProbe(loss, s, f, probe) for (loss, s, f), probe in zip(plan, trained, strict=True)]
-
-
-def train_on_all(
-    joined: Joined, training: TrainingSettings, settings: EvaluationSettings, *, k: int, seed: int, progress: bool
-) -> list[SweepProbe]:
-    """Train seeds x losses probes on a training set, each on its own draw of `train_share` of the prompts."""
-    prompts = len(joined.task_ids)
-    count = max(1, round(prompts * settings.train_share))
-    plan = [(loss, s) for loss in settings.losses for s in range(settings.seeds)]
-    tasks = []
-    for loss, s in plan:
-        drawn = torch.zeros(prompts, dtype=torch.bool)
-        drawn[torch.from_numpy(np.random.default_rng([seed + s, prompts]).permutation(prompts)[:count])] = True
-        tasks.append(ProbeTask(loss, seed + s, drawn))
-    trained = train(training_data(joined), tasks, training, k=k, seed=seed, progress=progress)
-    return [SweepProbe(loss, s, None, probe) for (loss, s), probe in zip(plan, trained, strict=True)]
-
-
-def save_sweep(sweep: Sequence[SweepProbe], folder: Path, inputs: dict[str, Any]) -> None:
-    """Write all probes of a sweep: weights as safetensors, the rest as JSON, which appears last."""
-    tensors: dict[str, torch.Tensor] = {}
-    entries = []
-    for number, probe in enumerate(sweep):
-        trained = probe.trained
-        tensors |= {f"{number}.{name}": t.contiguous() for name, t in trained.network.state_dict().items()}
-        described = {f.name: getattr(trained, f.name) for f in dataclasses.fields(trained) if f.name != "network"}
-        entries.append({"loss": probe.loss, "seed": probe.seed, "fold": probe.fold, **described})
-    network = sweep[0].trained.network
-    shape = {"dimension": network.dimension, "hidden": list(network.hidden)}
-    (folder / "sweep.json").unlink(missing_ok=True)  # an older one must not describe new weights
-    write_whole(folder / "sweep.safetensors", tensors_to_bytes(tensors))
-    text = json.dumps({"inputs": inputs, "network": shape, "probes": entries}, indent=1)
-    write_whole(folder / "sweep.json", text.encode())
-
-
-def load_sweep(folder: Path, inputs: dict[str, Any]) -> list[SweepProbe] | None:
-    """A saved sweep; None where there is none or it was made from other inputs (it is then trained anew)."""
-    if not (folder / "sweep.json").exists():
-        return None
-    try:
-        card = json.loads((folder / "sweep.json").read_text())
-        if card["inputs"] != json.loads(json.dumps(inputs)):
-            return None
-        tensors = tensors_from_bytes((folder / "sweep.safetensors").read_bytes())
-        sweep = []
-        for number, entry in enumerate(card["probes"]):
-            network = ProbeNetwork(card["network"]["dimension"], tuple(card["network"]["hidden"]))
-            prefix = f"{number}."
-            network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            loss, seed, fold = (entry.pop(name) for name in ("loss", "seed", "fold"))
-            sweep.append(SweepProbe(loss, seed, fold, TrainedProbe(network=network, **entry)))
-        return sweep
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"{folder} holds a damaged sweep of probes ({first}): delete the folder, it is trained anew."
-        ) from error
+# Random subsets a sample for the KL curve where they are too many to take them all.
+KL_DRAWS = 100
+# Prompts with good and bad completions below which a probe is hardly trained and hardly measured.
+FEW_MIXED = 20
 
 
 @dataclass(frozen=True)
@@ -188,16 +59,18 @@ class Scored:
     probes: list[SweepProbe]
 
 
-def score(sweep: Sequence[SweepProbe], joined: Joined, settings: EvaluationSettings, seed: int) -> dict[str, Scored]:
-    """Every loss's scores of a pool's rows."""
+def score(
+    sweep: Sequence[SweepProbe], joined: Joined, settings: EvaluationSettings, seed: int, share: float = 1.0
+) -> dict[str, Scored]:
+    """Every loss's scores of a pool's rows, by the probes that learned from a share of their training prompts."""
     assert joined.features is not None  # the callers join with features
     features = torch.from_numpy(joined.features)
     prompts = len(joined.task_ids)
     scored = {}
-    for loss in dict.fromkeys(probe.loss for probe in sweep):
+    for loss in settings.losses:
         q = np.empty((settings.seeds, len(features)), dtype=np.float32)
         beta = np.empty((settings.seeds, prompts))
-        own = [probe for probe in sweep if probe.loss == loss]
+        own = [probe for probe in sweep if probe.loss == loss and probe.share == share]
         for probe in own:
             tested = np.ones(prompts, dtype=bool)
             if probe.fold is not None:
@@ -215,28 +88,39 @@ def evaluate(
     pool: str,
     joined: Joined,
     greedy: np.ndarray | None,
-    scored: dict[str, Scored],
+    scored: dict[float, dict[str, Scored]],
     settings: EvaluationSettings,
     *,
     k: int,
     seed: int,
     paper: dict[str, float] | None = None,
+    made_from: str = "",
 ) -> Results:
     """Everything that the tables and figures say of one pool.
 
     Args:
         greedy: (P,) rewards of greedy decoding, prompts as in `joined`; None where it was not run.
+        scored: share of the training prompts -> loss -> scores; the table is about the share 1.
         k: candidates at use.
         paper: published values by method, only where the set-up is the paper's.
+        made_from: identity of the inputs, kept with the results.
     """
-    return _Evaluation(joined, settings, k, seed, paper or {}).results(title, protocol, pool, greedy, scored)
+    evaluation = _Evaluation(joined, greedy, settings, k, seed, paper or {})
+    return evaluation.results(title, protocol, pool, scored, made_from)
 
 
 class _Evaluation:
     def __init__(
-        self, joined: Joined, settings: EvaluationSettings, k: int, seed: int, paper: dict[str, float]
+        self,
+        joined: Joined,
+        greedy: np.ndarray | None,
+        settings: EvaluationSettings,
+        k: int,
+        seed: int,
+        paper: dict[str, float],
     ) -> None:
         self.joined = joined
+        self.greedy = greedy
         self.settings = settings
         self.k = k
         self.seed = seed
@@ -266,9 +150,9 @@ class _Evaluation:
     def row(self, method: str, values: np.ndarray, samples: int, **more: Any) -> Row:
         """A row of the table from a value a prompt."""
         reward = self.interval(values)
-        difference = None
-        if method != "pass@1":
-            difference = paired_difference(values, self.base, draws=self.settings.bootstrap, rng=self.rng())
+        over_base = self.paired(values, self.base) if method != "pass@1" else {}
+        if self.greedy is not None and method not in ("pass@1", "greedy"):
+            more |= self.paired(values, self.greedy, "over_greedy")
         return Row(
             method=method,
             value=reward.value,
@@ -276,15 +160,18 @@ class _Evaluation:
             high=_finite(reward.high),
             prompts=len(values),
             samples_per_prompt=samples,
-            difference=None if difference is None else difference.value,
-            difference_low=None if difference is None else _finite(difference.low),
-            difference_high=None if difference is None else _finite(difference.high),
             paper=self.paper.get(method),
+            **over_base,
             **more,
         )
 
+    def paired(self, a: np.ndarray, b: np.ndarray, name: str = "difference") -> dict[str, Any]:
+        """The paired difference a - b and its interval, as fields of a row."""
+        found = paired_difference(a, b, draws=self.settings.bootstrap, rng=self.rng())
+        return {name: found.value, f"{name}_low": _finite(found.low), f"{name}_high": _finite(found.high)}
+
     def results(
-        self, title: str, protocol: str, pool: str, greedy: np.ndarray | None, scored: dict[str, Scored]
+        self, title: str, protocol: str, pool: str, scored: dict[float, dict[str, Scored]], made_from: str
     ) -> Results:
         samples = max(len(rows) for rows in self.by_prompt)
         skyline = np.stack(
@@ -292,11 +179,12 @@ class _Evaluation:
         )
         at_k = self.ks.index(self.k)
         rows = [self.row("pass@1", self.base, samples)]
-        rows.append(self.row("greedy", greedy, 1) if greedy is not None else Row(method="greedy"))
+        rows.append(self.row("greedy", self.greedy, 1) if self.greedy is not None else Row(method="greedy"))
         curves, trade_offs, prompt_scores = {}, {}, {}
-        for loss, scores in scored.items():
+        at_use: dict[str, dict[float, np.ndarray]] = {}
+        for loss, scores in scored[1.0].items():
             method = f"Q-probe {find_loss(loss).symbol}"
-            earned = np.stack([self.earned(scores, s) for s in range(self.settings.seeds)])  # (S, K, P)
+            earned, errors = self.earned(scores, self.ks)  # (S, K, P)
             spread = float(earned[:, at_k].mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None
             rows.append(
                 self.row(
@@ -306,12 +194,16 @@ class _Evaluation:
                     seeds=self.settings.seeds,
                     seed_spread=spread,
                     beta=float(np.median(scores.beta)),
+                    simulation_error=float(np.sqrt((errors[:, at_k] ** 2).sum()) / errors[:, at_k].size),
                     **self.auc(scores),
                 )
             )
             curves[method] = self.band(earned.mean(axis=0))
             trade_offs[method] = self.trade_off(scores)
             prompt_scores[method] = self.prompt_scores(scores)
+            at_use[method] = {1.0: earned[:, at_k].mean(axis=0)}
+            for share in sorted(set(scored) - {1.0}):
+                at_use[method][share] = self.earned(scored[share][loss], [self.k])[0][:, 0].mean(axis=0)
         rows.append(self.row(f"skyline pass@{self.k}", skyline[at_k], self.k))
         curves["skyline pass@k"] = self.band(skyline)
         return Results(
@@ -327,24 +219,35 @@ class _Evaluation:
             rows=rows,
             reward_against_k=Curve(k=self.ks, series=curves),
             reward_against_kl=TradeOff(series=trade_offs) if self.smallest > 1 else None,
+            reward_against_prompts=self.learning_curve(scored, at_use) if len(scored) > 1 else None,
             scores_per_prompt=PromptScores(series=prompt_scores),
-            notes=self.notes(scored, rows),
+            notes=self.notes(scored[1.0], rows, at_use),
+            made_from=made_from,
         )
 
-    def earned(self, scores: Scored, s: int) -> np.ndarray:
-        """(K, P) expected reward of one seed at every k, each prompt at its own probe's temperature."""
-        betas = sorted(set(scores.beta[s].tolist()))
-        grid = reward_grid(
-            scores.q[s],
-            self.joined.rewards,
-            self.joined.groups,
-            self.ks,
-            betas,
-            draws=self.settings.draws,
-            rng=self.rng(),
-        )
-        which = np.searchsorted(betas, scores.beta[s])
-        return grid.values[:, which, np.arange(len(self.base))]
+    def earned(self, scores: Scored, ks: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(S, K, P) expected reward at every k, each prompt at its own probe's temperature, and its simulation error."""
+        values, errors = [], []
+        for q, beta in zip(scores.q, scores.beta, strict=True):
+            betas = sorted(set(beta.tolist()))
+            rewards, groups = self.joined.rewards, self.joined.groups
+            grid = reward_grid(q, rewards, groups, ks, betas, draws=self.settings.draws, rng=self.rng())
+            own = (slice(None), np.searchsorted(betas, beta), np.arange(len(self.base)))
+            values.append(grid.values[own])
+            errors.append(grid.errors[own])
+        return np.stack(values), np.stack(errors)
+
+    def learning_curve(
+        self, scored: dict[float, dict[str, Scored]], at_use: dict[str, dict[float, np.ndarray]]
+    ) -> LearningCurve:
+        """Reward at use against the number of training prompts (its mean over probes, which differ by a fold's rounding)."""
+        shares = sorted(scored)
+        counts = [
+            round(float(np.mean([p.prompts for scores in scored[share].values() for p in scores.probes])))
+            for share in shares
+        ]
+        bands = {m: self.band(np.stack([by_share[share] for share in shares])) for m, by_share in at_use.items()}
+        return LearningCurve(prompts=counts, series=bands)
 
     def auc(self, scores: Scored) -> dict[str, float | None]:
         """Within-prompt AUC over the mixed prompts, mean over seeds."""
@@ -410,11 +313,19 @@ class _Evaluation:
             for task, base, rows in zip(self.joined.task_ids, self.base, self.by_prompt, strict=True)
         ]
 
-    def notes(self, scored: dict[str, Scored], rows: list[Row]) -> list[str]:
-        """What a reader must know before believing the table."""
+    def notes(
+        self, scored: dict[str, Scored], rows: list[Row], at_use: dict[str, dict[float, np.ndarray]]
+    ) -> list[str]:
+        """What a reader must know before believing the table, and why a probe does not help where it does not."""
+        mixed = int(self.mixed.sum())
         notes = []
-        if not self.mixed.any():
+        if mixed == 0:
             notes.append("No prompt has both good and bad completions: there is nothing to choose, by any probe.")
+        elif mixed < FEW_MIXED:
+            notes.append(
+                f"Only {mixed} of {len(self.base)} prompts have both good and bad completions, and only on these can choosing "
+                "matter: use more prompts, more samples a prompt, or a model that is neither too weak nor too strong."
+            )
         trained = [probe.trained for scores in scored.values() for probe in scores.probes]
         defaults = [probe for probe in trained if not probe.chosen]
         if defaults:
@@ -426,10 +337,37 @@ class _Evaluation:
         for row in rows:
             if row.auc_low is not None and row.auc_high is not None and row.auc_low <= 0.5 <= row.auc_high:
                 notes.append(
-                    f"{row.method}: its within-prompt AUC cannot be told from chance (0.5) on {int(self.mixed.sum())} prompts."
+                    f"{row.method}: its within-prompt AUC cannot be told from chance (0.5) on {mixed} prompts."
                 )
+        notes += [note for method in at_use for note in self.more_prompts(method, at_use[method])]
+        worst = max((row.simulation_error or 0.0 for row in rows), default=0.0)
+        if worst > 0:
+            notes.append(
+                f"Softmax rows are means over random sets of {self.k} candidates: standard error at most {worst:.1g}."
+            )
         notes.append(f"The figure of reward against KL is for k={self.curve_k} candidates.")
         return notes
+
+    def more_prompts(self, method: str, by_share: dict[float, np.ndarray]) -> list[str]:
+        """Whether more training prompts would help: what the last step of the learning curve brought."""
+        if len(by_share) < 2:
+            return []
+        share = sorted(by_share)[-2]
+        gain = self.paired(by_share[1.0], by_share[share])
+        low, high = gain["difference_low"], gain["difference_high"]
+        if low is None or high is None:
+            return []
+        verdict = (
+            "more prompts would help"
+            if low > 0
+            else "more prompts do harm, which is a sign of noise"
+            if high < 0
+            else "whether more prompts would help cannot be told"
+        )
+        return [
+            f"{method}: all training prompts earn {gain['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {share:.0%} of "
+            f"them: {verdict}."
+        ]
 
 
 def _finite(end: float) -> float | None:

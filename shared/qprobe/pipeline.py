@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from qprobe import evaluation, stages
+from qprobe import evaluation, stages, sweep
 from qprobe.embedding import Embedder
-from qprobe.evaluation import EvaluationSettings, Example, SweepProbe
+from qprobe.evaluation import Example, Scored
 from qprobe.probe import EmbeddingSource, QProbe
 from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
 from qprobe.stages import Joined, Pool, Reward, Split
+from qprobe.store import fingerprint
+from qprobe.sweep import EvaluationSettings, SweepProbe
 from qprobe.training import ProbeTask, TrainingSettings, train
 
 STAGES = ("sample", "reward", "embed", "train", "evaluate", "report")
@@ -89,7 +92,7 @@ class Pipeline:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
         if self.training_split is None:
             for split in self.tests:
-                evaluation.fold_of(len(split.prompts), self.settings.folds, self.seed)
+                sweep.fold_of(len(split.prompts), self.settings.folds, self.seed)
         if self.layer is not None and self.layer not in self.embedder.layers:
             raise ValueError(
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there."
@@ -148,7 +151,9 @@ class Pipeline:
 
     def evaluate(self) -> None:
         for pool in self.test_pools:
-            joined, scored = self._scored(pool)
+            if self._found_results(pool) is not None:
+                continue
+            joined, scored = self._scored(pool, (1.0, *self.settings.curve_shares))
             evaluation.evaluate(
                 self.title,
                 self._protocol(),
@@ -160,6 +165,7 @@ class Pipeline:
                 k=self.k,
                 seed=self.seed,
                 paper=self.paper.get(pool.split.name),
+                made_from=self._results_identity(pool),
             ).write(self._results_path(pool.split))
 
     def write_report(self) -> None:
@@ -174,17 +180,19 @@ class Pipeline:
         """What was evaluated on a split.
 
         Raises:
-            FileNotFoundError: it was not evaluated yet.
+            FileNotFoundError: it was not evaluated yet, or with other settings than these.
         """
-        path = self._results_path(split)
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: run the stage evaluate first.")
-        return Results.read(path)
+        found = self._found_results(self._pool(split, "sample", self.sampler))
+        if found is None:
+            path = self._results_path(split)
+            why = "was made with other settings or other tables" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {why}: run the stage evaluate first.")
+        return found
 
     def example(self, split: Split, loss: str) -> Example | None:
         """A pair of completions to look at: the one that a loss's probes prefer, and one that they do not."""
-        joined, scored = self._scored(self._pool(split, "sample", self.sampler))
-        return evaluation.example(joined, scored, loss)
+        joined, scored = self._scored(self._pool(split, "sample", self.sampler), (1.0,))
+        return evaluation.example(joined, scored[1.0], loss)
 
     @property
     def k(self) -> int:
@@ -219,11 +227,11 @@ class Pipeline:
         """The sweep of probes trained on a pool: from the run folder where it was made from the same inputs."""
         folder = self.run / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
-        if (found := evaluation.load_sweep(folder, inputs)) is not None:
+        if (found := sweep.load_sweep(folder, inputs)) is not None:
             return found
-        make = evaluation.cross_validate if self.training_split is None else evaluation.train_on_all
+        make = sweep.cross_validate if self.training_split is None else sweep.train_on_all
         made = make(self._join(pool), self.training, self.settings, k=self.k, seed=self.seed, progress=self.progress)
-        evaluation.save_sweep(made, folder, inputs)
+        sweep.save_sweep(made, folder, inputs)
         return made
 
     def save_final_probes(self, pool: Pool) -> None:
@@ -233,7 +241,7 @@ class Pipeline:
         losses = self.settings.losses
         if all(_made_from(folder / loss, inputs) for loss in losses):
             return
-        data = evaluation.training_data(self._join(pool))
+        data = sweep.training_data(self._join(pool))
         tasks = [ProbeTask(loss, self.seed, data.sizes > 0) for loss in losses]
         source = EmbeddingSource.of(self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint())
         options: dict[str, Any] = {"k": self.k, "seed": self.seed, "settings": self.training}
@@ -243,7 +251,7 @@ class Pipeline:
     def _sweep_inputs(self, pool: Pool) -> dict[str, Any]:
         """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
         settings = dataclasses.asdict(self.settings)
-        chosen = {name: settings[name] for name in ("losses", "seeds", "folds", "train_share")}
+        chosen = {name: settings[name] for name in ("losses", "seeds", "folds", "train_share", "curve_shares")}
         inputs = {
             "features": pool.features(self.embedder, self.probe_layer).identity,
             "rewards": pool.rewards(self.reward).identity,
@@ -277,10 +285,34 @@ class Pipeline:
     def _results_path(self, split: Split) -> Path:
         return self.run / "results" / f"{split.name}.json"
 
-    def _scored(self, pool: Pool) -> tuple[Joined, dict[str, evaluation.Scored]]:
-        trained_on = pool if self.training_split is None else self.training_pools[0]
-        joined = self._join(pool)
-        return joined, evaluation.score(self.sweep(trained_on), joined, self.settings, self.seed)
+    def _found_results(self, pool: Pool) -> Results | None:
+        """The results of a pool, where they were made from the same inputs."""
+        path = self._results_path(pool.split)
+        if not path.exists():
+            return None
+        found = Results.read(path)
+        return found if found.made_from == self._results_identity(pool) else None
+
+    def _results_identity(self, pool: Pool) -> str:
+        greedy = self._pool(pool.split, "greedy", self.greedy).rewards(self.reward).identity if self.greedy else None
+        inputs = {
+            "title": self.title,
+            "sweep": self._sweep_inputs(self._trained_on(pool)),
+            "features": pool.features(self.embedder, self.probe_layer).identity,
+            "rewards": pool.rewards(self.reward).identity,
+            "greedy": greedy,
+            "settings": dataclasses.asdict(self.settings),
+            "paper": self.paper.get(pool.split.name),
+            "version": importlib.metadata.version("qprobe"),
+        }
+        return fingerprint(inputs)
+
+    def _trained_on(self, pool: Pool) -> Pool:
+        return pool if self.training_split is None else self.training_pools[0]
+
+    def _scored(self, pool: Pool, shares: Sequence[float]) -> tuple[Joined, dict[float, dict[str, Scored]]]:
+        joined, probes = self._join(pool), self.sweep(self._trained_on(pool))
+        return joined, {share: evaluation.score(probes, joined, self.settings, self.seed, share) for share in shares}
 
 
 def _made_from(folder: Path, inputs: dict[str, Any]) -> bool:

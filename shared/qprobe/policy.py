@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+# Subsets of a pool that are taken all, one by one, where a law over them has no closed form.
+ALL_SUBSETS = 2000
+
 
 def selection_weights(scores: Tensor, beta: float) -> Tensor:
     """Probability of each candidate, softmax(scores / beta); at beta = 0 the best candidates share it equally.
@@ -169,7 +172,8 @@ def kl_to_base(scores: Tensor, k: int, beta: float, *, draws: int, generator: to
     """KL divergence of the k-candidate policy from the base policy, estimated from a pool of its samples.
 
     With g(a) = E over the other k - 1 candidates of [k rho(a; others)], KL = E_p0[g log g]. The candidates are random
-    k-subsets of the pool: all of them at beta = 0 (in closed form, ties shared), `draws` of them for each a otherwise.
+    k-subsets of the pool: all of them at beta = 0 (in closed form, ties shared) and where they are at most 2,000, `draws`
+    of them for each a otherwise.
     For an endless pool, beta = 0 and no ties this is `argmax_kl(k)`.
 
     Two biases, both upwards. A finite pool lends its candidates without replacement: about k / 2n, as measured at
@@ -180,7 +184,7 @@ def kl_to_base(scores: Tensor, k: int, beta: float, *, draws: int, generator: to
         scores: (n,) float, Q values of n samples of p0 for one prompt.
         k: number of candidates, 1..n.
         beta: temperature >= 0.
-        draws: random subsets for each sample, >= 1; not used at beta = 0.
+        draws: random subsets for each sample, >= 1; not used where all subsets are taken.
         generator: source of the random subsets, on the CPU.
 
     Returns:
@@ -205,12 +209,16 @@ def kl_to_base(scores: Tensor, k: int, beta: float, *, draws: int, generator: to
         tied_mass = law.new_zeros(len(sizes)).index_add(0, tie.sort().values, law)
         density = n * (tied_mass / sizes)[tie]
     else:
-        density = torch.zeros_like(scores)
-        for _ in range(draws):
-            shuffled = torch.randperm(n, generator=generator)
+        if math.comb(n, k) <= ALL_SUBSETS:
+            chosen = torch.combinations(torch.arange(n), k)
+            weights = selection_weights(scores[chosen], beta)
+        else:
+            shuffled = torch.rand(draws, n, generator=generator).argsort(1)
             # The last chunk is filled up from the front and read only where it is new: each sample once per draw.
-            chunks = torch.cat([shuffled, shuffled[: -n % k]]).reshape(-1, k)
-            density[shuffled] += k * selection_weights(scores[chunks], beta).flatten()[:n] / draws
+            chosen = torch.cat([shuffled, shuffled[:, : -n % k]], dim=1).reshape(-1, k)
+            weights = selection_weights(scores[chosen], beta).reshape(draws, -1)[:, :n]
+            chosen = shuffled
+        density = torch.zeros_like(scores).index_add(0, chosen.flatten(), weights.flatten())
         density /= density.mean()
     return float(torch.xlogy(density, density).mean())
 

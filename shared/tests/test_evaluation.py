@@ -10,16 +10,25 @@ import pytest
 import torch
 
 from qprobe import evaluation, files
-from qprobe.evaluation import EvaluationSettings, Scored, SweepProbe
+from qprobe.evaluation import Scored
 from qprobe.network import ProbeNetwork
 from qprobe.report.results import Results, Row
 from qprobe.stages import Joined
+from qprobe.sweep import (
+    EvaluationSettings,
+    SweepProbe,
+    cross_validate,
+    fold_of,
+    load_sweep,
+    save_sweep,
+    train_on_all,
+)
 from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
 
 TRAINING = TrainingSettings(
     steps=30, learning_rate=0.05, held_out=0.3, minimum_mixed=2, check_every=5, chunks_per_batch=6
 )
-SETTINGS = EvaluationSettings(seeds=2, folds=3, draws=20, bootstrap=200)
+SETTINGS = EvaluationSettings(seeds=2, folds=3, curve_shares=(), draws=20, bootstrap=200)
 
 
 def joined(rewards: Any, features: np.ndarray | None = None) -> Joined:
@@ -48,10 +57,19 @@ def scored(q: Any, beta: Any = 0.0) -> Scored:
     return Scored(q, np.asarray(beta, dtype=float), [])
 
 
-def evaluate(pool: Joined, scores: dict[str, Scored], k: int, greedy: Any = None, **changes: Any) -> Results:
+def evaluate(
+    pool: Joined,
+    scores: dict[str, Scored],
+    k: int,
+    greedy: Any = None,
+    parts: dict[float, dict[str, Scored]] | None = None,
+    **changes: Any,
+) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     greedy = None if greedy is None else np.asarray(greedy, dtype=np.float32)
-    return evaluation.evaluate("title", "protocol", "pool", pool, greedy, scores, settings, k=k, seed=0)
+    return evaluation.evaluate(
+        "title", "protocol", "pool", pool, greedy, {1.0: scores} | (parts or {}), settings, k=k, seed=0
+    )
 
 
 def row(results: Results, method: str) -> Row:
@@ -70,7 +88,7 @@ def test_cross_validation_never_scores_a_prompt_by_a_probe_that_learnt_from_it(l
 
     def scores(rewards: np.ndarray) -> Scored:
         changed = dataclasses.replace(pool, rewards=rewards)
-        sweep = evaluation.cross_validate(changed, TRAINING, settings, k=3, seed=5, progress=False)
+        sweep = cross_validate(changed, TRAINING, settings, k=3, seed=5, progress=False)
         assert any(probe.trained.chosen for probe in sweep)
         return evaluation.score(sweep, changed, settings, 5)[loss]
 
@@ -88,13 +106,13 @@ def test_cross_validation_never_scores_a_prompt_by_a_probe_that_learnt_from_it(l
 
 
 def test_every_seed_has_folds_of_its_own_that_part_the_prompts() -> None:
-    folds = [evaluation.fold_of(11, 3, seed) for seed in range(4)]
+    folds = [fold_of(11, 3, seed) for seed in range(4)]
     for fold in folds:
         assert sorted(np.bincount(fold).tolist()) == [3, 4, 4]
     assert len({tuple(fold) for fold in folds}) == 4
-    np.testing.assert_array_equal(folds[0], evaluation.fold_of(11, 3, 0))
+    np.testing.assert_array_equal(folds[0], fold_of(11, 3, 0))
     with pytest.raises(ValueError, match=r"2 prompts cannot make 3 folds: use more prompts or evaluation.folds=2"):
-        evaluation.fold_of(2, 3, 0)
+        fold_of(2, 3, 0)
 
 
 def test_cross_validation_trains_each_loss_seed_and_fold_on_the_other_folds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +122,15 @@ def test_cross_validation_trains_each_loss_seed_and_fold_on_the_other_folds(monk
         seen.extend(tasks)
         return train(data, tasks, *arguments, **more)
 
-    monkeypatch.setattr(evaluation, "train", spy)
-    sweep = evaluation.cross_validate(planted(), TRAINING, SETTINGS, k=3, seed=5, progress=False)
+    monkeypatch.setattr("qprobe.sweep.train", spy)
+    sweep = cross_validate(planted(), TRAINING, SETTINGS, k=3, seed=5, progress=False)
     assert len(sweep) == len(seen) == 3 * 2 * 3
     assert {(probe.loss, probe.seed, probe.fold) for probe in sweep} == {
         (loss, seed, fold) for loss in SETTINGS.losses for seed in range(2) for fold in range(3)
     }
     for probe, task in zip(sweep, seen, strict=True):
         assert (task.loss, task.seed) == (probe.loss, 5 + probe.seed)
-        np.testing.assert_array_equal(task.groups.numpy(), evaluation.fold_of(12, 3, 5 + probe.seed) != probe.fold)
+        np.testing.assert_array_equal(task.groups.numpy(), fold_of(12, 3, 5 + probe.seed) != probe.fold)
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 12), (0.5, 6), (0.01, 1)])
@@ -125,9 +143,9 @@ def test_with_a_training_set_every_seed_draws_its_share_and_scores_all_of_the_te
         masks.extend(tuple(task.groups.tolist()) for task in tasks)
         return train(data, tasks, *arguments, **more)
 
-    monkeypatch.setattr(evaluation, "train", spy)
+    monkeypatch.setattr("qprobe.sweep.train", spy)
     settings = dataclasses.replace(SETTINGS, train_share=share, seeds=4, losses=("reward_mse", "policy_gradient"))
-    sweep = evaluation.train_on_all(planted(), TRAINING, settings, k=3, seed=0, progress=False)
+    sweep = train_on_all(planted(), TRAINING, settings, k=3, seed=0, progress=False)
     assert [sum(mask) for mask in masks] == [count] * 8
     assert masks[:4] == masks[4:]  # losses are compared on the same prompts
     assert len(set(masks)) == (1 if share == 1 else 4) or share < 0.1
@@ -140,6 +158,76 @@ def test_with_a_training_set_every_seed_draws_its_share_and_scores_all_of_the_te
             expected = probe.trained.network(torch.from_numpy(test.features))
         np.testing.assert_allclose(found[probe.loss].q[probe.seed], expected.numpy(), rtol=1e-6)
         assert set(found[probe.loss].beta[probe.seed]) == {probe.trained.beta}
+
+
+def test_the_learning_curves_probes_see_a_part_of_the_training_prompts_and_a_smaller_part_lies_in_a_larger() -> None:
+    masks: dict[tuple[Any, ...], set[int]] = {}
+    settings = dataclasses.replace(SETTINGS, losses=("reward_mse", "policy_gradient"), curve_shares=(0.25, 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[ProbeTask] = []
+
+        def spy(data: Data, tasks: list[ProbeTask], *arguments: Any, **more: Any) -> list[TrainedProbe]:
+            seen.extend(tasks)
+            return train(data, tasks, *arguments, **more)
+
+        patch.setattr("qprobe.sweep.train", spy)
+        sweep = cross_validate(planted(), TRAINING, settings, k=3, seed=5, progress=False)
+    for probe, task in zip(sweep, seen, strict=True):
+        masks[probe.loss, probe.seed, probe.fold, probe.share] = set(task.groups.nonzero()[:, 0].tolist())
+        assert probe.prompts == int(task.groups.sum())
+    for seed in range(2):
+        for fold in range(3):
+            quarter, half, whole = (masks["reward_mse", seed, fold, share] for share in (0.25, 0.5, 1.0))
+            assert (len(quarter), len(half), len(whole)) == (2, 4, 8)
+            assert quarter < half < whole
+            assert masks["policy_gradient", seed, fold, 0.25] == quarter  # losses are compared on the same prompts
+    pool = planted()
+    parts = {share: evaluation.score(sweep, pool, settings, 5, share) for share in (0.25, 0.5, 1.0)}
+    assert {p.share for scores in parts[0.25].values() for p in scores.probes} == {0.25}
+    results = evaluate(pool, parts[1.0], k=3, parts=parts, losses=settings.losses, curve_shares=(0.25, 0.5))
+    curve = results.reward_against_prompts
+    assert curve is not None
+    assert curve.prompts == [2, 4, 8]
+    for method, band in curve.series.items():
+        assert band.value[-1] == row(results, method).value
+
+
+def test_the_learning_curve_by_hand_and_its_verdict() -> None:
+    # Ten mixed prompts. All training prompts choose right everywhere, half of them right in four, a quarter nowhere.
+    pool = joined([[1, 0]] * 10)
+    q = {1.0: [1, 0] * 10, 0.5: [1, 0] * 4 + [0, 1] * 6, 0.25: [0, 1] * 10}
+    parts = {}
+    for share, values in q.items():
+        network = ProbeNetwork(1)
+        probe = SweepProbe("policy_gradient", 0, None, TrainedProbe(network, 0.0, 1, True, 20), share, int(40 * share))
+        parts[share] = {"policy_gradient": Scored(np.float32([values]), np.zeros((1, 10)), [probe])}
+    results = evaluate(pool, parts[1.0], k=2, parts=parts, seeds=1)
+    curve = results.reward_against_prompts
+    assert curve is not None
+    assert curve.prompts == [10, 20, 40]
+    assert curve.series["Q-probe L_PG"].value == pytest.approx([0.0, 0.4, 1.0])
+    note = next(note for note in results.notes if "all training prompts earn" in note)
+    assert note.startswith("Q-probe L_PG: all training prompts earn +0.600 [")
+    assert note.endswith("against 50% of them: more prompts would help.")
+    same = evaluate(pool, parts[1.0], k=2, parts={0.5: parts[1.0]}, seeds=1)
+    assert any(note.endswith("whether more prompts would help cannot be told.") for note in same.notes)
+
+
+def test_the_difference_to_greedy_is_paired_and_simulation_has_an_error_of_its_own() -> None:
+    pool = joined([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
+    q = scored([[3, 2, 1, 0, 1, 2, 9, 9, 1, 5, 4, 3]], np.zeros((1, 4)))
+    argmax = row(evaluate(pool, {"reward_mse": q}, k=2, greedy=[1, 1, 0, 0], seeds=1), "Q-probe L_Q")
+    assert argmax.value is not None
+    assert argmax.over_greedy == pytest.approx(argmax.value - 0.5)
+    assert argmax.simulation_error == 0  # closed form
+    soft = dataclasses.replace(q, beta=np.ones((1, 4)))
+    few, many = (
+        row(evaluate(pool, {"reward_mse": soft}, k=2, seeds=1, draws=draws), "Q-probe L_Q") for draws in (20, 2000)
+    )
+    assert few.over_greedy is None
+    assert few.simulation_error is not None
+    assert many.simulation_error is not None
+    assert 5 < few.simulation_error / many.simulation_error < 20  # 10, the root of 2000 / 20
 
 
 def test_a_table_by_hand() -> None:
@@ -234,7 +322,7 @@ def test_a_perfect_scorer_reaches_the_skyline_and_a_random_one_stays_at_the_base
 
 def test_the_same_seed_gives_the_same_results() -> None:
     pool = planted()
-    sweep = evaluation.cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
+    sweep = cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
     scores = evaluation.score(sweep, pool, SETTINGS, 5)
     first, again = (evaluate(pool, scores, k=3) for _ in range(2))
     assert first == again
@@ -248,7 +336,7 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     assert nothing.notes[-1] == "The figure of reward against KL is for k=1 candidates."
     pool = planted()
     few = dataclasses.replace(TRAINING, minimum_mixed=100)
-    sweep = evaluation.cross_validate(pool, few, SETTINGS, k=3, seed=5, progress=False)
+    sweep = cross_validate(pool, few, SETTINGS, k=3, seed=5, progress=False)
     results = evaluate(pool, evaluation.score(sweep, pool, SETTINGS, 5), k=3)
     assert any(note.startswith("18 of 18 probes use the default stopping step and beta") for note in results.notes)
 
@@ -257,7 +345,7 @@ def test_published_values_stand_beside_their_own_method_alone() -> None:
     pool = joined([[1, 0], [0, 0]])
     scores = {"reward_mse": scored([[0, 1, 2, 3]] * 2, np.zeros((2, 2)))}
     paper = {"Q-probe L_Q": 0.29, "pass@1": 0.24}
-    results = evaluation.evaluate("t", "p", "pool", pool, None, scores, SETTINGS, k=2, seed=0, paper=paper)
+    results = evaluation.evaluate("t", "p", "pool", pool, None, {1.0: scores}, SETTINGS, k=2, seed=0, paper=paper)
     assert {entry.method: entry.paper for entry in results.rows if entry.paper is not None} == paper
 
 
@@ -275,30 +363,30 @@ INPUTS = {"losses": ("a", "b"), "k": 3}
 
 
 def test_a_sweep_is_read_back_bit_for_bit_and_only_for_its_inputs(tmp_path: Path) -> None:
-    assert evaluation.load_sweep(tmp_path, INPUTS) is None
+    assert load_sweep(tmp_path, INPUTS) is None
     made = sweep_of(0.5, -1.25)
-    evaluation.save_sweep(made, tmp_path, INPUTS)
-    read = evaluation.load_sweep(tmp_path, INPUTS)
+    save_sweep(made, tmp_path, INPUTS)
+    read = load_sweep(tmp_path, INPUTS)
     assert read is not None
     for probe, expected in zip(read, made, strict=True):
         assert torch.equal(parameters(probe), parameters(expected))
         same = dataclasses.replace(probe.trained, network=expected.trained.network)
         assert dataclasses.replace(probe, trained=same) == expected
-    assert evaluation.load_sweep(tmp_path, INPUTS | {"k": 4}) is None
+    assert load_sweep(tmp_path, INPUTS | {"k": 4}) is None
 
 
 def test_a_sweep_whose_writing_was_cut_off_is_none_of_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation.save_sweep(sweep_of(0.5, -1.25), tmp_path, INPUTS)
+    save_sweep(sweep_of(0.5, -1.25), tmp_path, INPUTS)
 
     def killed(path: Path, content: bytes) -> None:
         files.write_whole(path, content)
         raise KeyboardInterrupt  # after the weights, before the rest
 
-    monkeypatch.setattr("qprobe.evaluation.write_whole", killed)
+    monkeypatch.setattr("qprobe.sweep.write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.save_sweep(sweep_of(7.0, 8.0), tmp_path, INPUTS | {"k": 4})
+        save_sweep(sweep_of(7.0, 8.0), tmp_path, INPUTS | {"k": 4})
     # Going back to the first inputs must not meet the second one's weights.
-    assert evaluation.load_sweep(tmp_path, INPUTS) is None
+    assert load_sweep(tmp_path, INPUTS) is None
 
 
 @pytest.mark.parametrize(
@@ -307,7 +395,7 @@ def test_a_sweep_whose_writing_was_cut_off_is_none_of_either(tmp_path: Path, mon
     + [("sweep.safetensors", "gone")],  # without sweep.json there is no sweep, which is no damage
 )
 def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> None:
-    evaluation.save_sweep(sweep_of(0.5, -1.25), tmp_path, INPUTS)
+    save_sweep(sweep_of(0.5, -1.25), tmp_path, INPUTS)
     path = tmp_path / file
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-9])
@@ -316,10 +404,10 @@ def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> Non
     elif file == "sweep.json":
         path.write_text("[]")
     else:
-        evaluation.save_sweep(sweep_of(0.5), tmp_path / "other", INPUTS)
+        save_sweep(sweep_of(0.5), tmp_path / "other", INPUTS)
         path.write_bytes((tmp_path / "other" / file).read_bytes())
     with pytest.raises(ValueError, match=r"holds a damaged sweep of probes \(.+\): delete the folder"):
-        evaluation.load_sweep(tmp_path, INPUTS)
+        load_sweep(tmp_path, INPUTS)
 
 
 def test_the_example_is_the_mixed_prompt_with_the_widest_gap() -> None:

@@ -1,6 +1,7 @@
 """Whole pipelines on fakes: end to end, nothing twice, refused before any work, and killed at random moments."""
 
 import csv
+import dataclasses
 import os
 import random
 import signal
@@ -18,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
-from qprobe.evaluation import EvaluationSettings
 from qprobe.pipeline import STAGES, Pipeline
 from qprobe.probe import EmbeddingSource, QProbe
 from qprobe.stages import RewardRow
 from qprobe.store import StoreError
+from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 
 TRAINING = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
@@ -78,7 +79,7 @@ def test_cross_validation_end_to_end(make: Make, fakes: ModuleType) -> None:
     figures = sorted(path.name for path in (run / "figures" / "numbers").iterdir())
     assert figures == [
         f"{name}.{kind}"
-        for name in ("reward_against_k", "reward_against_kl", "scores_per_prompt")
+        for name in ("reward_against_k", "reward_against_kl", "reward_against_prompts", "scores_per_prompt")
         for kind in ("pdf", "png")
     ]
     table = rows(run / "tables" / "numbers.csv")
@@ -109,16 +110,30 @@ def test_trained_on_one_set_and_tested_on_others_end_to_end(make: Make, fakes: M
         assert table["pass@1"]["prompts"] == str(len(split.prompts))
         assert table["Q-probe L_PG"]["protocol"] == "trained on training, tested here"
         assert table["greedy"]["status"] == "not run"
-        assert len(list((pipeline.run / "figures" / split.name).glob("*.png"))) == 3
+        assert len(list((pipeline.run / "figures" / split.name).glob("*.png"))) == 4
     assert len(list((pipeline.run / "tables").iterdir())) == 8  # and none of the training set
     assert [path.name for path in (pipeline.run / "probes").iterdir()] == ["training"]
     sweep = pipeline.sweep(pipeline.training_pools[0])
     assert [(probe.loss, probe.seed, probe.fold) for probe in sweep] == [
-        (loss, seed, None) for loss in SETTINGS.losses for seed in range(2)
+        (loss, seed, None) for _share in (1.0, 0.25, 0.5) for loss in SETTINGS.losses for seed in range(2)
     ]
     pair = pipeline.example(tests[0], "policy_gradient")
     assert pair is not None
     assert 100 <= int(pair.task_id.removeprefix("t-")) < 108
+
+
+def test_results_are_kept_and_those_of_other_settings_are_not_reported(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make()
+    first.execute(WORK)
+    changed = make(settings=dataclasses.replace(SETTINGS, draws=7))
+    with pytest.raises(FileNotFoundError, match=r"numbers.json was made with other settings .* run the stage evaluate"):
+        changed.execute(["report"])
+    changed.execute(["evaluate", "report"])
+    assert changed.results(changed.tests[0]).made_from != ""
+    monkeypatch.setattr("qprobe.evaluation.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    make(settings=dataclasses.replace(SETTINGS, draws=7)).execute(WORK)
 
 
 def test_a_second_run_does_nothing_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +142,7 @@ def test_a_second_run_does_nothing_anew(make: Make, monkeypatch: pytest.MonkeyPa
     kept = [first.run / name for name in ("prompts", "completions", "rewards", "features", "probes")]
     before = [times(folder) for folder in kept]
     results = first.results(first.tests[0])
-    for place in ("qprobe.pipeline.train", "qprobe.evaluation.train"):
+    for place in ("qprobe.pipeline.train", "qprobe.sweep.train"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("trained again"))
     second = make()
     second.execute(WORK)
@@ -311,7 +326,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import fakes
 import qprobe.report.figures
-from qprobe.evaluation import EvaluationSettings
+from qprobe.sweep import EvaluationSettings
 from qprobe.pipeline import STAGES, Pipeline
 from qprobe.training import TrainingSettings
 

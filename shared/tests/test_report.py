@@ -57,6 +57,9 @@ SMALL = Results(
             difference=0.077,
             difference_low=-0.01,
             difference_high=0.1641,
+            over_greedy=0.05,
+            over_greedy_low=-0.02,
+            over_greedy_high=0.12,
             paper=0.3457,
         ),
     ],
@@ -75,9 +78,9 @@ pass@1        0.123 [0.087, 0.160]  -                            164            
 SFT           not run               not run                        -             -  -
 Q-probe L_PG  0.200 [0.150, 0.250]  +0.077 [-0.010, +0.164]      164             8  0.3457
 
-method        within-prompt AUC     beta  seeds  seed spread
-------------  --------------------  ----  -----  -----------
-Q-probe L_PG  0.625 [0.550, 0.700]   0.1     10        0.004
+method        within-prompt AUC     difference to greedy     beta  seeds  seed spread
+------------  --------------------  -----------------------  ----  -----  -----------
+Q-probe L_PG  0.625 [0.550, 0.700]  +0.050 [-0.020, +0.120]   0.1     10        0.004
 
 In brackets: 95 % interval by bootstrap over prompts; differences are paired against pass@1.
 Seed spread: standard deviation of the reward over seeds.
@@ -95,9 +98,9 @@ human_eval, k = 8, 10 seeds; trained on mbpp-train, tested here__
 | SFT | not run | not run | - | - | - |
 | Q-probe L_PG | 0.200 [0.150, 0.250] | +0.077 [-0.010, +0.164] | 164 | 8 | 0.3457 |
 
-| method | within-prompt AUC | beta | seeds | seed spread |
-| :--- | :--- | ---: | ---: | ---: |
-| Q-probe L_PG | 0.625 [0.550, 0.700] | 0.1 | 10 | 0.004 |
+| method | within-prompt AUC | difference to greedy | beta | seeds | seed spread |
+| :--- | :--- | :--- | ---: | ---: | ---: |
+| Q-probe L_PG | 0.625 [0.550, 0.700] | +0.050 [-0.020, +0.120] | 0.1 | 10 | 0.004 |
 
 - In brackets: 95 % interval by bootstrap over prompts; differences are paired against pass@1.
 - Seed spread: standard deviation of the reward over seeds.
@@ -121,11 +124,11 @@ Q-probe $L_{\mathrm{PG}}$ & 0.200 [0.150, 0.250] & $+$0.077 [$-$0.010, $+$0.164]
 \end{tabular}
 
 \medskip
-\begin{tabular}{@{}llrrr@{}}
+\begin{tabular}{@{}lllrrr@{}}
 \toprule
-method & within-prompt AUC & beta & seeds & seed spread \\
+method & within-prompt AUC & difference to greedy & beta & seeds & seed spread \\
 \midrule
-Q-probe $L_{\mathrm{PG}}$ & 0.625 [0.550, 0.700] & 0.1 & 10 & 0.004 \\
+Q-probe $L_{\mathrm{PG}}$ & 0.625 [0.550, 0.700] & $+$0.050 [$-$0.020, $+$0.120] & 0.1 & 10 & 0.004 \\
 \bottomrule
 \end{tabular}
 
@@ -143,11 +146,11 @@ Q-probe $L_{\mathrm{PG}}$ & 0.625 [0.550, 0.700] & 0.1 & 10 & 0.004 \\
 
 CSV = """\
 pool,protocol,k,status,method,value,low,high,prompts,samples_per_prompt,seeds,seed_spread,beta,auc,auc_low,auc_high,\
-difference,difference_low,difference_high,paper
-human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,,,,,,,,,0.3
-human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,,,,,,,,,
+difference,difference_low,difference_high,over_greedy,over_greedy_low,over_greedy_high,simulation_error,paper
+human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,,,,,,,,,,,,,0.3
+human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,,,,,,,,,,,,,
 human_eval,"trained on mbpp-train, tested here",8,run,Q-probe L_PG,0.2,0.15,0.25,164,8,10,0.0041,0.1,0.625,0.55,0.7,\
-0.077,-0.01,0.1641,0.3457
+0.077,-0.01,0.1641,0.05,-0.02,0.12,,0.3457
 """
 
 

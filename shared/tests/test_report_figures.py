@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from qprobe.report.results import Band, Curve, PromptScore, PromptScores, Results, Row, TradeOff, TradeOffPoint
+from qprobe.report.results import (
+    Band,
+    Curve,
+    LearningCurve,
+    PromptScore,
+    PromptScores,
+    Results,
+    Row,
+    TradeOff,
+    TradeOffPoint,
+)
 
 SMALL = Results(
     title="A model & 100 % of its tasks",
@@ -53,6 +63,9 @@ def drawn(ks: list[int] | None = None) -> Results:
                 "Q-probe L_CE": [TradeOffPoint(beta=b, kl=1 / (1 + b), reward=0.14 - b / 100) for b in (0.0, 1.0)],
                 "Q-probe L_PG": [TradeOffPoint(beta=b, kl=1 / (1 + b), reward=0.16 - b / 100) for b in (0.0, 1.0, 3.0)],
             }
+        ),
+        reward_against_prompts=LearningCurve(
+            prompts=[33, 66, 131], series={"Q-probe L_CE": band(0.1, 0.12, 0.13), "Q-probe L_PG": band(0.1, 0.11, 0.15)}
         ),
         scores_per_prompt=PromptScores(
             series={
@@ -196,13 +209,24 @@ def test_text_of_the_user_is_not_read_as_mathematics(figures: Any, tmp_path: Pat
     assert len(figures.write_figures(results, tmp_path)) == 2
 
 
+def test_reward_against_prompts_has_a_line_a_method_and_the_base(figures: Any) -> None:
+    (axes,) = figures.reward_against_prompts(drawn()).axes
+    lines = [list(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [33, 66, 131]]
+    assert [0.1, 0.12, 0.13] in lines
+    assert [0.1, 0.11, 0.15] in lines
+    assert axes.get_xlabel() == "training prompts"
+    assert {"Q-probe", "base"} <= {word for text in written(axes) for word in text.replace("$", " ").split()}
+    with pytest.raises(ValueError, match="give rising numbers from 1 up"):
+        LearningCurve(prompts=[3, 2], series={})
+
+
 def test_figures_are_written_where_there_is_data_and_the_same_every_time(figures: Any, tmp_path: Path) -> None:
     import matplotlib as mpl
 
     assert figures.write_figures(SMALL, tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
     first = figures.write_figures(drawn(), tmp_path / "first")
-    names = ["reward_against_k", "reward_against_kl", "scores_per_prompt"]
+    names = ["reward_against_k", "reward_against_kl", "reward_against_prompts", "scores_per_prompt"]
     assert [path.name for path in first] == [f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")]
     with mpl.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.facecolor": "red", "figure.dpi": 33}):
         settings = dict(mpl.rcParams)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qprobe.evaluation import EvaluationSettings
 from qprobe.sampling import SamplingSettings
 from qprobe.settings import accepted, build, check_keys
+from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 
 

@@ -7,6 +7,7 @@ figures need matplotlib, so `qprobe.report.figures` is imported by whoever draws
 from qprobe.report.results import (
     Band,
     Curve,
+    LearningCurve,
     PromptScore,
     PromptScores,
     Results,
@@ -19,6 +20,7 @@ from qprobe.report.tables import counts_line, to_csv, to_latex, to_markdown, to_
 __all__ = [
     "Band",
     "Curve",
+    "LearningCurve",
     "PromptScore",
     "PromptScores",
     "Results",

@@ -1,10 +1,11 @@
 """The figures of an evaluation, sized for one column of a paper, as PNG and PDF.
 
-    reward_against_k     expected reward against the number of candidates   (the paper's Fig. 3 and 5)
-    reward_against_kl    expected reward against KL(pi_k || p0), in nats    (what a method gives for how far it goes)
-    scores_per_prompt    a prompt's base reward against its mean score      (Fig. 4)
+    reward_against_k         expected reward against the number of candidates   (the paper's Fig. 3 and 5)
+    reward_against_kl        expected reward against KL(pi_k || p0), in nats    (what a method gives for how far it goes)
+    reward_against_prompts   expected reward against the training prompts       (would more of them help?)
+    scores_per_prompt        a prompt's base reward against its mean score      (Fig. 4)
 
-A method has the same colour and marker in all three, and its name stands beside its line: no legend covers data.
+A method has the same colour and marker in all four, and its name stands beside its line: no legend covers data.
 Bands are 95 % intervals. The same results give the same bytes: no dates, no settings of the user's matplotlib. Figures
 are built without pyplot, so nothing is opened, kept or changed in a notebook that calls this.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.files import write_whole
-from qprobe.report.results import BASE_METHOD, Results, TradeOff
+from qprobe.report.results import BASE_METHOD, Band, Results, TradeOff
 
 try:
     from matplotlib import style
@@ -107,26 +108,35 @@ def reward_against_k(results: Results) -> Figure | None:
         return None
     with _house_style():
         figure, axes = _one_panel(results)
-        ends = []
-        for method, band in curve.series.items():
-            look = _look(results, method)
-            known = [i for i, value in enumerate(band.value) if value is not None]
-            if not known:
-                continue
-            ks = [curve.k[i] for i in known]
-            (line,) = axes.plot(ks, [band.value[i] for i in known], **look)
-            _shade(axes, line, [band.low[i] for i in known], [band.high[i] for i in known])
-            ends.append((method, float(line.get_ydata()[-1]), look["color"]))
+        ends = _draw_bands(axes, results, curve.k, curve.series)
         firsts = [band.value[0] for band in curve.series.values() if band.value[0] is not None]
         base = firsts[0] if curve.k[0] == 1 and firsts else _base_reward(results)
-        if curve.k[-1] > 8 * curve.k[0]:
-            axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(_spaced(curve.k)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        _count_axis(axes, curve.k)
         axes.set_xlabel("candidates $k$")
         axes.set_ylabel("expected reward")
         _finish(figure, axes, ends, base)
+    return figure
+
+
+def reward_against_prompts(results: Results) -> Figure | None:
+    """Draw expected reward against the number of training prompts, with 95 % bands.
+
+    Args:
+        results: one evaluation.
+
+    Returns:
+        The figure, or None without data. The dotted base is the row pass@1.
+    """
+    curve = results.reward_against_prompts
+    if curve is None or not curve.series:
+        return None
+    with _house_style():
+        figure, axes = _one_panel(results)
+        ends = _draw_bands(axes, results, curve.prompts, curve.series)
+        _count_axis(axes, curve.prompts)
+        axes.set_xlabel("training prompts")
+        axes.set_ylabel("expected reward")
+        _finish(figure, axes, ends, _base_reward(results))
     return figure
 
 
@@ -222,8 +232,32 @@ def scores_per_prompt(results: Results) -> Figure | None:
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "reward_against_k": reward_against_k,
     "reward_against_kl": reward_against_kl,
+    "reward_against_prompts": reward_against_prompts,
     "scores_per_prompt": scores_per_prompt,
 }
+
+
+def _draw_bands(axes: Any, results: Results, xs: list[int], series: dict[str, Band]) -> list[tuple[str, float, str]]:
+    """Draw a line with its band for every method; returns name, last value and colour of each, for the labels."""
+    ends = []
+    for method, band in series.items():
+        look = _look(results, method)
+        known = [i for i, value in enumerate(band.value) if value is not None]
+        if not known:
+            continue
+        (line,) = axes.plot([xs[i] for i in known], [band.value[i] for i in known], **look)
+        _shade(axes, line, [band.low[i] for i in known], [band.high[i] for i in known])
+        ends.append((method, float(line.get_ydata()[-1]), look["color"]))
+    return ends
+
+
+def _count_axis(axes: Any, counts: list[int]) -> None:
+    """An x axis of counts, logarithmic (base 2) when they span more than a factor of 8."""
+    if counts[-1] > 8 * counts[0]:
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_spaced(counts)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
 
 
 def _shade(axes: Any, line: Any, low: list[float | None], high: list[float | None]) -> None:
@@ -273,7 +307,13 @@ def _look(results: Results, method: str) -> dict[str, Any]:
         return {"color": "black", "linestyle": ":", "marker": "None"}
     # The order over all figures together, so that a method looks the same in each.
     order: list[str] = []
-    for data in (results.reward_against_k, results.reward_against_kl, results.scores_per_prompt):
+    every = (
+        results.reward_against_k,
+        results.reward_against_kl,
+        results.reward_against_prompts,
+        results.scores_per_prompt,
+    )
+    for data in every:
         for name in data.series if data is not None else ():
             if name not in order and name != BASE_METHOD and not name.startswith("skyline"):
                 order.append(name)

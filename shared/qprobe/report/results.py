@@ -43,6 +43,10 @@ class Row:
         difference: value minus that of pass@1, paired over prompts.
         difference_low: lower end of its 95 % interval.
         difference_high: upper end of its 95 % interval.
+        over_greedy: value minus that of greedy decoding, paired over prompts.
+        over_greedy_low: lower end of its 95 % interval.
+        over_greedy_high: upper end of its 95 % interval.
+        simulation_error: standard error of the value by drawing candidate sets at random; 0 where it is exact.
         paper: the published value, only where the set-up is the paper's.
 
     Raises:
@@ -64,16 +68,23 @@ class Row:
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    over_greedy: float | None = None
+    over_greedy_low: float | None = None
+    over_greedy_high: float | None = None
+    simulation_error: float | None = None
     paper: float | None = None
 
     def __post_init__(self) -> None:
         _convert_fields(self)
         where = f"row {self.method!r}"
-        _refuse_negative(self, ("prompts", "samples_per_prompt", "seeds", "seed_spread", "beta"), where)
+        _refuse_negative(
+            self, ("prompts", "samples_per_prompt", "seeds", "seed_spread", "beta", "simulation_error"), where
+        )
         for name, low, high in (
             ("value", self.low, self.high),
             ("auc", self.auc_low, self.auc_high),
             ("difference", self.difference_low, self.difference_high),
+            ("over_greedy", self.over_greedy_low, self.over_greedy_high),
         ):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{where}: the interval of {name} is upside down, [{low}, {high}]: swap its ends.")
@@ -116,6 +127,32 @@ class Curve:
                 raise ValueError(
                     f"reward_against_k, {method!r}: value, low and high have {lengths[0]}, {lengths[1]} and "
                     f"{lengths[2]} entries, k has {len(self.k)}: give one entry for every k."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCurve:
+    """Reward against the number of training prompts.
+
+    Args:
+        prompts: numbers of training prompts, at least 1, not falling.
+        series: method -> one line, an entry for every number of prompts.
+
+    Raises:
+        ValueError: if prompts fall or a line has another length.
+    """
+
+    prompts: list[int]
+    series: dict[str, Band]
+
+    def __post_init__(self) -> None:
+        _convert_fields(self)
+        if not self.prompts or self.prompts[0] < 1 or self.prompts != sorted(self.prompts):
+            raise ValueError(f"reward_against_prompts.prompts is {self.prompts}: give rising numbers from 1 up.")
+        for method, band in self.series.items():
+            if {len(band.value), len(band.low), len(band.high)} != {len(self.prompts)}:
+                raise ValueError(
+                    f"reward_against_prompts, {method!r}: give one entry for each of {len(self.prompts)} numbers of prompts."
                 )
 
 
@@ -222,8 +259,10 @@ class Results:
         rows: the table, in the order of printing.
         reward_against_k: data of the figure of that name, or None.
         reward_against_kl: data of the figure of that name, or None.
+        reward_against_prompts: data of the figure of that name, or None.
         scores_per_prompt: data of the figure of that name, or None.
         notes: sentences that belong under the table.
+        made_from: identity of the inputs; empty where unknown.
 
     Raises:
         ValueError: if a field has the wrong type, or the counts cannot be.
@@ -241,8 +280,10 @@ class Results:
     rows: list[Row]
     reward_against_k: Curve | None = None
     reward_against_kl: TradeOff | None = None
+    reward_against_prompts: LearningCurve | None = None
     scores_per_prompt: PromptScores | None = None
     notes: list[str] = field(default_factory=list)
+    made_from: str = ""
 
     def __post_init__(self) -> None:
         _convert_fields(self)

@@ -203,6 +203,11 @@ def _blocks(results: Results) -> list[_Block]:
         right=[False, False, True, True, True],
         rows=[_probe_cells(row, results.mixed_prompts) for row in results.rows if _is_probe(row)],
     )
+    if any(row.over_greedy is not None for row in results.rows):
+        probes.header.insert(2, "difference to greedy")
+        probes.right.insert(2, False)
+        for cells, row in zip(probes.rows, filter(_is_probe, results.rows), strict=True):
+            cells.insert(2, _interval(row.over_greedy, row.over_greedy_low, row.over_greedy_high, signed=True))
     return [rewards, probes] if probes.rows else [rewards]
 
 

@@ -1,0 +1,201 @@
+"""The sweep of probes that an evaluation asks for: which are trained on what, and how they are kept.
+
+One set of prompts is cross-validated: every seed redraws the folds, and every prompt is scored by probes that never saw it.
+With a training set and a test set, every probe trains on the first and scores all of the second. Beside the probes that
+learn from all their training prompts stand some that learn from a part of them, for the learning curve. All are trained in the
+same passes over the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+
+from qprobe.files import write_whole
+from qprobe.losses import find_loss
+from qprobe.network import ProbeNetwork
+from qprobe.stages import Joined
+from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is trained and how it is measured.
+
+    Args:
+        losses: names of `qprobe.losses.LOSSES`, a row of the table each.
+        seeds: probes a loss; each redraws folds (cross-validation) or held-out prompts.
+        folds: parts of the cross-validation where there is one set of prompts.
+        k: candidates at use; None takes all samples of a prompt.
+        train_share: share of the training prompts that every seed draws, in (0, 1]; cross-validation uses them all.
+        curve_shares: shares of those, in (0, 1) and rising, that further probes learn from, for the learning curve; none
+            leaves it out. Every share costs as many probes as the table itself.
+        draws: random subsets a prompt where no closed form exists.
+        bootstrap: resamples of an interval.
+    """
+
+    losses: tuple[str, ...] = ("reward_mse", "reward_cross_entropy", "policy_gradient")
+    seeds: int = 5
+    folds: int = 5
+    k: int | None = None
+    train_share: float = 1.0
+    curve_shares: tuple[float, ...] = (0.25, 0.5)
+    draws: int = 200
+    bootstrap: int = 10_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple(self.losses))
+        object.__setattr__(self, "curve_shares", tuple(self.curve_shares))
+        for name in self.losses:
+            find_loss(name)
+        if not self.losses or self.seeds < 1 or self.folds < 2 or self.draws < 2 or self.bootstrap < 100:
+            raise ValueError(
+                "evaluation needs at least one loss, seeds >= 1, folds >= 2, draws >= 2 and bootstrap >= 100; it has "
+                f"{len(self.losses)}, {self.seeds}, {self.folds}, {self.draws} and {self.bootstrap}."
+            )
+        if not 0 < self.train_share <= 1:
+            raise ValueError(f"evaluation.train_share is {self.train_share}: a share in (0, 1].")
+        if [*self.curve_shares] != sorted({share for share in self.curve_shares if 0 < share < 1}):
+            raise ValueError(
+                f"evaluation.curve_shares is {list(self.curve_shares)}: rising shares above 0 and below 1, such as [0.25, 0.5]."
+            )
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"evaluation.k is {self.k}: a policy chooses from at least one candidate.")
+
+
+@dataclass(frozen=True)
+class SweepProbe:
+    """One probe of a sweep.
+
+    Args:
+        loss, seed: of its training.
+        fold: the prompts that it never saw; None: it is tested on another set.
+        trained: the probe.
+        share: of its training prompts that it learned from.
+        prompts: how many these are.
+    """
+
+    loss: str
+    seed: int
+    fold: int | None
+    trained: TrainedProbe
+    share: float = 1.0
+    prompts: int = 0
+
+
+def training_data(joined: Joined) -> Data:
+    """The rows of a pool as training reads them."""
+    assert joined.features is not None  # the callers join with features
+    return Data(torch.from_numpy(joined.features), torch.from_numpy(joined.rewards), torch.from_numpy(joined.groups))
+
+
+def fold_of(prompts: int, folds: int, seed: int) -> np.ndarray:
+    """(P,) fold of every prompt, by lot, sizes differing by one at most."""
+    if prompts < folds:
+        raise ValueError(
+            f"{prompts} prompts cannot make {folds} folds: use more prompts or evaluation.folds={max(2, prompts)}."
+        )
+    return np.random.default_rng([seed, prompts]).permutation(np.arange(prompts) % folds)
+
+
+def cross_validate(
+    joined: Joined, training: TrainingSettings, settings: EvaluationSettings, *, k: int, seed: int, progress: bool
+) -> list[SweepProbe]:
+    """Train seeds x folds x losses probes for every share, each on prompts outside its fold."""
+    folds = [fold_of(len(joined.task_ids), settings.folds, seed + s) for s in range(settings.seeds)]
+    own = {(s, f): np.flatnonzero(folds[s] != f) for s in range(settings.seeds) for f in range(settings.folds)}
+    return _train(joined, training, settings, own, k, seed, progress)
+
+
+def train_on_all(
+    joined: Joined, training: TrainingSettings, settings: EvaluationSettings, *, k: int, seed: int, progress: bool
+) -> list[SweepProbe]:
+    """Train seeds x losses probes for every share on a training set, each on its own draw of `train_share` of the prompts."""
+    own = {(s, None): np.arange(len(joined.task_ids)) for s in range(settings.seeds)}
+    return _train(joined, training, settings, own, k, seed, progress, settings.train_share)
+
+
+def _train(
+    joined: Joined,
+    training: TrainingSettings,
+    settings: EvaluationSettings,
+    own: dict[tuple[int, Any], np.ndarray],
+    k: int,
+    seed: int,
+    progress: bool,
+    whole: float = 1.0,
+) -> list[SweepProbe]:
+    """Train a probe for every loss, share and entry of `own`: (seed, fold) -> its training prompts."""
+    prompts = len(joined.task_ids)
+    plan, tasks = [], []
+    for share in (1.0, *settings.curve_shares):
+        for loss in settings.losses:
+            for (s, fold), training_prompts in own.items():
+                drawn = _draw(training_prompts, whole * share, seed + s)
+                groups = torch.zeros(prompts, dtype=torch.bool)
+                groups[torch.from_numpy(drawn)] = True
+                plan.append((loss, s, fold, share, len(drawn)))
+                tasks.append(ProbeTask(loss, seed + s, groups))
+    trained = train(training_data(joined), tasks, training, k=k, seed=seed, progress=progress)
+    return [
+        SweepProbe(loss, s, fold, probe, share, count)
+        for (loss, s, fold, share, count), probe in zip(plan, trained, strict=True)
+    ]
+
+
+def _draw(prompts: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """A share of the prompts by lot; a smaller share is part of a larger one."""
+    order = np.random.default_rng([seed, len(prompts)]).permutation(prompts)
+    return order[: max(1, round(len(prompts) * share))]
+
+
+def save_sweep(sweep: Sequence[SweepProbe], folder: Path, inputs: dict[str, Any]) -> None:
+    """Write all probes of a sweep: weights as safetensors, the rest as JSON, which appears last."""
+    tensors: dict[str, torch.Tensor] = {}
+    entries = []
+    for number, probe in enumerate(sweep):
+        trained = probe.trained
+        tensors |= {f"{number}.{name}": t.contiguous() for name, t in trained.network.state_dict().items()}
+        described = {f.name: getattr(trained, f.name) for f in dataclasses.fields(trained) if f.name != "network"}
+        own = {f.name: getattr(probe, f.name) for f in dataclasses.fields(probe) if f.name != "trained"}
+        entries.append(own | {"trained": described})
+    network = sweep[0].trained.network
+    shape = {"dimension": network.dimension, "hidden": list(network.hidden)}
+    (folder / "sweep.json").unlink(missing_ok=True)  # an older one must not describe new weights
+    write_whole(folder / "sweep.safetensors", tensors_to_bytes(tensors))
+    text = json.dumps({"inputs": inputs, "network": shape, "probes": entries}, indent=1)
+    write_whole(folder / "sweep.json", text.encode())
+
+
+def load_sweep(folder: Path, inputs: dict[str, Any]) -> list[SweepProbe] | None:
+    """A saved sweep; None where there is none or it was made from other inputs (it is then trained anew)."""
+    if not (folder / "sweep.json").exists():
+        return None
+    try:
+        card = json.loads((folder / "sweep.json").read_text())
+        if card["inputs"] != json.loads(json.dumps(inputs)):
+            return None
+        tensors = tensors_from_bytes((folder / "sweep.safetensors").read_bytes())
+        sweep = []
+        for number, entry in enumerate(card["probes"]):
+            network = ProbeNetwork(card["network"]["dimension"], tuple(card["network"]["hidden"]))
+            prefix = f"{number}."
+            network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            trained = TrainedProbe(network=network, **entry.pop("trained"))
+            sweep.append(SweepProbe(trained=trained, **entry))
+        return sweep
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"{folder} holds a damaged sweep of probes ({first}): delete the folder, it is trained anew."
+        ) from error
