@@ -86,8 +86,8 @@ def test_every_key_of_every_configuration_has_a_comment() -> None:
     [
         ("evaluation.losses=[policy_gradiant]", "no loss named 'policy_gradiant': choose one of"),
         ("evaluation.k=9", "k is 9, but only n=8 completions"),
-        ("dataset.limits={mbpp-test: 3}", "dataset.limits has no key mbpp-test: it knows humaneval"),
-        ("dataset.limits={humaneval: 0}", "dataset.limits.humaneval is 0: a number of problems, at least 1"),
+        ("+dataset.limits.mbpp-test=3", "dataset.limits has no key mbpp-test: it knows humaneval"),
+        ("+dataset.limits.humaneval=0", "dataset.limits.humaneval is 0: a number of problems, at least 1"),
         ("+sampler.temprature=1", "sampler has no key temprature"),
         ("+probe.width=1", "probe has no key width"),
         ("+extra=1", "the configuration has no key extra"),
