@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from qprobe import store
+from qprobe.api import Metered
 from qprobe.embedding import Embedder
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
@@ -193,7 +194,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
             }
             yield keys, pa.table(columns, schema=store.COMPLETIONS)
 
-    _run(pool, f"sample {pool.kind}", table, stage, progress)
+    _run(pool, f"sample {pool.kind}", table, _metered(pool.sampler, table, stage), progress)
 
 
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
@@ -240,7 +241,8 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     if all(table.has(keys) for table in tables.values() for keys in pool.batches):
         return
     prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
-    same_tokens = pool.sampler.tokenizer_fingerprint() == embedder.tokenizer_fingerprint()
+    sampled = pool.sampler.tokenizer_fingerprint()
+    same_tokens = sampled is not None and sampled == embedder.tokenizer_fingerprint()
     said_exact = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
@@ -251,11 +253,13 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             for key in keys:
                 own = [row for row in rows if row["task_id"] == key]
                 row = prompts[key]
+                # An API renders conversations by itself: what is known of such a prompt is plain text.
+                templated = row["messages"] is not None and sampled is not None
                 if same_tokens and all(r["token_ids"] is not None for r in own):
                     prompt_ids.append(row["prompt_token_ids"])
                     completion_ids.append([r["token_ids"] for r in own])
                 else:
-                    prompt_ids.append(embedder.encode_prompt(row["prompt"], row["messages"] is not None))
+                    prompt_ids.append(embedder.encode_prompt(row["prompt"], templated))
                     completion_ids.append([embedder.encode_completion(r["completion"]) for r in own])
             states = embedder.embed(prompt_ids, completion_ids)
             ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
@@ -274,7 +278,8 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
                 tables[layer].write(keys, part)
 
     works = [Work(k, len(k) * pool.n, all(t.has(k) for t in tables.values())) for k in pool.batches]
-    run_stage(f"embed {pool.kind}", works, stage, write, progress=progress)
+    metered = _metered(embedder, tables[min(tables)], stage)
+    run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -342,6 +347,30 @@ def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) 
 def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
     works = [Work(keys, len(keys) * pool.n, table.has(keys)) for keys in pool.batches]
     run_stage(name, works, stage, table.write, progress=progress)
+
+
+def _metered(back_end: Any, table: Table, stage: Any) -> Any:
+    """The stage; what its back end spends at an API is noted beside the table, batch by batch, failed ones included."""
+    if not isinstance(back_end, Metered):
+        return stage
+
+    def metered(batches: Iterable[Keys]) -> Iterator[Any]:
+        noted = Counter(back_end.usage())
+
+        def note() -> None:
+            nonlocal noted
+            now = Counter(back_end.usage())
+            table.note_usage(dict(now - noted))
+            noted = now
+
+        try:
+            for rows in stage(batches):
+                note()
+                yield rows
+        finally:
+            note()
+
+    return metered
 
 
 def _completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:
