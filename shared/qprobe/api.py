@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 import time
 import urllib.parse
@@ -327,7 +328,7 @@ class Client:
                 self._not_before = max(self._not_before, time.monotonic() + wait)
             first, self._told = not self._told, True
         if first:
-            tqdm.write(f"{fault.sentence}; trying again. (Said once; usage.jsonl counts the retries.)")
+            tqdm.write(f"{fault.sentence}; trying again. (Said once; usage.jsonl counts the retries.)", file=sys.stderr)
         halt.wait(wait)
 
     def _connect(self) -> Any:

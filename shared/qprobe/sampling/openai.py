@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,11 +158,15 @@ class OpenAISampler:
         return [[found[p, i] for i in range(self.settings.n)] for p in range(len(prompts))]
 
     def _together(self, single: Sequence[_Job]) -> list[_Job]:
-        """Samples that one call may ask for, joined."""
+        """Neighbours that one call may ask for, joined: servers that count seeds on give each its own."""
         jobs: list[_Job] = []
         for job in single:
             last = jobs[-1] if jobs else None
-            if last and (last.prompt, last.stop) == (job.prompt, job.stop) and len(last.samples) < self._at_once:
+            if (
+                last
+                and (last.prompt, last.samples[-1] + 1, last.stop) == (job.prompt, job.samples[0], job.stop)
+                and len(last.samples) < self._at_once
+            ):
                 jobs[-1] = dataclasses.replace(last, samples=last.samples + job.samples)
             else:
                 jobs.append(job)
@@ -190,7 +195,7 @@ class OpenAISampler:
     def _leave_away(self, name: str) -> None:
         if name not in self._left_away:
             self._left_away.add(name)
-            tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.")
+            tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.", file=sys.stderr)
         if name == "n":
             self._at_once = 1
 
@@ -247,7 +252,8 @@ def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
     """The stop texts that a server is told, the first ones that leave the cut where all of them together would make it.
 
     A server that stops at "def" swallows the end of an untold "\n\ndef", and nobody could cut before that any more: a text
-    that may begin within another one is told together with that one, or not at all.
+    is told together with those that may begin before it, or not at all. (Where one stop text lies in the middle of another,
+    the cut depends on the tokens of whoever samples.)
 
     Args:
         stop: all stop texts.
@@ -257,8 +263,8 @@ def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
     for text in dict.fromkeys(stop):
         group, open_ends = {text}, [text]
         while open_ends:
-            inner = open_ends.pop()
-            new = {outer for outer in stop if outer not in group and _may_begin_within(inner, outer)}
+            known = open_ends.pop()
+            new = {other for other in stop if other not in group and _may_begin_before(other, known)}
             group |= new
             open_ends += new
         if len(group.union(told)) <= limit:
@@ -266,9 +272,9 @@ def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _may_begin_within(inner: str, outer: str) -> bool:
-    """Whether some text holds `outer` from its beginning and `inner` later, but before `outer` is complete."""
-    return any(inner.startswith(outer[at:]) or outer[at:].startswith(inner) for at in range(1, len(outer)))
+def _may_begin_before(other: str, told: str) -> bool:
+    """Whether `other` may begin before `told` and be complete no earlier, so that a stop at `told` hides it."""
+    return any(told.startswith(other[at:]) or other[at:].startswith(told) for at in range(1, len(other)))
 
 
 def _request(ids: Sequence[int]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A small OpenAI-compatible server in a thread: it answers with a tiny model, and fails as a test tells it to."""
+"""A small OpenAI-compatible server in a thread: it answers with a tiny model, and fails as a test tells it to.
+
+Tests reach it through the fixtures `server` and `make_server`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import pytest
 import torch
 
-from qprobe import api, models
+from qprobe import models
 from qprobe.api import ApiSettings
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models import ModelSpec
@@ -226,26 +228,3 @@ def _byte_letters() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-@pytest.fixture
-def server(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server with the tiny Llama behind it; its key is in the environment, and waits are short."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    made = Server(tiny_model)
-    yield made
-    api.close_clients()
-    made.close()
-
-
-@pytest.fixture
-def refusal() -> Callable[..., Refusal]:
-    """Makes an error as a server words it, for `faults` and `always`."""
-    return Refusal
-
-
-@pytest.fixture
-def key() -> str:
-    """The key that the server takes."""
-    return KEY
