@@ -78,16 +78,16 @@ def test_completions_equal_the_local_sampler_for_equal_seeds(
 
 
 def test_log_probabilities_are_those_of_the_kept_tokens(server: Any, tiny_model: ModelSpec) -> None:
-    settings = SamplingSettings(n=40, temperature=1.0, top_p=1.0, max_new_tokens=4, stop=("e", "\n"))
+    settings = SamplingSettings(n=80, temperature=1.0, top_p=1.0, max_new_tokens=3, stop=("e", "\n"))
     for prompts in (TEXTS[:1], CHATS[:1]):
-        seeds = [list(range(40))]
+        seeds = [list(range(80))]
         found = draw(sampler(server, settings), prompts, seeds)
         wanted = draw(HFSampler(tiny_model, settings), prompts, seeds)
         pairs = [(f, w) for a, b in zip(found, wanted, strict=True) for f, w in zip(a, b, strict=True)]
         # A special token behind the text has no letters: nobody who reads text knows of it.
         known = [(f, w) for f, w in pairs if not math.isnan(f.logprob) and min(w.token_ids or [9]) > 4]
-        # Unknown where a character was cut in two.
-        assert all("\ufffd" in f.text for f, _ in pairs if math.isnan(f.logprob))
+        # Unknown only where a character is spelled by several tokens, which a server writes as no letters.
+        assert all(not f.text.isascii() for f, _ in pairs if math.isnan(f.logprob))
         assert len(known) > 8
         assert {f.finish_reason for f, _ in known} == {"stop", "length"}
         for f, w in known:

@@ -308,7 +308,7 @@ def _plain(content: Any) -> str:
 
 def _logprob(given: Any, text: str) -> float:
     """The log-probability of a text, summed over the tokens that it is made of; NaN where that cannot be told."""
-    if not isinstance(given, dict):
+    if not isinstance(given, dict) or "\ufffd" in text:  # that sign stands for any number of tokens
         return math.nan
     tokens: list[tuple[bytes, Any]] = []
     if isinstance(given.get("content"), list):
