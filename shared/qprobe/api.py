@@ -155,10 +155,16 @@ class Client:
         with self._lock:
             return dict(self._spent)
 
+    def check(self) -> None:
+        """Raise where no call could be made: a missing package, a missing key."""
+        self._connect()
+
     def close(self) -> None:
-        if self._openai is not None:
-            self._openai.close()
-            self._openai = None
+        """Close the connections; what was spent stays counted, and the next call opens them again."""
+        with self._lock:
+            connected, self._openai = self._openai, None
+        if connected is not None:
+            connected.close()
 
     def each(self, calls: Sequence[Callable[[threading.Event], Answer]]) -> list[Answer]:
         """The answers of all calls, in order, at most `concurrency` at once. The first that fails for good ends the rest.

@@ -279,8 +279,15 @@ def test_a_missing_key_is_said_before_any_call_where_one_is_needed(monkeypatch: 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     settings = ApiSettings("gpt")
     with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
-        client(settings).each([request(settings)])
+        client(settings).check()
     api.close_clients()
+
+
+def test_a_closed_client_opens_again_and_keeps_its_count(server: Any) -> None:
+    post(server)
+    client(server.settings()).close()
+    post(server)
+    assert usage(server)["calls"] == 2
 
 
 def test_a_server_that_wants_a_key_and_gets_none_says_so(server: Any, monkeypatch: Any) -> None:

@@ -59,6 +59,14 @@ class OpenAIEmbedder:
     def usage(self) -> dict[str, int]:
         return self.client.usage()
 
+    def check(self) -> None:
+        """Raise, before any work, where the openai package or the key is missing."""
+        self.client.check()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens them again."""
+        self.client.close()
+
     def identity(self) -> dict[str, Any]:
         model = {**self.api.identity(), "dimensions": self.dimensions, "extra_body": self.extra_body}
         return {"embedder": "openai", "model": model, "token": "whole text"}

@@ -99,6 +99,14 @@ class OpenAISampler:
     def usage(self) -> dict[str, int]:
         return self.client.usage()
 
+    def check(self) -> None:
+        """Raise, before any work, where the openai package or the key is missing."""
+        self.client.check()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens them again."""
+        self.client.close()
+
     def identity(self) -> dict[str, Any]:
         return {
             "sampler": "openai",
