@@ -278,6 +278,7 @@ class Client:
                 f"{self.where} does not know the model {settings.model!r}, or not at this endpoint (404: {said}): check "
                 "api.model, and api.base_url, which usually ends with /v1",
                 again=False,
+                said=said,
             )
         if status in TRANSIENT or status >= 500:
             return _Fault(f"{self.where} answered {status} ({said})", again=True, wait=_retry_after(headers))
