@@ -120,6 +120,9 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
 
+            def handle_error(self, *_: Any) -> None:
+                """Silent too: clients break off here on purpose."""
+
         self._http = Quiet(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()

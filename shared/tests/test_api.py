@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import email.utils
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -193,6 +195,17 @@ def test_the_first_failure_ends_the_rest_and_what_waits(server: Any, refusal: Re
         client(settings).each([request(settings)] * 40)
     assert time.monotonic() - began < 10
     assert len(server.requests) <= 4
+
+
+def test_an_interrupt_does_not_wait_for_answers(server: Any) -> None:
+    server.pause = 3.0
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        client(server.settings()).each([request(server.settings())] * 8)
+    assert time.monotonic() - began < 2.5
+    timer.join()
 
 
 # ------------------------------------------------------------------------------------------- order, number, limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,6 +123,30 @@ def test_what_was_finished_stays_and_the_same_command_continues(
     assert keys == [(f"t-{p}", i) for p in range(8) for i in range(3)]
     # This server honours seeds: a run with a fault in it is the run without.
     assert rows["completion"].to_pylist() == other.completions.read(other.batches)["completion"].to_pylist()
+    assert pool.completions.usage()["calls"] == len(server.requests)
+
+
+def test_many_passing_faults_lose_no_row_and_are_counted(server: Any, refusal: Any, tmp_path: Path) -> None:
+    draws = random.Random(3)
+    prompts = [Prompt(f"t-{i:02d}", text=f"def add{i}(") for i in range(40)]
+    kinds = [
+        "drop",
+        "cut",
+        refusal(500, "broken"),
+        refusal(429, "slow"),
+        (refusal(429, "slow"), {"Retry-After": "0.05"}),
+    ]
+    server.faults += [draws.choice(kinds) if draws.random() < 0.3 else None for _ in range(120)]
+    faults = len([fault for fault in server.faults if fault is not None])
+    sampler = OpenAISampler(None, LAW, server.settings(concurrency=4, retries=12), choices_per_call=1)
+    pool = Pool(tmp_path, Split("train", prompts, {"data": "own"}), "sample", sampler, 0, batch_rows=30)
+    stages.sample(pool, progress=False)
+    rows = pool.completions.read(pool.batches)
+    keys = list(zip(rows["task_id"].to_pylist(), rows["sample"].to_pylist(), strict=True))
+    assert keys == [(f"t-{p:02d}", i) for p in range(40) for i in range(3)]
+    assert not server.faults
+    assert faults > 25
+    assert pool.completions.usage()["retries"] == faults
     assert pool.completions.usage()["calls"] == len(server.requests)
 
 
