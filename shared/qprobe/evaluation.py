@@ -377,7 +377,9 @@ def _finite(end: float) -> float | None:
 
 @dataclass(frozen=True)
 class Example:
-    """Two completions of one prompt: the one a probe prefers, and the one it likes least."""
+    """Two completions of one prompt: the one a probe prefers, and the one it likes least. A reward without a word on why is
+    its own verdict.
+    """
 
     task_id: str
     preferred: str
@@ -394,10 +396,11 @@ def example(joined: Joined, scored: dict[str, Scored], loss: str) -> Example | N
         return None
     rows = max((np.flatnonzero(joined.groups == p) for p in mixed), key=lambda r: float(np.ptp(q[r])))
     best, worst = rows[q[rows].argmax()], rows[q[rows].argmin()]
+    verdicts = [joined.verdicts[row] or f"reward {joined.rewards[row]:.3g}" for row in (best, worst)]
     return Example(
         joined.task_ids[joined.groups[best]],
         joined.completions[best],
-        joined.verdicts[best],
+        verdicts[0],
         joined.completions[worst],
-        joined.verdicts[worst],
+        verdicts[1],
     )

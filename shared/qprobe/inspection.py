@@ -50,7 +50,8 @@ def _states(run: Path) -> Iterator[TableState]:
         pool = table.folder.name
         of_split = prompts.get(pool.rpartition(".")[0])
         samples = table.inputs.get("sampler", {}).get("n")
-        expected[pool] = None if of_split is None or samples is None else of_split * int(samples)
+        recorded = table.inputs.get("recorded", {}).get("rows")
+        expected[pool] = recorded if of_split is None or samples is None else of_split * int(samples)
         yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table))
     for table in _tables(run / "rewards", store.REWARDS):
         yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))

@@ -172,6 +172,10 @@ class Tokenizer:
         self.tokenizer = tokenizer
         self.name = name
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
     def render_prompt(self, prompt: Prompt) -> tuple[str, list[int]]:
         """A prompt as the model reads it, text and token ids: a conversation in the model's own chat template.
 
@@ -180,10 +184,10 @@ class Tokenizer:
         """
         if prompt.text is not None:
             return prompt.text, self.encode_prompt(prompt.text, templated=False)
-        if not self.tokenizer.chat_template:
+        if not self.has_chat_template:
             raise ValueError(
-                f"Model {self.name!r} has no chat template: use a prompt style of plain text (zero_shot, few_shot), or an "
-                "instruct model."
+                f"Model {self.name!r} has no chat template: use a prompt style of plain text (prompts=text; for "
+                "code zero_shot or few_shot), or an instruct model."
             )
         text: str = self.tokenizer.apply_chat_template(
             list(prompt.messages), tokenize=False, add_generation_prompt=True

@@ -23,7 +23,7 @@ import numpy as np
 from qprobe import evaluation, stages, sweep
 from qprobe.embedding import Embedder
 from qprobe.evaluation import Example, Scored
-from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.probe import CARD_FILE, EmbeddingSource, QProbe
 from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
@@ -53,10 +53,11 @@ class Pipeline:
         seed: of everything random.
         batch_rows: completions in a batch.
         paper: published values, pool -> method -> value, only where the set-up is the paper's.
+        use: what an application needs besides a probe (sampler, style of the prompts, ...); saved in the probes' cards.
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a k larger than the pool, a layer that is not embedded.
+        ValueError: a k larger than the pool, a layer that is not embedded, greedy decoding of recorded completions.
     """
 
     run: Path
@@ -73,16 +74,11 @@ class Pipeline:
     seed: int = 0
     batch_rows: int = 64
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    use: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     _joined: dict[str, Joined] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        n = self.sampler.settings.n
-        if self.settings.k is not None and self.settings.k > n:
-            raise ValueError(
-                f"evaluation.k is {self.settings.k}, but only n={n} completions are sampled for a prompt: lower k or raise "
-                "sampler.n."
-            )
         names = [split.name for split in [*([self.training_split] if self.training_split else []), *self.tests]]
         if not self.tests or len(set(names)) < len(names):
             raise ValueError(
@@ -90,12 +86,31 @@ class Pipeline:
             )
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
+        for pool in self.sample_pools:
+            self._check_size(pool)
         if self.training_split is None:
             for split in self.tests:
                 sweep.fold_of(len(split.prompts), self.settings.folds, self.seed)
         if self.layer is not None and self.layer not in self.embedder.layers:
             raise ValueError(
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there."
+            )
+
+    def _check_size(self, pool: Pool) -> None:
+        k, recorded = self.settings.k, pool.split.recorded is not None
+        if k is not None and k > pool.smallest:
+            if recorded:
+                raise ValueError(
+                    f"evaluation.k is {k}, but a prompt of {pool.split.name} has {pool.smallest} candidates: lower k or leave "
+                    "such prompts out."
+                )
+            raise ValueError(
+                f"evaluation.k is {k}, but only n={pool.smallest} completions are sampled for a prompt: lower k or raise "
+                "sampler.n."
+            )
+        if recorded and self.greedy is not None:
+            raise ValueError(
+                f"The completions of {pool.split.name} are there already: greedy decoding cannot join them."
             )
 
     def execute(self, names: Sequence[str] = STAGES) -> None:
@@ -116,6 +131,8 @@ class Pipeline:
             "evaluate": self.evaluate,
             "report": self.write_report,
         }
+        if "reward" in names:
+            self.reward.check()
         self._check_tables(names)
         for name in STAGES:
             if name in names:
@@ -195,8 +212,40 @@ class Pipeline:
         return evaluation.example(joined, scored[1.0], loss)
 
     @property
+    def shown_loss(self) -> str:
+        """The loss whose probe a run points to: the policy gradient where it was trained."""
+        losses = self.settings.losses
+        return "policy_gradient" if "policy_gradient" in losses else losses[-1]
+
+    def closing_words(self) -> str:
+        """What a run prints at its end: tables, a pair of completions, and where everything lies."""
+        parts = []
+        for split in self.tests:
+            parts.append(tables.to_text(self.results(split)))
+            pair = self.example(split, self.shown_loss)
+            if pair is not None:
+                parts.append(
+                    f"{pair.task_id}: of its completions the {self.shown_loss} probes prefer this one "
+                    f"({pair.preferred_verdict}):\n{_indented(pair.preferred)}\nand like this one least "
+                    f"({pair.other_verdict}):\n{_indented(pair.other)}"
+                )
+        figures = sorted(str(path) for path in (self.run / "figures").rglob("*.png"))
+        lines = [
+            f"tables:   {self.run / 'tables'}",
+            *(f"figure:   {path}" for path in figures),
+            f"run:      {self.run}",
+        ]
+        parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def final_probe(self) -> Path:
+        """Where the probe lies that a run points to, trained on every prompt."""
+        return self.run / "probes" / self.training_pools[0].split.name / self.shown_loss
+
+    @property
     def k(self) -> int:
-        return self.settings.k or self.sampler.settings.n
+        """Candidates at use: as asked for, else as many as every prompt has."""
+        return self.settings.k or min(pool.smallest for pool in self.sample_pools)
 
     @property
     def probe_layer(self) -> int:
@@ -239,14 +288,16 @@ class Pipeline:
         folder = self.run / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
         losses = self.settings.losses
-        if all(_made_from(folder / loss, inputs) for loss in losses):
+        if all(_made_from(folder / loss, inputs, self.use) for loss in losses):
             return
         data = sweep.training_data(self._join(pool))
         tasks = [ProbeTask(loss, self.seed, data.sizes > 0) for loss in losses]
         source = EmbeddingSource.of(self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint())
         options: dict[str, Any] = {"k": self.k, "seed": self.seed, "settings": self.training}
         for loss, trained in zip(losses, train(data, tasks, self.training, k=self.k, seed=self.seed), strict=True):
-            QProbe.of(trained, loss, source, inputs, **options).save_pretrained(folder / loss)
+            probe = QProbe.of(trained, loss, source, inputs, **options)
+            probe.use = self.use
+            probe.save_pretrained(folder / loss)
 
     def _sweep_inputs(self, pool: Pool) -> dict[str, Any]:
         """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
@@ -315,6 +366,13 @@ class Pipeline:
         return joined, {share: evaluation.score(probes, joined, self.settings, self.seed, share) for share in shares}
 
 
-def _made_from(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether a saved probe is there that was trained on these inputs."""
-    return (folder / "probe.json").exists() and QProbe.from_pretrained(folder).data_ == inputs
+def _made_from(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
+    """Whether a saved probe is there that was trained on these inputs and is meant for this use."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    probe = QProbe.from_pretrained(folder)
+    return probe.data_ == inputs and probe.use == use
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    | {line}" for line in text.strip("\n").splitlines()) or "    | (empty)"

@@ -67,6 +67,9 @@ class QProbe:
         seed: of everything random in training.
         settings: how it is trained; keyword arguments of `TrainingSettings` may be given instead.
 
+    `use` is free for what an application needs besides the probe (a sampler's settings, the style of the prompts): it is
+    saved in the card.
+
     Learned by `fit`: `network_`, `beta_`, `training_` (steps, whether chosen on held-out prompts, how many of them).
 
     Raises:
@@ -99,6 +102,7 @@ class QProbe:
         self.settings = settings or TrainingSettings(**options)
         self.source: EmbeddingSource | None = None
         self.data_: dict[str, Any] = {}
+        self.use: dict[str, Any] = {}
 
     @property
     def dimension(self) -> int:
@@ -199,16 +203,21 @@ class QProbe:
             ValueError: features of another width, NaN, or of another source.
         """
         trained = self._fitted()
-        if source is not None and self.source is not None and source != self.source:
-            raise ValueError(
-                f"This probe reads {_describe(self.source)}; it was given {_describe(source)}: embed with the probe's own "
-                "model and layer, or train a probe on these embeddings."
-            )
+        if source is not None:
+            self.check_source(source)
         rows = _floats(features, "features")
         if rows.ndim != 2 or rows.shape[1] != trained.dimension:
             raise ValueError(f"features has shape {tuple(rows.shape)}: this probe reads (N, {trained.dimension}).")
         losses.check_finite(rows, "features")
         return score_rows(trained, rows).numpy()
+
+    def check_source(self, source: EmbeddingSource) -> None:
+        """Raise ValueError where the probe's own source is known and another one."""
+        if self.source is not None and source != self.source:
+            raise ValueError(
+                f"This probe reads {_describe(self.source)}; it was given {_describe(source)}: embed with the probe's own "
+                "model and layer, or train a probe on these embeddings."
+            )
 
     def select(
         self,
@@ -248,6 +257,7 @@ class QProbe:
             "settings": dataclasses.asdict(self.settings),
             "training": self.training_,
             "data": self.data_,
+            "use": self.use,
             "source": None if self.source is None else dataclasses.asdict(self.source),
         }
         write_whole(folder / CARD_FILE, (json.dumps(card, indent=2) + "\n").encode())
@@ -269,12 +279,8 @@ class QProbe:
             card = json.loads((folder / CARD_FILE).read_text())
             source = card["source"] and EmbeddingSource(**card["source"])
             probe = cls(card["loss"], card["beta"], card["k"], card["seed"], TrainingSettings(**card["settings"]))
-            probe.beta_, probe.training_, probe.data_, probe.source = (
-                card["beta"],
-                card["training"],
-                card["data"],
-                source,
-            )
+            probe.beta_, probe.training_, probe.data_ = card["beta"], card["training"], card["data"]
+            probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
         probe.network_ = network.load(folder)
