@@ -266,7 +266,7 @@ def sweep_of(*numbers: float) -> list[SweepProbe]:
     for place, number in enumerate(numbers):
         network = ProbeNetwork(3, (2,), torch.Generator().manual_seed(place))
         torch.nn.init.constant_(network.biases[1], number)
-        trained = TrainedProbe(network, beta=0.1, steps=place, chosen=bool(place), held_out_mixed=4)
+        trained = TrainedProbe(network, beta=0.1, steps=place, chosen=bool(place), held_out_mixed=4, learning_rate=0.1)
         sweep.append(SweepProbe("reward_mse", place, place or None, trained))
     return sweep
 
