@@ -14,7 +14,7 @@ from qprobe.evaluation import EvaluationSettings, Scored, SweepProbe
 from qprobe.network import ProbeNetwork
 from qprobe.report.results import Results, Row
 from qprobe.stages import Joined
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
+from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 TRAINING = TrainingSettings(
     steps=30, learning_rate=0.05, held_out=0.3, minimum_mixed=2, check_every=5, chunks_per_batch=6
@@ -140,6 +140,24 @@ def test_with_a_training_set_every_seed_draws_its_share_and_scores_all_of_the_te
             expected = probe.trained.network(torch.from_numpy(test.features))
         np.testing.assert_allclose(found[probe.loss].q[probe.seed], expected.numpy(), rtol=1e-6)
         assert set(found[probe.loss].beta[probe.seed]) == {probe.trained.beta}
+
+
+def test_scores_do_not_depend_on_the_pieces_that_features_are_read_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = planted()
+    sweep = evaluation.cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
+    whole = evaluation.score(sweep, pool, SETTINGS, 5)
+    monkeypatch.setattr(evaluation, "ROWS_AT_A_TIME", 7)
+    pieces = evaluation.score(sweep, pool, SETTINGS, 5)
+    assert list(pieces) == list(SETTINGS.losses)
+    for loss, scores in pieces.items():
+        np.testing.assert_allclose(scores.q, whole[loss].q, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(scores.beta, whole[loss].beta)
+        assert [probe.loss for probe in scores.probes] == [loss] * 6
+    assert pool.features is not None
+    for probe in sweep:  # every prompt by the probe that did not see it
+        rows = (evaluation.fold_of(12, 3, 5 + probe.seed) == probe.fold)[pool.groups]
+        expected = score_rows(probe.trained.network, torch.from_numpy(pool.features)).numpy()[rows]
+        np.testing.assert_allclose(pieces[probe.loss].q[probe.seed, rows], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_table_by_hand() -> None:

@@ -41,7 +41,7 @@ def test_some_rows_score_as_they_do_among_all(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("offset", [0.0, 2e4])
 def test_statistics_are_those_of_each_probes_own_rows(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SUMMED_AT_A_TIME", 16)  # several pieces, the last one short
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 16)  # several pieces, the last one short
     groups = torch.arange(90) % 10
     features = normal(90, 3) + offset
     features[:, 2] = 5.0

@@ -72,20 +72,34 @@ def test_looks_are_so_rare_that_they_cost_half_of_training_at_most(rows_per_batc
     assert len(watch.rows) <= watch.every * rows_per_batch
 
 
-def test_the_best_of_every_probe_is_kept_and_given_back() -> None:
-    data = rows(8, 5)
-    stack = StackedNetworks(3, seeds=[0, 0, 0])
-    held = torch.tensor([[True] * 8, [True] * 8, [False] * 8])
-    watch = HeldOutWatch(data, ["reward_mse"] * 3, held, dataclasses.replace(SETTINGS, patience=2), 100)
-    # Biases towards the mean reward and away from it: the loss falls with the first, rises with the second.
-    for step, values in enumerate([(0.0, 0.0, 0.0), (0.3, -1.0, 5.0), (0.5, -2.0, 6.0), (9.0, -3.0, 7.0), (9.5, -4.0, 8.0)]):
+def look_at(watch: HeldOutWatch, biases: list[tuple[float, ...]]) -> StackedNetworks:
+    stack = StackedNetworks(3, seeds=[0] * len(biases[0]))
+    for step, values in enumerate(biases):
         with torch.no_grad():
             stack.biases[0][:, 0] = torch.tensor(values)
         watch.look(stack, 10 * step)
-        assert not watch.tired  # one of the probes is not watched
-    assert watch.in_vain == 2
+    return stack
+
+
+def test_the_best_of_every_probe_is_kept_and_given_back() -> None:
+    held = torch.tensor([[True] * 8, [True] * 8, [False] * 8])
+    watch = HeldOutWatch(rows(8, 5), ["reward_mse"] * 3, held, dataclasses.replace(SETTINGS, patience=2), 100)
+    # Biases towards the mean reward and away from it: the first probe becomes better twice, the second never.
+    stack = look_at(watch, [(0.0, 0.0, 0.0), (0.3, -1.0, 5.0), (0.5, -2.0, 6.0), (9.0, -3.0, 7.0), (9.5, -4.0, 8.0)])
     watch.restore(stack, 40)
     assert stack.biases[0][:, 0].tolist() == [0.5, 0.0, 8.0]
     assert watch.steps == [20, 0, 40]
-    watch.watched[2] = True
-    assert watch.tired
+    assert not watch.finished  # the third has nothing to be watched on
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(2, [50, 0]), (3, [50, 30]), (None, [50, 30])])
+def test_a_probes_patience_is_its_own(patience: int | None, steps: list[int]) -> None:
+    held = torch.ones(2, 8, dtype=torch.bool)
+    watch = HeldOutWatch(rows(8, 5), ["reward_mse"] * 2, held, dataclasses.replace(SETTINGS, patience=patience), 100)
+    # The second is worse at two looks before it is best: it waits for that, or does not see it any more.
+    stack = look_at(watch, [(0.05 * i, second) for i, second in enumerate([0.2, 2.0, 3.0, 0.5, 4.0, 4.0])])
+    assert not watch.finished
+    watch.restore(stack, 50)
+    assert watch.steps == steps
+    look_at(watch, [(7.0, 7.0)] * 3)
+    assert watch.finished == (patience is not None)

@@ -93,7 +93,7 @@ class HeldOutWatch:
         self.every = max(settings.check_every, math.ceil(len(self.rows) / rows_per_batch))
         self.best = torch.full((len(held),), math.inf)
         self.steps = [0] * len(held)
-        self.in_vain = 0
+        self.in_vain = torch.zeros(len(held), dtype=torch.int64)
         self.kept: list[Tensor] = []
         self._read = RowReader(data.features)
 
@@ -105,8 +105,9 @@ class HeldOutWatch:
         scores = torch.cat([stack(self._read(part)) for part in self.rows.split(ROWS_AT_A_TIME)])
         rewards = self.data.rewards[self.rows]
         values = loss_values(self.columns, scores, rewards, self.chunks, self.weights, self.settings)
-        better = self.watched & (values < self.best)
-        self.in_vain = 0 if better.any() else self.in_vain + 1
+        # A probe that has waited long enough is done, whatever the others make training go on for: its end is its own.
+        better = self.watched & ~self._done & (values < self.best)
+        self.in_vain = torch.where(better, 0, self.in_vain + 1)
         self.best = torch.where(better, values, self.best)
         parameters = list(stack.parameters())
         if not self.kept:
@@ -117,9 +118,14 @@ class HeldOutWatch:
             self.steps[m] = step
 
     @property
-    def tired(self) -> bool:
-        """Whether training may end: every probe is watched, and none has become better for `patience` looks."""
-        return bool(self.watched.all()) and self.settings.patience is not None and self.in_vain >= self.settings.patience
+    def finished(self) -> bool:
+        """Whether training may end: every probe is watched, and was not better for `patience` looks."""
+        return bool(self._done.all())
+
+    @property
+    def _done(self) -> Tensor:
+        patience = math.inf if self.settings.patience is None else self.settings.patience
+        return self.watched & (self.in_vain >= patience)
 
     @torch.no_grad()
     def restore(self, stack: StackedNetworks, last_step: int) -> None:

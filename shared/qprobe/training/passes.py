@@ -156,7 +156,7 @@ def descend(
     total = total_steps(passes, settings)
     step = 0
     watch.look(stack, 0)
-    while step < total and not watch.tired:
+    while step < total and not watch.finished:
         for at, chunks in passes.epoch(generator):
             rows = passes.rows[at]
             weights = passes.weights[passes.groups[at]]
@@ -166,7 +166,7 @@ def descend(
             bar.update()
             if step % watch.every == 0 or step == total:
                 watch.look(stack, step)
-            if step == total or watch.tired:
+            if step == total or watch.finished:
                 break
     bar.total -= total - step  # what was not needed
     watch.restore(stack, step)

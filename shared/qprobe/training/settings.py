@@ -24,8 +24,8 @@ class TrainingSettings:
         held_out: share of the training prompts that choose stopping step, learning rate and temperature, in [0, 1).
         minimum_mixed: held-out prompts with good and bad completions below which nothing is held out.
         check_every: fewest steps between two looks at the held-out loss; looks are rarer where they would cost too much.
-        patience: looks without a better loss of any probe after which training ends, if all of them have held-out prompts;
-            None never ends it early.
+        patience: looks without a better held-out loss after which a probe keeps its best weights; training ends where that
+            is so of all. None never ends it early.
         beta: temperature of the policy where none was chosen on held-out prompts.
 
     Raises:
