@@ -160,9 +160,7 @@ class Table:
         )
         write_whole(self.part(keys), buffer.getvalue().to_pybytes())
 
-    def read(
-        self, batches: Iterable[Sequence[str]] | None = None, columns: Sequence[str] | None = None
-    ) -> pa.Table:
+    def read(self, batches: Iterable[Sequence[str]] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, or those of the batches named by their keys, in that order.
 
         Args:
@@ -220,7 +218,7 @@ class Table:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 # Written and not stored through the map: a full disk is then an error, not the death of the process.
                 for part in parts:
-                    file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+                    file.write(np.ascontiguousarray(part).data)
                 file.flush()
                 return np.memmap(file, dtype, "r+", shape=shape)
         except OSError as error:
@@ -329,7 +327,11 @@ def _features_shape(path: Path) -> _Shape:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged footer may hold bytes that are no text
+    except (
+        pa.ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # a damaged footer may hold bytes that are no text
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
             f"{path} cannot be read ({first}): delete this part and start the same command again."

@@ -346,7 +346,7 @@ def test_a_damaged_part_is_named_however_it_is_read(states: Table, monkeypatch: 
     monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
     states.write(KEYS, features(KEYS, np.ones((2, 40))))
     states.write(["c"], features(["c"], np.ones((1, 41))))
-    with pytest.raises(StoreError, match="41 values, .* has 40"):
+    with pytest.raises(StoreError, match=r"41 values, .* has 40"):
         states.read_embeddings([KEYS, ["c"]])
     with pytest.raises(StoreError, match="is missing 1 of 2 parts"):
         states.read_embeddings([KEYS, ["d"]])

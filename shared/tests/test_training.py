@@ -157,7 +157,9 @@ def test_without_held_out_prompts_candidates_are_left_and_that_is_said() -> None
     plain = train_one(data, "reward_mse", quick(held_out=0.4, minimum_mixed=41))
     assert torch.equal(parameters(found.network), parameters(plain.network))
     assert found.learning_rate == 0.02
-    assert re.match(r"The learning rate was not chosen among 2: \d+ held-out prompts .* fewer than 41; it is 0.02", found.note)
+    assert re.match(
+        r"The learning rate was not chosen among 2: \d+ held-out prompts .* fewer than 41; it is 0.02", found.note
+    )
     assert plain.note == ""
 
 

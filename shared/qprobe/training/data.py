@@ -131,4 +131,3 @@ def statistics(data: Data, fitted: Tensor) -> tuple[Tensor, Tensor]:
     variance = (second / count - mean.square()).clamp_min(0)
     scale = torch.where(variance > 1e-12 * (1 + (mean + shift).square()), variance.sqrt(), 1.0)
     return (mean + shift).float()[which], scale.float()[which]
-

@@ -214,9 +214,7 @@ def _finished(data: Data, outcome: _Outcome, settings: TrainingSettings, k: int)
             f"The learning rate was not chosen among {len(settings.learning_rates)}: {split.mixed} held-out prompts with good "
             f"and bad completions are fewer than {settings.minimum_mixed}; it is {candidate.learning_rate:g}."
         )
-    return TrainedProbe(
-        outcome.network, beta, outcome.steps, split.chosen, split.mixed, candidate.learning_rate, note
-    )
+    return TrainedProbe(outcome.network, beta, outcome.steps, split.chosen, split.mixed, candidate.learning_rate, note)
 
 
 def _best_beta(data: Data, network: ProbeNetwork, held: Tensor, k: int, seed: int) -> float:
