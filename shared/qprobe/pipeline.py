@@ -362,8 +362,9 @@ class Pipeline:
         return pool if self.training_split is None else self.training_pools[0]
 
     def _scored(self, pool: Pool, shares: Sequence[float]) -> tuple[Joined, dict[float, dict[str, Scored]]]:
-        joined, probes = self._join(pool), self.sweep(self._trained_on(pool))
-        return joined, {share: evaluation.score(probes, joined, self.settings, self.seed, share) for share in shares}
+        joined = self._join(pool)
+        probes = [probe for probe in self.sweep(self._trained_on(pool)) if probe.share in shares]
+        return joined, evaluation.score(probes, joined, self.settings, self.seed)
 
 
 def _made_from(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:

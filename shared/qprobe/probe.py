@@ -24,7 +24,7 @@ from qprobe import losses, network, policy
 from qprobe.files import write_whole
 from qprobe.network import ProbeNetwork
 from qprobe.store import fingerprint
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.training import ROWS_AT_A_TIME, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 CARD_FILE = "probe.json"
 
@@ -70,7 +70,8 @@ class QProbe:
     `use` is free for what an application needs besides the probe (a sampler's settings, the style of the prompts): it is
     saved in the card.
 
-    Learned by `fit`: `network_`, `beta_`, `training_` (steps, whether chosen on held-out prompts, how many of them).
+    Learned by `fit`: `network_`, `beta_`, `training_` (steps, learning rate, whether chosen on held-out
+    prompts, how many of them).
 
     Raises:
         ValueError: an unknown loss or option.
@@ -164,10 +165,11 @@ class QProbe:
     def _fit(self, data: Data) -> QProbe:
         task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
         (trained,) = train(data, [task], self.settings, k=self.k, seed=self.seed)
+        total = sum(part.double().sum().item() for part in data.features.split(ROWS_AT_A_TIME))
         self.data_ = {
             "rows": len(data.features),
             "prompts": len(torch.unique(data.prompt_of_group)),
-            "fingerprint": fingerprint([data.rewards.double().sum().item(), data.features.double().sum().item()]),
+            "fingerprint": fingerprint([data.rewards.double().sum().item(), total]),
         }
         return self._take(trained)
 
@@ -178,6 +180,8 @@ class QProbe:
             "steps": trained.steps,
             "chosen_on_held_out_prompts": trained.chosen,
             "held_out_mixed_prompts": trained.held_out_mixed,
+            "learning_rate": trained.learning_rate,
+            "note": trained.note,
         }
         return self
 

@@ -29,6 +29,8 @@ from qprobe.store import StoreError, Table
 
 Keys = tuple[str, ...]
 
+KEY_COLUMNS = ("task_id", "sample")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -322,7 +324,7 @@ class Joined:
         completions: N texts.
         rewards: (N,) float32.
         verdicts: N words.
-        features: (N, D) float16 or float32; None where not asked for.
+        features: (N, D) float16 or float32, a mapped temporary file where it is large; None where not asked for.
     """
 
     task_ids: list[str]
@@ -339,20 +341,18 @@ def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, lay
     Raises:
         StoreError: a table is unfinished, or a row is missing, foreign or there twice.
     """
-    completions = pool.completions.read(pool.batches)
-    rewards = pool.rewards(reward_stage).read(pool.batches)
+    completions = pool.completions.read(pool.batches, [*KEY_COLUMNS, "completion"])
+    rewards = pool.rewards(reward_stage).read(pool.batches, [*KEY_COLUMNS, "reward", "verdict"])
     expected = [(key, sample) for keys in pool.batches for key in keys for sample in range(pool.samples(key))]
-    tables = {"completions": completions, "rewards": rewards}
+    found = {"completions": _keys_of(completions), "rewards": _keys_of(rewards)}
     features = None
     if embedder is not None and layer is not None:
-        tables["features"] = pool.features(embedder, layer).read(pool.batches)
-        features = np.array(store.embeddings_of(tables["features"]))  # Arrow's own memory is read-only
-    for name, table in tables.items():
-        found = list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-        if found != expected:
+        found["features"], features = pool.features(embedder, layer).read_embeddings(pool.batches)
+    for name, keys_found in found.items():
+        if keys_found != expected:
             raise StoreError(
                 f"The {name} of {pool.name} do not hold every (task_id, sample) once and in order, as for "
-                f"{_first_wrong(found, expected)}: delete that table."
+                f"{_first_wrong(keys_found, expected)}: delete that table."
             )
     task_ids = pool.task_ids
     groups = np.repeat(np.arange(len(task_ids)), list(map(pool.samples, task_ids)))
@@ -364,6 +364,10 @@ def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, lay
         rewards["verdict"].to_pylist(),
         features,
     )
+
+
+def _keys_of(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(*(table[name].to_pylist() for name in KEY_COLUMNS), strict=True))
 
 
 def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> tuple[str, int]:

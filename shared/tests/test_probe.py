@@ -88,7 +88,25 @@ def test_a_temperature_of_the_users_own_is_kept() -> None:
     assert fitted(beta=0.7).beta_ == 0.7
     few = fitted(minimum_mixed=31)
     assert few.beta_ == TrainingSettings().beta
-    assert few.training_ == {"steps": 40, "chosen_on_held_out_prompts": False, "held_out_mixed_prompts": 8}  # of nine
+    assert few.training_ == {
+        "steps": 40,
+        "chosen_on_held_out_prompts": False,
+        "held_out_mixed_prompts": 8,  # of nine
+        "learning_rate": 0.05,
+        "note": "",
+    }
+
+
+def test_the_learning_rate_is_chosen_and_recorded(tmp_path: Path) -> None:
+    probe = fitted(learning_rates=(1e-7, 0.05))
+    assert probe.training_["learning_rate"] == 0.05
+    left = fitted(learning_rates=(1e-7, 0.05), learning_rate=0.02, minimum_mixed=31)
+    assert left.training_["learning_rate"] == 0.02
+    assert left.training_["note"].startswith("The learning rate was not chosen among 2")
+    left.save_pretrained(tmp_path)
+    again = QProbe.from_pretrained(tmp_path)
+    assert again.settings == left.settings
+    assert again.training_ == left.training_
 
 
 def pairs(count: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

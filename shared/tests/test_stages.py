@@ -273,6 +273,23 @@ def test_values_beyond_float16_are_told_and_kept(
     assert capsys.readouterr().out.count("stored as float32") == 1
 
 
+def test_a_join_of_large_features_is_the_same_join(
+    pool: Pool, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = complete(pool, fakes)
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    mapped = stages.join(pool, fakes.Reward(), fakes.Embedder(), 1)
+    assert isinstance(mapped.features, np.memmap)
+    assert joined.features is not None
+    np.testing.assert_array_equal(mapped.features, joined.features)
+    assert mapped.features.flags.writeable  # torch reads no other memory without a warning
+    assert mapped.completions == joined.completions
+    assert sorted(path.suffix for path in pool.features(fakes.Embedder(), 1).folder.iterdir()) == [
+        ".json",
+        *[".parquet"] * 4,
+    ]
+
+
 def test_an_embedding_of_nan_is_refused_with_its_row(pool: Pool, fakes: ModuleType) -> None:
     with pytest.raises(StoreError, match="The embedding of t-003, sample 0, is not finite"):
         complete(pool, fakes, fakes.Embedder(values={1: float("nan")}))
