@@ -29,7 +29,7 @@ from qprobe.training import TrainingSettings
 SAMPLERS = {"hf": HFSampler}
 EMBEDDERS = {"hf": HFEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
-KEYS = {"stages", "seed", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
+KEYS = {"stages", "seed", "shard", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.
 USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
@@ -144,9 +144,20 @@ def pipeline(
         settings=build(EvaluationSettings, config["evaluation"], "evaluation"),
         seed=config["seed"],
         batch_rows=ends.batch_rows,
+        shard=_shard(config["shard"]),
         paper=paper or {},
         use=use or {},
     )
+
+
+def _shard(value: Any) -> tuple[int, int]:
+    """The shard that a text such as "3/16" names; (1, 1), the whole, for None."""
+    if value is None:
+        return 1, 1
+    number, slash, count = str(value).partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard is {value!r}: say 3/16 for the third of sixteen, or null for all.")
+    return int(number), int(count)
 
 
 def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = None) -> Policy:

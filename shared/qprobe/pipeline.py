@@ -33,6 +33,7 @@ from qprobe.sweep import EvaluationSettings, SweepProbe
 from qprobe.training import ProbeTask, TrainingSettings, train
 
 STAGES = ("sample", "reward", "embed", "train", "evaluate", "report")
+SHARDED = STAGES[:3]  # what a shard can make by itself
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Pipeline:
         seed: of everything random.
         batch_rows: completions in a batch.
         paper: published values, pool -> method -> value, only where the set-up is the paper's.
+        shard: (number, count): make only the batches of one shard, up to their features; parts of all shards meet in the run
+            folder. What needs all of them is left to a run without shards.
         use: what an application needs besides a probe (sampler, style of the prompts, ...); saved in the probes' cards.
         progress: whether to show progress bars.
 
@@ -74,6 +77,7 @@ class Pipeline:
     seed: int = 0
     batch_rows: int = 64
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    shard: tuple[int, int] = (1, 1)
     use: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     _joined: dict[str, Joined] = field(default_factory=dict, init=False, repr=False)
@@ -84,6 +88,8 @@ class Pipeline:
             raise ValueError(
                 f"The splits are {', '.join(names) or 'none'}: give at least one, each with a name of its own."
             )
+        if not 1 <= self.shard[0] <= self.shard[1]:
+            raise ValueError(f"shard is {self.shard[0]}/{self.shard[1]}: say 1/4 to 4/4 for four shards.")
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
         for pool in self.sample_pools:
@@ -121,6 +127,8 @@ class Pipeline:
         """
         if unknown := [name for name in names if name not in STAGES]:
             raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        if self.shard[1] > 1:
+            names = [name for name in names if name in SHARDED]
         if "report" in names:
             importlib.import_module("qprobe.report.figures")  # a missing matplotlib is said before hours of sampling
         work = {
@@ -219,6 +227,12 @@ class Pipeline:
 
     def closing_words(self) -> str:
         """What a run prints at its end: tables, a pair of completions, and where everything lies."""
+        if self.shard[1] > 1:
+            number, count = self.shard
+            return (
+                f"shard {number} of {count} is done, in {self.run}. When all are, the same command without shard trains, "
+                "evaluates and reports."
+            )
         parts = []
         for split in self.tests:
             parts.append(tables.to_text(self.results(split)))
@@ -270,7 +284,7 @@ class Pipeline:
         return [*self.sample_pools, *greedy]
 
     def _pool(self, split: Split, kind: str, sampler: Sampler) -> Pool:
-        return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows)
+        return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows, self.shard)
 
     def sweep(self, pool: Pool) -> list[SweepProbe]:
         """The sweep of probes trained on a pool: from the run folder where it was made from the same inputs."""

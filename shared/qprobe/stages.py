@@ -105,6 +105,7 @@ class Pool:
         sampler: draws the completions.
         seed: of the run.
         batch_rows: completions in a batch; a batch has at least one prompt.
+        shard: (number, count): this process makes every count-th batch, from the number-th on, number 1..count.
     """
 
     run: Path
@@ -113,6 +114,7 @@ class Pool:
     sampler: Sampler
     seed: int
     batch_rows: int = 64
+    shard: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
@@ -148,6 +150,12 @@ class Pool:
             batches[-1].append(task_id)
             room -= self.samples(task_id)
         return [tuple(batch) for batch in batches]
+
+    @property
+    def own_batches(self) -> list[Keys]:
+        """Those that this process makes: all, or its shard."""
+        number, count = self.shard
+        return self.batches[number - 1 :: count]
 
     @property
     def prompts(self) -> Table:
@@ -207,7 +215,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
     pool.prompts.check_inputs()  # its message names what differs; the completions know the prompts by their fingerprint
     table = pool.completions
     table.begin()
-    if all(table.has(keys) for keys in pool.batches):
+    if all(table.has(keys) for keys in pool.own_batches):
         return
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
@@ -271,7 +279,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     tables = {layer: pool.features(embedder, layer) for layer in embedder.layers}
     for table in tables.values():
         table.begin()
-    if all(table.has(keys) for table in tables.values() for keys in pool.batches):
+    if all(table.has(keys) for table in tables.values() for keys in pool.own_batches):
         return
     prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
     same_tokens = pool.sampler.tokenizer_fingerprint() == embedder.tokenizer_fingerprint()
@@ -310,7 +318,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             if not tables[layer].has(keys):
                 tables[layer].write(keys, part)
 
-    works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.batches]
+    works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
     run_stage(f"embed {pool.kind}", works, stage, write, progress=progress)
 
 
@@ -380,7 +388,7 @@ def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) 
 
 
 def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
-    works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.batches]
+    works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.own_batches]
     run_stage(name, works, stage, table.write, progress=progress)
 
 

@@ -122,6 +122,28 @@ def test_trained_on_one_set_and_tested_on_others_end_to_end(make: Make, fakes: M
     assert 100 <= int(pair.task_id.removeprefix("t-")) < 108
 
 
+def test_shards_together_make_the_tables_of_one_run(make: Make, tmp_path: Path) -> None:
+    whole = make(run=tmp_path / "whole")
+    whole.execute()
+    shards = [make(run=tmp_path / "sharded", shard=(number, 3)) for number in (3, 1, 2)]
+    for shard in shards:
+        with pytest.raises(StoreError, match=r"is missing \d+ of 4 parts"):
+            make(run=tmp_path / "sharded").train()
+        shard.execute()
+        assert not (shard.run / "probes").exists()
+        assert shard.closing_words().startswith(f"shard {shard.shard[0]} of 3 is done")
+    made = [sum(shard.sampler.calls) for shard in shards]  # type: ignore[attr-defined]
+    assert sum(made) == 12  # every prompt once
+    assert max(made) < 12
+    last = make(run=tmp_path / "sharded")
+    last.execute()
+    assert calls(last) == dict.fromkeys(MAKERS, 0)
+    for table in (whole.run / "tables").iterdir():
+        assert (last.run / "tables" / table.name).read_bytes() == table.read_bytes()
+    with pytest.raises(ValueError, match="shard is 4/3: say 1/4 to 4/4"):
+        make(shard=(4, 3))
+
+
 def test_results_are_kept_and_those_of_other_settings_are_not_reported(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
