@@ -7,6 +7,7 @@ qprobe-code-gen experiment=demo stages=[report]
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +102,7 @@ def _limit(value: Any, where: str) -> int | None:
 
 def run(config: dict[str, Any]) -> None:
     """Make the pipeline of a configuration, execute its stages, print what came out."""
-    pipeline = make_pipeline(config)
-    pipeline.execute(config["stages"])
+    pipeline = composition.execute(functools.partial(make_pipeline, config), config)
     if "report" in config["stages"]:
         print(pipeline.closing_words())
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qprobe import cluster
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models import ModelSpec
-from qprobe.pipeline import Pipeline
+from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.sampling import Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.serving import Policy
-from qprobe.settings import build
+from qprobe.settings import build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
@@ -29,7 +30,7 @@ from qprobe.training import TrainingSettings
 SAMPLERS = {"hf": HFSampler}
 EMBEDDERS = {"hf": HFEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
-KEYS = {"stages", "seed", "shard", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
+KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.
 USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
@@ -148,6 +149,28 @@ def pipeline(
         paper=paper or {},
         use=use or {},
     )
+
+
+def execute(make: Callable[[], Pipeline], config: Mapping[str, Any]) -> Pipeline:
+    """Run a configuration's stages by its runner.
+
+    Args:
+        make: makes the pipeline; for Ray it is sent to other processes, so it must be picklable.
+
+    Raises:
+        ValueError: an unknown runner, or a key that it does not know.
+    """
+    runner, names = dict(config["runner"]), config["stages"]
+    backend = runner.pop("backend")
+    if backend == "ray":
+        check_keys(runner, {"address", *SHARDED}, "runner")
+        return cluster.execute(make, names, runner)
+    if backend != "local":
+        raise ValueError(f"runner.backend is {backend!r}: choose from local, ray.")
+    check_keys(runner, set(), "runner")
+    pipeline = make()
+    pipeline.execute(names)
+    return pipeline
 
 
 def _shard(value: Any) -> tuple[int, int]:

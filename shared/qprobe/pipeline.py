@@ -125,12 +125,9 @@ class Pipeline:
         Raises:
             ValueError: an unknown stage.
         """
-        if unknown := [name for name in names if name not in STAGES]:
-            raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        self.check(names)
         if self.shard[1] > 1:
             names = [name for name in names if name in SHARDED]
-        if "report" in names:
-            importlib.import_module("qprobe.report.figures")  # a missing matplotlib is said before hours of sampling
         work = {
             "sample": self.sample,
             "reward": self.reward_completions,
@@ -139,15 +136,23 @@ class Pipeline:
             "evaluate": self.evaluate,
             "report": self.write_report,
         }
-        if "reward" in names:
-            self.reward.check()
-        self._check_tables(names)
         for name in STAGES:
             if name in names:
                 work[name]()
 
-    def _check_tables(self, names: Sequence[str]) -> None:
-        """Refuse tables of other inputs before hours of work on the tables before them."""
+    def check(self, names: Sequence[str]) -> None:
+        """Say what can be known to fail before hours of work: an unknown stage, what is not installed, tables of other inputs.
+
+        Raises:
+            ValueError: an unknown stage.
+            StoreError: a table was made from other inputs.
+        """
+        if unknown := [name for name in names if name not in STAGES]:
+            raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        if "report" in names:
+            importlib.import_module("qprobe.report.figures")
+        if "reward" in names:
+            self.reward.check()
         for pool in self.pools if "sample" in names else []:
             pool.prompts.check_inputs()
             pool.completions.check_inputs()
@@ -156,6 +161,29 @@ class Pipeline:
         for pool in self.sample_pools if "embed" in names else []:
             for layer in self.embedder.layers:
                 pool.features(self.embedder, layer).check_inputs()
+
+    def batches_left(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """(pool, number of the batch) wherever a stage that works batch by batch has something left to do."""
+        left = []
+        for pool in self.pools:
+            tables = [pool.completions] if "sample" in names else []
+            tables += [pool.rewards(self.reward)] if "reward" in names else []
+            if "embed" in names and pool.kind == "sample":
+                tables += [pool.features(self.embedder, layer) for layer in self.embedder.layers]
+            keys = enumerate(pool.batches, start=1)
+            left += [(pool.name, number) for number, k in keys if not all(table.has(k) for table in tables)]
+        return left
+
+    def make_batch(self, name: str, pool_name: str, number: int) -> None:
+        """Do one stage's work on one batch, if it is not done yet: what a worker of a cluster is asked for."""
+        pool = next(pool for pool in self.pools if pool.name == pool_name)
+        one = dataclasses.replace(pool, shard=(number, len(pool.batches)))
+        if name == "sample":
+            stages.sample(one, progress=False)
+        elif name == "reward":
+            stages.reward(one, self.reward, progress=False)
+        elif pool.kind == "sample":  # greedy completions are not embedded
+            stages.embed(one, self.embedder, progress=False)
 
     def sample(self) -> None:
         for pool in self.pools:
