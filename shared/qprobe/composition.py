@@ -50,17 +50,26 @@ def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         from hydra import compose, initialize_config_module
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: install it with `pip install 'qprobe[hydra]'`.") from error
+        raise _without_hydra(error) from error
     try:
         with initialize_config_module("qprobe.conf", version_base="1.3"):
             config = OmegaConf.to_container(compose(name, list(overrides)), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        said = " ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"The settings {' '.join(overrides)} cannot be used: {said.rstrip('.')}.") from error
+    except MissingMandatoryValue as error:
+        raise ValueError(f"The setting {error.full_key} is missing: say {error.full_key}=VALUE.") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # What follows is advice on Hydra's own files, or on adding keys that nothing reads.
+        said = str(error).partition("Config search path")[0].partition("To append")[0]
+        raise ValueError(
+            f"The settings {' '.join(overrides)} cannot be used: {' '.join(said.split()).rstrip('.')}."
+        ) from error
     assert isinstance(config, dict)  # the root of a configuration is one
     return {str(key): value for key, value in config.items()}
+
+
+def _without_hydra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"{error}: install it with `pip install 'qprobe[hydra]'`.")
 
 
 @dataclass(frozen=True)
@@ -207,12 +216,15 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
 
 def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy with some values changed; no key is added."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+    except ModuleNotFoundError as error:
+        raise _without_hydra(error) from error
 
     config = copy.deepcopy(use)
     for override in overrides:
-        name, _, text = override.partition("=")
+        name = override.partition("=")[0]
         *parents, key = name.split(".")
         at: Any = config
         for parent in parents:
@@ -223,9 +235,7 @@ def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
                 f"{override} changes nothing that an answer is made with: choose from {', '.join(sorted(set(known)))}."
             )
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"{override} cannot be read ({error}): write KEY=VALUE.") from error
-        assert isinstance(parsed, dict)  # made of a key and its value
-        at[key] = parsed["value"]
+            at[key] = OverridesParser.create().parse_override(override).value()
+        except HydraException as error:
+            raise ValueError(f"{override} cannot be read ({str(error).splitlines()[0]}): write KEY=VALUE.") from error
     return config

@@ -74,7 +74,9 @@ class Policy:
         if not self.beta >= 0:
             raise ValueError(f"beta is {self.beta}: a temperature is 0 (the best candidate) or more.")
         self.layer = self._layer()
-        probe.check_source(EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint()))
+        if probe.source is not None:
+            source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
+            probe.check_source(source)
 
     def answer(self, prompt: str | Sequence[dict[str, str]] | Prompt, seed: int | None = None) -> str:
         """The completion that the policy chooses; arguments as of `choose`."""

@@ -438,6 +438,9 @@ def test_the_example_is_the_mixed_prompt_with_the_widest_gap() -> None:
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8]]
     found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
     assert found == evaluation.Example("p002", "completion 8", "passed", "completion 7", "failed")
+    wordless = dataclasses.replace(joined([[0.25, 1]]), verdicts=["", ""])  # a reward is its own verdict then
+    found = evaluation.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
+    assert found == evaluation.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
     assert evaluation.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
 
 
