@@ -6,8 +6,9 @@
 
 464 prompts x 200 samples x 4,096 float16 features (MBPP's training set under CodeLlama-7B); three losses x ten seeds, each
 seed on its own 90 % of the prompts. The features are random with a planted direction: the time does not depend on them.
-Prints JSON, then one sentence for the goal; exits 1 where it is missed. Ratios are to be trusted on a busy machine, minutes
-on an idle one.
+Prints JSON, then one sentence for the goal; exits 1 where it is missed. The ratio is taken twice, of time and of processor
+time, and the smaller one counts: on a busy machine the second is the one to trust, and minutes are to be trusted on an idle
+one alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from qprobe.training import Data, ProbeTask, TrainingSettings, train
@@ -54,15 +56,15 @@ def tasks_of(data: Data, seeds: int) -> list[ProbeTask]:
     return tasks
 
 
-def seconds(data: Data, tasks: Sequence[ProbeTask], epochs: int) -> float:
-    """Of a whole training: statistics, passes, looks at held-out prompts, the choice of beta."""
+def seconds(data: Data, tasks: Sequence[ProbeTask], epochs: int) -> np.ndarray:
+    """(time, processor time) of a whole training: statistics, passes, looks at held-out prompts, the choice of beta."""
     settings = TrainingSettings(steps=None, epochs=epochs, patience=None)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     train(data, tasks, settings, k=48, progress=sys.stderr.isatty())
-    return time.perf_counter() - started
+    return np.array([time.perf_counter() - started, time.process_time() - used])
 
 
-def estimated(data: Data, tasks: Sequence[ProbeTask], epochs: int) -> tuple[float, float]:
+def estimated(data: Data, tasks: Sequence[ProbeTask], epochs: int) -> tuple[np.ndarray, np.ndarray]:
     """(seconds of PAPER_EPOCHS, seconds of an epoch), from trainings of 1 and 1 + epochs epochs."""
     once = seconds(data, tasks, 1)
     epoch = (seconds(data, tasks, 1 + epochs) - once) / epochs
@@ -85,19 +87,20 @@ def main() -> int:
     if arguments.full:
         together = seconds(data, tasks, PAPER_EPOCHS)
     single = [estimated(data, [task], arguments.epochs) for task in tasks[:: arguments.seeds]]
-    one_by_one = arguments.seeds * sum(whole for whole, _ in single)
-    ratio = one_by_one / together
+    one_by_one = arguments.seeds * np.sum([whole for whole, _ in single], axis=0)
+    ratios = one_by_one / together
+    ratio = float(ratios.min())
     figures = {
         "probes": len(tasks),
         "rows": len(data.features),
         "dimension": arguments.dimension,
         "threads": torch.get_num_threads(),
-        "minutes together": together / 60,
+        "minutes together": together[0] / 60,
         "minutes together are": "measured" if arguments.full else "extrapolated from the epochs that were timed",
-        "minutes one by one (extrapolated)": one_by_one / 60,
-        "seconds of an epoch together": epoch,
-        "seconds of an epoch alone": dict(zip(LOSSES, (each for _, each in single), strict=True)),
-        "times one by one": ratio,
+        "minutes one by one (extrapolated)": one_by_one[0] / 60,
+        "processor seconds of an epoch together": epoch[1],
+        "processor seconds of an epoch alone": dict(zip(LOSSES, (each[1] for _, each in single), strict=True)),
+        "times one by one": {"time": ratios[0], "processor time": ratios[1]},
         "peak RSS GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "features GiB": data.features.nbytes / 2**30,
         "load average of the last minute": os.getloadavg()[0],
@@ -105,7 +108,8 @@ def main() -> int:
     print(json.dumps(figures, indent=2))
     print(
         f"{len(tasks)} probes together train {ratio:.1f} times as fast as one after the other (goal {TIMES_ONE_BY_ONE:g}): "
-        f"{PAPER_EPOCHS} epochs take {together / 60:.1f} minutes."
+        f"{PAPER_EPOCHS} epochs take {together[0] / 60:.1f} minutes "
+        f"({figures['minutes together are']})."
     )
     return 0 if ratio >= TIMES_ONE_BY_ONE else 1
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,27 +81,36 @@ def test_a_full_disk_leaves_no_part_and_says_so(table: Table, monkeypatch: pytes
     assert table.read([["c"], KEYS]).num_rows == 6
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a file system needs root")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
-    try:
-        small = store.open_table(disk, "features", inputs={})
-        small.begin()
-        rows = features(["a"] * 100, np.ones((100, 300)))  # 60 kB
-        with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: PT012 - which of them is the disk's choice
-            for number in range(10):
-                small.write([str(number)], rows)
-        assert "it is absent" in str(caught.value)
-        written = len(small.parts())
-        assert written >= 2
-        assert len(list(small.folder.iterdir())) == written + 1  # and the manifest: nothing half written
-        assert small.read().num_rows == 100 * written
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = store.open_table(full_disk, "features", inputs={})
+    small.begin()
+    rows = features(["a"] * 100, np.ones((100, 300)))  # 60 kB
+    with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: PT012 - which of them is the disk's choice
+        for number in range(10):
+            small.write([str(number)], rows)
+    assert "it is absent" in str(caught.value)
+    written = len(small.parts())
+    assert written >= 2
+    assert len(list(small.folder.iterdir())) == written + 1  # and the manifest: nothing half written
+    assert small.read().num_rows == 100 * written
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    with pytest.raises(StoreError, match=r"do not fit a temporary file beside them .No space left on device"):
+        small.read_embeddings([[str(number)] for number in range(written)])
+    assert len(list(small.folder.iterdir())) == written + 1
 
 
 def test_temporary_files_of_dead_processes_are_removed_at_the_next_start(table: Table) -> None:

@@ -62,14 +62,14 @@ def test_rows_sorted_by_reward_still_make_mixed_chunks() -> None:
     assert bool(((means > 0.3) & (means < 0.7)).all())
 
 
-@pytest.mark.parametrize(("rows_per_batch", "every"), [(1000, 10), (20, 10), (10, 16), (3, 54)])
-def test_looks_are_so_rare_that_they_cost_half_of_training_at_most(rows_per_batch: float, every: int) -> None:
+@pytest.mark.parametrize(("rows_per_batch", "every"), [(1000, 10), (40, 10), (20, 16), (3, 107)])
+def test_looks_are_so_rare_that_they_cost_a_quarter_of_training_at_most(rows_per_batch: float, every: int) -> None:
     # 8 prompts of 20 samples are 160 rows to look at; a step reads a batch forward and backward, a look only forward.
     data = rows(8, 20)
     watch = HeldOutWatch(data, ["reward_mse"], torch.ones(1, 8, dtype=torch.bool), SETTINGS, rows_per_batch)
     assert len(watch.rows) == 160
     assert watch.every == every
-    assert len(watch.rows) <= watch.every * rows_per_batch
+    assert 2 * len(watch.rows) <= watch.every * rows_per_batch
 
 
 def look_at(watch: HeldOutWatch, biases: list[tuple[float, ...]]) -> StackedNetworks:

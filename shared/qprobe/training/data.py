@@ -122,8 +122,9 @@ def statistics(data: Data, fitted: Tensor) -> tuple[Tensor, Tensor]:
     rows = distinct.any(0)[data.groups].nonzero()[:, 0]
     read = RowReader(data.features)
     shift = read(rows[:ROWS_AT_A_TIME]).double().mean(0)  # near the mean, so that the squares do not cancel
+    room = torch.empty(min(len(rows), ROWS_AT_A_TIME), len(shift), dtype=torch.float64)
     for part in rows.split(ROWS_AT_A_TIME):
-        used, values = distinct[:, data.groups[part]].double(), read(part).double() - shift
+        used, values = distinct[:, data.groups[part]].double(), room[: len(part)].copy_(read(part)).sub_(shift)
         count += used.sum(1, keepdim=True)
         first += used @ values
         second += used @ values.square_()

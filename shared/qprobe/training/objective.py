@@ -70,7 +70,7 @@ class HeldOutWatch:
 
     A look scores the prompts that any probe holds out, which many seeds together make nearly all, so it is bounded twice:
     it reads at most CHUNKS_LOOKED_AT chunks of a prompt, and `every` steps lie between two looks, so many that looking
-    (forward) costs at most about half of what the steps between (forward and backward) cost.
+    (forward) costs at most about a quarter of what the steps between (forward and backward) cost.
 
     Args:
         data: the rows.
@@ -90,7 +90,7 @@ class HeldOutWatch:
         self.rows, chunks = _held_out_chunks(data, held.any(0), settings.chunk)
         self.weights = held[:, data.groups[self.rows]].T.float()
         self.chunks = torch.unique(chunks, return_inverse=True)[1]
-        self.every = max(settings.check_every, math.ceil(len(self.rows) / rows_per_batch))
+        self.every = max(settings.check_every, math.ceil(2 * len(self.rows) / rows_per_batch))
         self.best = torch.full((len(held),), math.inf)
         self.steps = [0] * len(held)
         self.in_vain = torch.zeros(len(held), dtype=torch.int64)
