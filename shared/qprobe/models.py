@@ -42,6 +42,8 @@ class ModelSpec:
         dtype: "auto", "float32", "bfloat16" or "float16". Auto is bfloat16 where the device computes in it, else float32.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
+        memory_gib: GiB beside the weights that sampling and embedding plan with, above 0; None is a share of what is free
+            (see `qprobe.passes`).
     """
 
     name: str = EMBEDDED
@@ -49,10 +51,15 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(
+                f"model memory_gib is {self.memory_gib}: give a number above 0, or null to use what is free."
+            )
         if self.device != "auto":
             try:
                 torch.device(self.device)
