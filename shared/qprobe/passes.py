@@ -28,8 +28,10 @@ SHARE_OF_GPU, SHARE_OF_CPU = 0.8, 0.5
 # Where nothing says how much memory a machine has.
 UNKNOWN_MEMORY = 4 * 2**30
 GIB = 2**30
-# Scores that are drawn from at once; `sampling.hf` cuts its rows by it. A sorted draw holds some 60 bytes a score.
-SCORES_AT_ONCE, BYTES_OF_A_DRAW = 2**21, 60
+# Scores that are drawn from at once; `sampling.hf` cuts its rows by it.
+SCORES_AT_ONCE = 2**21
+# Bytes that a draw holds for a score: of the likeliest token, and at worst, where a flat law is sorted.
+BYTES_OF_GREEDY, BYTES_OF_A_DRAW = 8, 60
 
 
 class Footprint:
@@ -76,10 +78,11 @@ class Footprint:
         # Those of one layer are there twice while several passes are put together.
         return self.prompts(count, width) + self.prompts(count, width, 1) + self.forward(rows, width)
 
-    def sampling(self, count: int, width: int, rows: int, new_tokens: int) -> int:
+    def sampling(self, count: int, width: int, rows: int, new_tokens: int, greedy: bool) -> int:
         """A pass that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens."""
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
-        scores += min(rows * self.vocabulary, max(SCORES_AT_ONCE, self.vocabulary)) * BYTES_OF_A_DRAW
+        at_once = min(rows * self.vocabulary, max(SCORES_AT_ONCE, self.vocabulary))
+        scores += at_once * (BYTES_OF_GREEDY if greedy else BYTES_OF_A_DRAW)
         seen = width + new_tokens
         if self.shared:
             held = self.prompts(count, width) + self.prompts(rows, new_tokens)

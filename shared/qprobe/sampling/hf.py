@@ -77,7 +77,10 @@ class HFSampler:
         def need(rows: Sequence[int]) -> int:
             used = {owner[row] for row in rows}
             width = max(lengths[p] for p in used)
-            return footprint.sampling(len(used), width, len(rows), self.settings.max_new_tokens)
+            settings = self.settings
+            return footprint.sampling(
+                len(used), width, len(rows), settings.max_new_tokens, greedy=settings.temperature == 0
+            )
 
         def draw(rows: list[int]) -> None:
             used = list(dict.fromkeys(owner[row] for row in rows))
