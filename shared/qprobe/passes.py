@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qprobe.models import LanguageModel
+from qprobe.models import LanguageModel, is_out_of_memory
 
 # Share of the free memory that a pass may take. A CPU's memory is everybody's, and a CPU that runs out of it kills
 # processes instead of raising an error.
@@ -158,16 +158,6 @@ def _reclaimable(path: Path) -> int:
     lines = path.read_text().splitlines() if path.is_file() else []
     found = [int(line.split()[1]) for line in lines if line.startswith(("total_inactive_file ", "inactive_file "))]
     return max(found, default=0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in said for sign in ("can't allocate memory", "out of memory", "bad_alloc")
-    )
 
 
 class Passes:
