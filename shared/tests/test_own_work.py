@@ -199,6 +199,7 @@ def test_candidates_of_unequal_groups_are_imported_and_answered_from(
     said = capsys.readouterr()
     assert "Nothing that was begun is missing." in said.out
     assert "16 imported" in said.out
+    assert any(line.endswith("prompts with good and bad completions") for line in said.out.splitlines())
     probe = "runs/mine/probes/prompts/reward_mse"
     assert QProbe.from_pretrained(probe).k == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3.\n"))
