@@ -298,6 +298,16 @@ def test_a_reward_outside_its_range_stops_the_run_and_the_completions_stay(
     assert len(rows("runs/prompts/completions/prompts.sample", store.COMPLETIONS)) == 18
 
 
+def test_a_reward_that_failed_at_once_is_corrected_and_goes_on(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", "prompts.jsonl", "--reward", "own_reward.py:wrong", WORK)
+    Path("own_reward.py").write_text(REWARD.replace('2 if "3"', '2 if "0"'))
+    assert call(*arguments) == 1
+    completions = contents("runs/prompts/completions")
+    Path("own_reward.py").write_text(REWARD.replace("return 2 if", "return 0 if"))
+    assert call(*arguments) == 0
+    assert contents("runs/prompts/completions") == completions
+
+
 def test_a_probe_answers_with_its_own_model_only(
     call: Call, make_model: Callable[..., ModelSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
