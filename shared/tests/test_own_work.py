@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +115,20 @@ def test_from_prompts_and_a_reward_to_an_answer(call: Call, capsys: pytest.Captu
     again = capsys.readouterr()
     assert again.out == said.out
     assert again.err == ""
+
+
+def test_the_text_of_the_readme_works_as_it_stands(call: Call) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## Your own prompts and reward")[2].partition("\n## ")[0]
+    program, commands = (block.partition("\n")[2] for block in section.split("```")[1::2][:2])
+    Path("short.py").write_text(program)
+    written = subprocess.run([sys.executable, "short.py"], capture_output=True, text=True, check=True)
+    Path("prompts.jsonl").write_text(written.stdout)
+    lines = [shlex.split(line) for line in commands.replace("\\\n", " ").splitlines()]
+    run, answer = (line[1:] for line in lines if line[0] == "qprobe")
+    assert call(*(word for word in run if not word.startswith("sampler.")), WORK) == 0
+    assert len(rows("runs/short/rewards/prompts.sample/short.reward", store.REWARDS)) == 120
+    assert call(*answer) == 0
 
 
 def test_the_same_command_does_nothing_twice(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
