@@ -97,7 +97,8 @@ def _reward_remark(table: Table) -> str:
     by_count = sorted(verdicts.items(), key=lambda item: (-item[1], item[0]))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in by_count)
     mixed = int(mixed_prompts(rewards, groups).sum())
-    return f"mean reward {rewards.mean():.3f}; {mixed} of {groups.max() + 1} prompts with good and bad completions; {counted}"
+    choice = f"{mixed} of {groups.max() + 1} prompts with good and bad completions"
+    return "; ".join([f"mean reward {rewards.mean():.3f}", choice, *([counted] if counted else [])])
 
 
 def to_text(states: list[TableState]) -> str:

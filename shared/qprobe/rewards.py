@@ -188,8 +188,8 @@ class FunctionReward:
         except (Exception, SystemExit) as error:
             raise RewardError(
                 f"The reward function {self.where} failed on {place}: {type(error).__name__}: {error} "
-                f"({_origin(error, self.function)}). A failure is no reward: correct it and start the same command again; the "
-                "completions are kept."
+                f"({_origin(error, self.function)}). A failure is no reward: correct it and start the same command again. The "
+                "completions are kept; rewards that it gave before are refused then, and the message says what to delete."
             ) from error
 
     def _number(self, value: Any, place: str) -> float:

@@ -241,9 +241,11 @@ def sample(pool: Pool, progress: bool = True) -> None:
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
     """Reward the pool's completions."""
     table = pool.rewards(reward_stage)
-    table.begin()
+    table.check_inputs()
+    begun = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+        nonlocal begun
         waiting: dict[Keys, Keys] = {}  # the runner knows a batch by its own object
 
         def reward_batches() -> Iterator[RewardBatch]:
@@ -269,6 +271,9 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
                 "seconds": [r.seconds for r in rewarded],
                 "detail": [r.detail for r in rewarded],
             }
+            if not begun:  # a reward that fails at once is corrected, and must not meet a table of its former self
+                table.begin()
+                begun = True
             yield waiting.pop(batch.keys), pa.table(columns, schema=store.REWARDS)
 
     _run(pool, f"reward {pool.kind}", table, stage, progress)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +117,20 @@ def test_from_prompts_and_a_reward_to_an_answer(call: Call, capsys: pytest.Captu
     assert again.err == ""
 
 
+def test_the_text_of_the_readme_works_as_it_stands(call: Call) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## Your own prompts and reward")[2].partition("\n## ")[0]
+    program, commands = (block.partition("\n")[2] for block in section.split("```")[1::2][:2])
+    Path("short.py").write_text(program)
+    written = subprocess.run([sys.executable, "short.py"], capture_output=True, text=True, check=True)
+    Path("prompts.jsonl").write_text(written.stdout)
+    lines = [shlex.split(line) for line in commands.replace("\\\n", " ").splitlines()]
+    run, answer = (line[1:] for line in lines if line[0] == "qprobe")
+    assert call(*(word for word in run if not word.startswith("sampler.")), WORK) == 0
+    assert len(rows("runs/short/rewards/prompts.sample/short.reward", store.REWARDS)) == 120
+    assert call(*answer) == 0
+
+
 def test_the_same_command_does_nothing_twice(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("run", "prompts.jsonl", "--reward", "own_reward:reward", WORK)
     assert call(*arguments) == 0
@@ -199,6 +215,7 @@ def test_candidates_of_unequal_groups_are_imported_and_answered_from(
     said = capsys.readouterr()
     assert "Nothing that was begun is missing." in said.out
     assert "16 imported" in said.out
+    assert any(line.endswith("prompts with good and bad completions") for line in said.out.splitlines())
     probe = "runs/mine/probes/prompts/reward_mse"
     assert QProbe.from_pretrained(probe).k == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3.\n"))
@@ -295,6 +312,16 @@ def test_a_reward_outside_its_range_stops_the_run_and_the_completions_stay(
     assert call("run", "prompts.jsonl", "--reward", "own_reward.py:wrong", WORK) == 1
     assert "own_reward.py:wrong gave 2 for completion 0 of prompt prompts-00004 (line 4)" in capsys.readouterr().err
     assert len(rows("runs/prompts/completions/prompts.sample", store.COMPLETIONS)) == 18
+
+
+def test_a_reward_that_failed_at_once_is_corrected_and_goes_on(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", "prompts.jsonl", "--reward", "own_reward.py:wrong", WORK)
+    Path("own_reward.py").write_text(REWARD.replace('2 if "3"', '2 if "0"'))
+    assert call(*arguments) == 1
+    completions = contents("runs/prompts/completions")
+    Path("own_reward.py").write_text(REWARD.replace("return 2 if", "return 0 if"))
+    assert call(*arguments) == 0
+    assert contents("runs/prompts/completions") == completions
 
 
 def test_a_probe_answers_with_its_own_model_only(
