@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,8 +313,12 @@ def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
     if isinstance(values, Tensor):
         tensor = values.detach().cpu()
     else:
-        try:  # torch wants memory that it may write to, which Arrow and pandas do not give
-            tensor = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        try:
+            with warnings.catch_warnings():
+                # Arrow, pandas and np.load(mmap_mode="r") give memory that may not be written to. Nothing writes to it here,
+                # and a copy could be larger than memory.
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                tensor = torch.from_numpy(np.require(values, requirements=["C"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as numbers ({error}): give an array of one float type.") from error
     if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):

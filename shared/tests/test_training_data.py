@@ -1,6 +1,9 @@
 """Rows in pieces: what is read by pieces is what is there, and nothing is copied whole."""
 
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,12 +64,54 @@ def test_values_that_are_not_finite_are_counted_in_pieces() -> None:
         losses.check_finite(values, "features")
 
 
-def test_numpy_sees_no_copy_of_mapped_features(tmp_path: object) -> None:
+def test_numpy_sees_no_copy_of_mapped_features(tmp_path: Path) -> None:
     # torch's own allocations are not traced; what numpy would copy on the way in is.
-    array = np.lib.format.open_memmap(f"{tmp_path}/features.npy", "w+", np.float16, (20_000, 256))
+    array = np.lib.format.open_memmap(tmp_path / "features.npy", "w+", np.float16, (20_000, 256))
     tracemalloc.start()
     made = Data(torch.from_numpy(array), torch.zeros(20_000), torch.arange(20_000) // 10)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < array.nbytes / 10
     assert made.features.data_ptr() == array.ctypes.data
+
+
+FIT = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+import torch
+from qprobe import QProbe
+
+def anonymous():
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+torch.set_num_threads(1)
+small, prompts = np.random.default_rng(0).normal(size=(2000, 1024)).astype(np.float16), np.arange(2000) // 100
+options = dict(loss="policy_gradient", steps=12, minimum_mixed=3)
+QProbe(**options).fit(small, small[:, 0] > 0, prompts)  # what libraries take on first use does not count
+features = np.load(sys.argv[1], mmap_mode="r")
+rewards, prompts = features[:, 0] > 0, np.arange(len(features)) // 100
+before, peak, done = anonymous(), [0.0], threading.Event()
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+probe = QProbe(**options).fit(features, rewards, prompts)
+probe.score(features)
+done.set()
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the Linux kernel")
+def test_fitting_features_of_a_file_takes_a_part_of_their_size(tmp_path: Path) -> None:
+    path = tmp_path / "features.npy"
+    features = np.lib.format.open_memmap(path, "w+", np.float16, (80_000, 1024))
+    for start in range(0, len(features), 8000):
+        features[start : start + 8000] = np.random.default_rng(start).normal(size=(8000, 1024))
+    features.flush()
+    child = subprocess.run([sys.executable, "-c", FIT, str(path)], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < features.nbytes / 2**20 / 3  # of 156 MiB

@@ -98,11 +98,13 @@ def score_rows(network: ProbeNetwork, features: Tensor, rows: Tensor | None = No
 
     Returns: (n,) float32.
     """
+    rows = torch.arange(len(features)) if rows is None else rows
+    read, scores = RowReader(features), torch.empty(len(rows))
     with torch.inference_mode():
-        if rows is None:
-            return torch.cat([network(part) for part in features.split(ROWS_AT_A_TIME)])
-        read = RowReader(features)
-        return torch.cat([network(read(part)) for part in rows.split(ROWS_AT_A_TIME)])
+        # Into one tensor: results kept one by one between pieces that come and go leave holes, which add up to a copy of all.
+        for part, own in zip(rows.split(ROWS_AT_A_TIME), scores.split(ROWS_AT_A_TIME), strict=True):
+            own.copy_(network(read(part)))
+    return scores
 
 
 def statistics(data: Data, fitted: Tensor) -> tuple[Tensor, Tensor]:

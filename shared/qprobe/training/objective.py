@@ -102,7 +102,9 @@ class HeldOutWatch:
         """Compare, and keep what is better than ever before."""
         if not self.watched.any():
             return
-        scores = torch.cat([stack(self._read(part)) for part in self.rows.split(ROWS_AT_A_TIME)])
+        scores = torch.empty(len(self.rows), len(self.best))
+        for part, own in zip(self.rows.split(ROWS_AT_A_TIME), scores.split(ROWS_AT_A_TIME), strict=True):
+            own.copy_(stack(self._read(part)))
         rewards = self.data.rewards[self.rows]
         values = loss_values(self.columns, scores, rewards, self.chunks, self.weights, self.settings)
         # A probe that has waited long enough is done, whatever the others make training go on for: its end is its own.
