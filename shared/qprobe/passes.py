@@ -12,6 +12,7 @@ nor what an allocator holds back; hence only a share of the free memory is used.
 
 from __future__ import annotations
 
+import bisect
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -276,9 +277,8 @@ def cut(
             passes.append(open_pass)
         open_pass = own
         while len(open_pass) > 1 and need(open_pass) > budget:
-            size = len(open_pass) - 1
-            while size > 1 and need(open_pass[:size]) > budget:
-                size -= 1
+            fitting = bisect.bisect_right(range(1, len(open_pass)), budget, key=lambda n, own=open_pass: need(own[:n]))  # type: ignore[misc]
+            size = max(1, fitting)
             passes.append(open_pass[:size])
             open_pass = open_pass[size:]
     return [*passes, open_pass] if open_pass else passes

@@ -154,7 +154,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 SHAPES = {
     "keys of the prompts": (24, 150, 1, 8, {}),
     "keys of the rows": (2, 20, 48, 60, {"vocab_size": 300}),
-    "scores": (2, 10, 40, 4, {"vocab_size": 30_000, "hidden_size": 16}),
+    "scores": (2, 10, 40, 2, {"vocab_size": 30_000, "hidden_size": 16}),
     "a pass over long prompts": (1, 180, 2, 2, {"intermediate_size": 1500}),
 }
 
