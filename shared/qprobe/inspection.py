@@ -50,7 +50,8 @@ def _states(run: Path) -> Iterator[TableState]:
         pool = table.folder.name
         of_split = prompts.get(pool.rpartition(".")[0])
         samples = table.inputs.get("sampler", {}).get("n")
-        expected[pool] = None if of_split is None or samples is None else of_split * int(samples)
+        recorded = table.inputs.get("recorded", {}).get("rows")
+        expected[pool] = recorded if of_split is None or samples is None else of_split * int(samples)
         yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table) + _usage(table))
     for table in _tables(run / "rewards", store.REWARDS):
         yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))
@@ -102,7 +103,8 @@ def _reward_remark(table: Table) -> str:
     by_count = sorted(verdicts.items(), key=lambda item: (-item[1], item[0]))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in by_count)
     mixed = int(mixed_prompts(rewards, groups).sum())
-    return f"mean reward {rewards.mean():.3f}; {mixed} of {groups.max() + 1} prompts with good and bad completions; {counted}"
+    choice = f"{mixed} of {groups.max() + 1} prompts with good and bad completions"
+    return "; ".join([f"mean reward {rewards.mean():.3f}", choice, *([counted] if counted else [])])
 
 
 def to_text(states: list[TableState]) -> str:

@@ -296,7 +296,8 @@ def check_finite(values: Tensor, name: str) -> None:
     # The minimum and the maximum are NaN or infinite where any value is; no (N, ...) mask is made for good data.
     if values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         return
-    rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()[:, 0]
+    finite = [torch.isfinite(part).reshape(len(part), -1).all(dim=1) for part in values.split(4096)]
+    rows = (~torch.cat(finite)).nonzero()[:, 0]
     raise ValueError(
         f"{name} holds NaN or infinity in row {int(rows[0])} ({len(rows)} such rows): remove or repair them first"
     )

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class ModelSpec:
         dtype: "auto", "float32", "bfloat16" or "float16". Auto is bfloat16 where the device computes in it, else float32.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
+        memory_gib: GiB beside the weights that sampling and embedding plan with, above 0; None is a share of what is free
+            (see `qprobe.passes`).
     """
 
     name: str = EMBEDDED
@@ -49,10 +52,15 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(
+                f"model memory_gib is {self.memory_gib}: give a number above 0, or null to use what is free."
+            )
         if self.device != "auto":
             try:
                 torch.device(self.device)
@@ -172,6 +180,10 @@ class Tokenizer:
         self.tokenizer = tokenizer
         self.name = name
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
     def render_prompt(self, prompt: Prompt) -> tuple[str, list[int]]:
         """A prompt as the model reads it, text and token ids: a conversation in the model's own chat template.
 
@@ -180,10 +192,10 @@ class Tokenizer:
         """
         if prompt.text is not None:
             return prompt.text, self.encode_prompt(prompt.text, templated=False)
-        if not self.tokenizer.chat_template:
+        if not self.has_chat_template:
             raise ValueError(
-                f"Model {self.name!r} has no chat template: use a prompt style of plain text (zero_shot, few_shot), or an "
-                "instruct model."
+                f"Model {self.name!r} has no chat template: use a prompt style of plain text (prompts=text; for "
+                "code zero_shot or few_shot), or an instruct model."
             )
         text: str = self.tokenizer.apply_chat_template(
             list(prompt.messages), tokenize=False, add_generation_prompt=True
@@ -212,8 +224,17 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Equal for tokenizers that cut text alike: vocabulary, merges, normalisation and template decide it."""
-        written = self.tokenizer.backend_tokenizer.to_str() + json.dumps(self.tokenizer.chat_template)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = self._files() if backend is None else backend.to_str()
+        written = rules + json.dumps(self.tokenizer.chat_template)
         return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+    def _files(self) -> str:
+        """What decides a tokenizer in Python ("slow"): its class, vocabulary and the vocabulary files that it writes."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_vocabulary(folder)
+            files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+        return json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab(), files], sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -244,6 +265,16 @@ def _loading_arguments(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     return folder, arguments
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in said for sign in ("can't allocate memory", "out of memory", "bad_alloc")
+    )
+
+
 @contextlib.contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
     """transformers explains a missing model over many lines; the user needs one."""
@@ -252,8 +283,16 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
             yield
     except ImportError as error:
         raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a malformed file shows as any kind of error, of three libraries
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_out_of_memory(error):
+            raise RuntimeError(
+                f"Model {spec.name!r} does not fit the memory of {spec.device_map or spec.resolved_device()} in "
+                f"{spec.resolved_dtype()} ({first.rstrip('.: ')}): use a smaller model, a narrower dtype "
+                "(model.dtype=bfloat16), or model.device_map=auto over several devices."
+            ) from error
+        if not isinstance(error, OSError | ValueError | SafetensorError):
+            first = f"{type(error).__name__}: {first}"
         if Path(spec.source()[0]).exists():
             reason = "its files are here but cannot be used; check that they are complete and a causal language model's"
         else:

@@ -23,7 +23,7 @@ import numpy as np
 from qprobe import evaluation, stages, sweep
 from qprobe.embedding import Embedder
 from qprobe.evaluation import Example, Scored
-from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.probe import CARD_FILE, EmbeddingSource, QProbe
 from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
@@ -33,6 +33,7 @@ from qprobe.sweep import EvaluationSettings, SweepProbe
 from qprobe.training import ProbeTask, TrainingSettings, train
 
 STAGES = ("sample", "reward", "embed", "train", "evaluate", "report")
+SHARDED = STAGES[:3]  # what a shard can make by itself
 
 
 @dataclass
@@ -53,10 +54,13 @@ class Pipeline:
         seed: of everything random.
         batch_rows: completions in a batch.
         paper: published values, pool -> method -> value, only where the set-up is the paper's.
+        shard: (number, count): make only the batches of one shard, up to their features; parts of all shards meet in the run
+            folder. What needs all of them is left to a run without shards.
+        use: what an application needs besides a probe (sampler, style of the prompts, ...); saved in the probes' cards.
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a k larger than the pool, a layer that is not embedded.
+        ValueError: a k larger than the pool, a layer that is not embedded, greedy decoding of recorded completions.
     """
 
     run: Path
@@ -73,23 +77,23 @@ class Pipeline:
     seed: int = 0
     batch_rows: int = 64
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    shard: tuple[int, int] = (1, 1)
+    use: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     _joined: dict[str, Joined] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        n = self.sampler.settings.n
-        if self.settings.k is not None and self.settings.k > n:
-            raise ValueError(
-                f"evaluation.k is {self.settings.k}, but only n={n} completions are sampled for a prompt: lower k or raise "
-                "sampler.n."
-            )
         names = [split.name for split in [*([self.training_split] if self.training_split else []), *self.tests]]
         if not self.tests or len(set(names)) < len(names):
             raise ValueError(
                 f"The splits are {', '.join(names) or 'none'}: give at least one, each with a name of its own."
             )
+        if not 1 <= self.shard[0] <= self.shard[1]:
+            raise ValueError(f"shard is {self.shard[0]}/{self.shard[1]}: say 1/4 to 4/4 for four shards.")
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
+        for pool in self.sample_pools:
+            self._check_size(pool)
         if self.training_split is None:
             for split in self.tests:
                 sweep.fold_of(len(split.prompts), self.settings.folds, self.seed)
@@ -98,16 +102,32 @@ class Pipeline:
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there."
             )
 
+    def _check_size(self, pool: Pool) -> None:
+        k, recorded = self.settings.k, pool.split.recorded is not None
+        if k is not None and k > pool.smallest:
+            if recorded:
+                raise ValueError(
+                    f"evaluation.k is {k}, but a prompt of {pool.split.name} has {pool.smallest} candidates: lower k or leave "
+                    "such prompts out."
+                )
+            raise ValueError(
+                f"evaluation.k is {k}, but only n={pool.smallest} completions are sampled for a prompt: lower k or raise "
+                "sampler.n."
+            )
+        if recorded and self.greedy is not None:
+            raise ValueError(
+                f"The completions of {pool.split.name} are there already: greedy decoding cannot join them."
+            )
+
     def execute(self, names: Sequence[str] = STAGES) -> None:
         """Run the named stages, in their order.
 
         Raises:
             ValueError: an unknown stage.
         """
-        if unknown := [name for name in names if name not in STAGES]:
-            raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
-        if "report" in names:
-            importlib.import_module("qprobe.report.figures")  # a missing matplotlib is said before hours of sampling
+        self.check(names)
+        if self.shard[1] > 1:
+            names = [name for name in names if name in SHARDED]
         work = {
             "sample": self.sample,
             "reward": self.reward_completions,
@@ -116,13 +136,23 @@ class Pipeline:
             "evaluate": self.evaluate,
             "report": self.write_report,
         }
-        self._check_tables(names)
         for name in STAGES:
             if name in names:
                 work[name]()
 
-    def _check_tables(self, names: Sequence[str]) -> None:
-        """Refuse tables of other inputs before hours of work on the tables before them."""
+    def check(self, names: Sequence[str]) -> None:
+        """Say what can be known to fail before hours of work: an unknown stage, what is not installed, tables of other inputs.
+
+        Raises:
+            ValueError: an unknown stage.
+            StoreError: a table was made from other inputs.
+        """
+        if unknown := [name for name in names if name not in STAGES]:
+            raise ValueError(f"There is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}.")
+        if "report" in names:
+            importlib.import_module("qprobe.report.figures")
+        if "reward" in names:
+            self.reward.check()
         for pool in self.pools if "sample" in names else []:
             pool.prompts.check_inputs()
             pool.completions.check_inputs()
@@ -131,6 +161,29 @@ class Pipeline:
         for pool in self.sample_pools if "embed" in names else []:
             for layer in self.embedder.layers:
                 pool.features(self.embedder, layer).check_inputs()
+
+    def batches_left(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """(pool, number of the batch) wherever a stage that works batch by batch has something left to do."""
+        left = []
+        for pool in self.pools:
+            tables = [pool.completions] if "sample" in names else []
+            tables += [pool.rewards(self.reward)] if "reward" in names else []
+            if "embed" in names and pool.kind == "sample":
+                tables += [pool.features(self.embedder, layer) for layer in self.embedder.layers]
+            keys = enumerate(pool.batches, start=1)
+            left += [(pool.name, number) for number, k in keys if not all(table.has(k) for table in tables)]
+        return left
+
+    def make_batch(self, name: str, pool_name: str, number: int) -> None:
+        """Do one stage's work on one batch, if it is not done yet: what a worker of a cluster is asked for."""
+        pool = next(pool for pool in self.pools if pool.name == pool_name)
+        one = dataclasses.replace(pool, shard=(number, len(pool.batches)))
+        if name == "sample":
+            stages.sample(one, progress=False)
+        elif name == "reward":
+            stages.reward(one, self.reward, progress=False)
+        elif pool.kind == "sample":  # greedy completions are not embedded
+            stages.embed(one, self.embedder, progress=False)
 
     def sample(self) -> None:
         for pool in self.pools:
@@ -195,8 +248,46 @@ class Pipeline:
         return evaluation.example(joined, scored[1.0], loss)
 
     @property
+    def shown_loss(self) -> str:
+        """The loss whose probe a run points to: the policy gradient where it was trained."""
+        losses = self.settings.losses
+        return "policy_gradient" if "policy_gradient" in losses else losses[-1]
+
+    def closing_words(self) -> str:
+        """What a run prints at its end: tables, a pair of completions, and where everything lies."""
+        if self.shard[1] > 1:
+            number, count = self.shard
+            return (
+                f"shard {number} of {count} is done, in {self.run}. When all are, the same command without shard trains, "
+                "evaluates and reports."
+            )
+        parts = []
+        for split in self.tests:
+            parts.append(tables.to_text(self.results(split)))
+            pair = self.example(split, self.shown_loss)
+            if pair is not None:
+                parts.append(
+                    f"{pair.task_id}: of its completions the {self.shown_loss} probes prefer this one "
+                    f"({pair.preferred_verdict}):\n{_indented(pair.preferred)}\nand like this one least "
+                    f"({pair.other_verdict}):\n{_indented(pair.other)}"
+                )
+        figures = sorted(str(path) for path in (self.run / "figures").rglob("*.png"))
+        lines = [
+            f"tables:   {self.run / 'tables'}",
+            *(f"figure:   {path}" for path in figures),
+            f"run:      {self.run}",
+        ]
+        parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def final_probe(self) -> Path:
+        """Where the probe lies that a run points to, trained on every prompt."""
+        return self.run / "probes" / self.training_pools[0].split.name / self.shown_loss
+
+    @property
     def k(self) -> int:
-        return self.settings.k or self.sampler.settings.n
+        """Candidates at use: as asked for, else as many as every prompt has."""
+        return self.settings.k or min(pool.smallest for pool in self.sample_pools)
 
     @property
     def probe_layer(self) -> int:
@@ -221,7 +312,7 @@ class Pipeline:
         return [*self.sample_pools, *greedy]
 
     def _pool(self, split: Split, kind: str, sampler: Sampler) -> Pool:
-        return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows)
+        return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows, self.shard)
 
     def sweep(self, pool: Pool) -> list[SweepProbe]:
         """The sweep of probes trained on a pool: from the run folder where it was made from the same inputs."""
@@ -239,14 +330,16 @@ class Pipeline:
         folder = self.run / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
         losses = self.settings.losses
-        if all(_made_from(folder / loss, inputs) for loss in losses):
+        if all(_made_from(folder / loss, inputs, self.use) for loss in losses):
             return
         data = sweep.training_data(self._join(pool))
         tasks = [ProbeTask(loss, self.seed, data.sizes > 0) for loss in losses]
         source = EmbeddingSource.of(self.embedder.identity(), self.probe_layer, self.embedder.tokenizer_fingerprint())
         options: dict[str, Any] = {"k": self.k, "seed": self.seed, "settings": self.training}
         for loss, trained in zip(losses, train(data, tasks, self.training, k=self.k, seed=self.seed), strict=True):
-            QProbe.of(trained, loss, source, inputs, **options).save_pretrained(folder / loss)
+            probe = QProbe.of(trained, loss, source, inputs, **options)
+            probe.use = self.use
+            probe.save_pretrained(folder / loss)
 
     def _sweep_inputs(self, pool: Pool) -> dict[str, Any]:
         """What decides a sweep. Of the evaluation's settings those that only measure are left out."""
@@ -311,10 +404,18 @@ class Pipeline:
         return pool if self.training_split is None else self.training_pools[0]
 
     def _scored(self, pool: Pool, shares: Sequence[float]) -> tuple[Joined, dict[float, dict[str, Scored]]]:
-        joined, probes = self._join(pool), self.sweep(self._trained_on(pool))
-        return joined, {share: evaluation.score(probes, joined, self.settings, self.seed, share) for share in shares}
+        joined = self._join(pool)
+        probes = [probe for probe in self.sweep(self._trained_on(pool)) if probe.share in shares]
+        return joined, evaluation.score(probes, joined, self.settings, self.seed)
 
 
-def _made_from(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether a saved probe is there that was trained on these inputs."""
-    return (folder / "probe.json").exists() and QProbe.from_pretrained(folder).data_ == inputs
+def _made_from(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
+    """Whether a saved probe is there that was trained on these inputs and is meant for this use."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    probe = QProbe.from_pretrained(folder)
+    return probe.data_ == inputs and probe.use == use
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    | {line}" for line in text.strip("\n").splitlines()) or "    | (empty)"

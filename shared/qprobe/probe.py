@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from qprobe import losses, network, policy
 from qprobe.files import write_whole
 from qprobe.network import ProbeNetwork
 from qprobe.store import fingerprint
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.training import ROWS_AT_A_TIME, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 CARD_FILE = "probe.json"
 
@@ -67,7 +68,11 @@ class QProbe:
         seed: of everything random in training.
         settings: how it is trained; keyword arguments of `TrainingSettings` may be given instead.
 
-    Learned by `fit`: `network_`, `beta_`, `training_` (steps, whether chosen on held-out prompts, how many of them).
+    `use` is free for what an application needs besides the probe (a sampler's settings, the style of the prompts): it is
+    saved in the card.
+
+    Learned by `fit`: `network_`, `beta_`, `training_` (steps, learning rate, whether chosen on held-out
+    prompts, how many of them).
 
     Raises:
         ValueError: an unknown loss or option.
@@ -99,6 +104,7 @@ class QProbe:
         self.settings = settings or TrainingSettings(**options)
         self.source: EmbeddingSource | None = None
         self.data_: dict[str, Any] = {}
+        self.use: dict[str, Any] = {}
 
     @property
     def dimension(self) -> int:
@@ -160,10 +166,11 @@ class QProbe:
     def _fit(self, data: Data) -> QProbe:
         task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
         (trained,) = train(data, [task], self.settings, k=self.k, seed=self.seed)
+        total = sum(part.double().sum().item() for part in data.features.split(ROWS_AT_A_TIME))
         self.data_ = {
             "rows": len(data.features),
             "prompts": len(torch.unique(data.prompt_of_group)),
-            "fingerprint": fingerprint([data.rewards.double().sum().item(), data.features.double().sum().item()]),
+            "fingerprint": fingerprint([data.rewards.double().sum().item(), total]),
         }
         return self._take(trained)
 
@@ -174,6 +181,8 @@ class QProbe:
             "steps": trained.steps,
             "chosen_on_held_out_prompts": trained.chosen,
             "held_out_mixed_prompts": trained.held_out_mixed,
+            "learning_rate": trained.learning_rate,
+            "note": trained.note,
         }
         return self
 
@@ -199,16 +208,21 @@ class QProbe:
             ValueError: features of another width, NaN, or of another source.
         """
         trained = self._fitted()
-        if source is not None and self.source is not None and source != self.source:
-            raise ValueError(
-                f"This probe reads {_describe(self.source)}; it was given {_describe(source)}: embed with the probe's own "
-                "model and layer, or train a probe on these embeddings."
-            )
+        if source is not None:
+            self.check_source(source)
         rows = _floats(features, "features")
         if rows.ndim != 2 or rows.shape[1] != trained.dimension:
             raise ValueError(f"features has shape {tuple(rows.shape)}: this probe reads (N, {trained.dimension}).")
         losses.check_finite(rows, "features")
         return score_rows(trained, rows).numpy()
+
+    def check_source(self, source: EmbeddingSource) -> None:
+        """Raise ValueError where the probe's own source is known and another one."""
+        if self.source is not None and source != self.source:
+            raise ValueError(
+                f"This probe reads {_describe(self.source)}; it was given {_describe(source)}: embed with the probe's own "
+                "model and layer, or train a probe on these embeddings."
+            )
 
     def select(
         self,
@@ -248,6 +262,7 @@ class QProbe:
             "settings": dataclasses.asdict(self.settings),
             "training": self.training_,
             "data": self.data_,
+            "use": self.use,
             "source": None if self.source is None else dataclasses.asdict(self.source),
         }
         write_whole(folder / CARD_FILE, (json.dumps(card, indent=2) + "\n").encode())
@@ -269,12 +284,8 @@ class QProbe:
             card = json.loads((folder / CARD_FILE).read_text())
             source = card["source"] and EmbeddingSource(**card["source"])
             probe = cls(card["loss"], card["beta"], card["k"], card["seed"], TrainingSettings(**card["settings"]))
-            probe.beta_, probe.training_, probe.data_, probe.source = (
-                card["beta"],
-                card["training"],
-                card["data"],
-                source,
-            )
+            probe.beta_, probe.training_, probe.data_ = card["beta"], card["training"], card["data"]
+            probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
         probe.network_ = network.load(folder)
@@ -302,8 +313,12 @@ def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
     if isinstance(values, Tensor):
         tensor = values.detach().cpu()
     else:
-        try:  # torch wants memory that it may write to, which Arrow and pandas do not give
-            tensor = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        try:
+            with warnings.catch_warnings():
+                # Arrow, pandas and np.load(mmap_mode="r") give memory that may not be written to. Nothing writes to it here,
+                # and a copy could be larger than memory.
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                tensor = torch.from_numpy(np.require(values, requirements=["C"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as numbers ({error}): give an array of one float type.") from error
     if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,13 +22,15 @@ from tqdm import tqdm
 
 from qprobe import store
 from qprobe.api import Metered
-from qprobe.embedding import Embedder
+from qprobe.embedding import Embedder, tokens_to_embed
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
-from qprobe.sampling import Sampler, sample_seeds
+from qprobe.sampling import Completion, Sampler, sample_seeds
 from qprobe.store import StoreError, Table
 
 Keys = tuple[str, ...]
+
+KEY_COLUMNS = ("task_id", "sample")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Split:
         name: short, used in paths and tables.
         prompts: in any order, task ids unique.
         source: what decides the prompts (data set, content, style), JSON-able.
+        recorded: completions that are there already, by task id, as many as each prompt has; None: they are drawn.
     """
 
     name: str
     prompts: Sequence[Prompt]
     source: dict[str, Any]
+    recorded: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -52,6 +56,10 @@ class Split:
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             raise ValueError(f"The split {self.name} has the task id {twice} twice: task ids must be unique.")
+        if self.recorded is not None and (empty := [i for i in ids if not self.recorded.get(i)]):
+            raise ValueError(
+                f"The split {self.name} has no completion of {empty[0]}: give one at least, or drop the prompt."
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,9 @@ class Reward(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the rewards."""
 
+    def check(self) -> None:
+        """Raise, in a sentence, what can be known to fail before any completion is drawn: it is said before hours of work."""
+
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         """Every batch with one RewardRow a completion, in any order of batches; several may be in work at once."""
 
@@ -95,6 +106,7 @@ class Pool:
         sampler: draws the completions.
         seed: of the run.
         batch_rows: completions in a batch; a batch has at least one prompt.
+        shard: (number, count): this process makes every count-th batch, from the number-th on, number 1..count.
     """
 
     run: Path
@@ -103,23 +115,48 @@ class Pool:
     sampler: Sampler
     seed: int
     batch_rows: int = 64
+    shard: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
         return f"{self.split.name}.{self.kind}"
 
     @property
-    def n(self) -> int:
-        return self.sampler.settings.n
-
-    @property
     def task_ids(self) -> list[str]:
         return sorted(prompt.task_id for prompt in self.split.prompts)
 
+    def samples(self, task_id: str) -> int:
+        """Completions that the pool has of a prompt."""
+        recorded = self.split.recorded
+        return self.sampler.settings.n if recorded is None else len(recorded[task_id])
+
+    def rows(self, keys: Keys) -> int:
+        """Completions in a batch."""
+        return sum(map(self.samples, keys))
+
+    @property
+    def smallest(self) -> int:
+        """Completions of the prompt that has fewest."""
+        return min(map(self.samples, self.task_ids))
+
     @property
     def batches(self) -> list[Keys]:
-        ids, size = self.task_ids, max(1, self.batch_rows // self.n)
-        return [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]
+        """Prompts by task id, as many as fit into `batch_rows` completions."""
+        batches: list[list[str]] = []
+        room = 0
+        for task_id in self.task_ids:
+            if not batches or self.samples(task_id) > room:
+                batches.append([])
+                room = self.batch_rows
+            batches[-1].append(task_id)
+            room -= self.samples(task_id)
+        return [tuple(batch) for batch in batches]
+
+    @property
+    def own_batches(self) -> list[Keys]:
+        """Those that this process makes: all, or its shard."""
+        number, count = self.shard
+        return self.batches[number - 1 :: count]
 
     @property
     def prompts(self) -> Table:
@@ -132,13 +169,19 @@ class Pool:
 
     @property
     def completions(self) -> Table:
-        inputs = {
-            "prompts": self.prompts.identity,
-            "sampler": self.sampler.identity(),
-            "seed": self.seed,
-            "batch_rows": self.batch_rows,
-        }
+        inputs: dict[str, Any] = {"prompts": self.prompts.identity, "batch_rows": self.batch_rows}
+        if self.split.recorded is None:
+            inputs |= {"sampler": self.sampler.identity(), "seed": self.seed}
+        else:
+            texts = [[key, *self.split.recorded[key]] for key in self.task_ids]
+            inputs["recorded"] = {"completions": store.fingerprint(texts), "rows": self.rows(tuple(self.task_ids))}
         return store.open_table(self.run, "completions", self.name, inputs=inputs, schema=store.COMPLETIONS)
+
+    def draw(self, keys: Keys, prompts: Sequence[list[int]]) -> list[list[Completion]]:
+        """The completions of a batch: the sampler's, or those that are there already."""
+        if self.split.recorded is None:
+            return self.sampler.sample(prompts, [sample_seeds(self.seed, key, self.samples(key)) for key in keys])
+        return [[Completion(text, None, "imported", math.nan, -1) for text in self.split.recorded[key]] for key in keys]
 
     def rewards(self, reward: Reward) -> Table:
         inputs = {"completions": self.completions.identity, "reward": reward.identity()}
@@ -169,23 +212,22 @@ def render_prompts(pool: Pool) -> None:
 
 
 def sample(pool: Pool, progress: bool = True) -> None:
-    """Draw the pool's completions."""
+    """Draw the pool's completions, or write down those that are there already."""
     pool.prompts.check_inputs()  # its message names what differs; the completions know the prompts by their fingerprint
     table = pool.completions
     table.begin()
-    if all(table.has(keys) for keys in pool.batches):
+    if all(table.has(keys) for keys in pool.own_batches):
         return
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
         for keys in batches:
-            seeds = [sample_seeds(pool.seed, key, pool.n) for key in keys]
-            completions = pool.sampler.sample([prompt_ids[key] for key in keys], seeds)
+            completions = pool.draw(keys, [prompt_ids[key] for key in keys])
             flat = [completion for of_prompt in completions for completion in of_prompt]
             columns = {
-                "task_id": [key for key in keys for _ in range(pool.n)],
-                "sample": list(range(pool.n)) * len(keys),
+                "task_id": [key for key in keys for _ in range(pool.samples(key))],
+                "sample": [number for key in keys for number in range(pool.samples(key))],
                 "seed": [c.seed for c in flat],
                 "completion": [c.text for c in flat],
                 "token_ids": [c.token_ids for c in flat],
@@ -200,9 +242,11 @@ def sample(pool: Pool, progress: bool = True) -> None:
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
     """Reward the pool's completions."""
     table = pool.rewards(reward_stage)
-    table.begin()
+    table.check_inputs()
+    begun = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+        nonlocal begun
         waiting: dict[Keys, Keys] = {}  # the runner knows a batch by its own object
 
         def reward_batches() -> Iterator[RewardBatch]:
@@ -228,6 +272,9 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
                 "seconds": [r.seconds for r in rewarded],
                 "detail": [r.detail for r in rewarded],
             }
+            if not begun:  # a reward that fails at once is corrected, and must not meet a table of its former self
+                table.begin()
+                begun = True
             yield waiting.pop(batch.keys), pa.table(columns, schema=store.REWARDS)
 
     _run(pool, f"reward {pool.kind}", table, stage, progress)
@@ -238,11 +285,10 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     tables = {layer: pool.features(embedder, layer) for layer in embedder.layers}
     for table in tables.values():
         table.begin()
-    if all(table.has(keys) for table in tables.values() for keys in pool.batches):
+    if all(table.has(keys) for table in tables.values() for keys in pool.own_batches):
         return
     prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
     sampled = pool.sampler.tokenizer_fingerprint()
-    same_tokens = sampled is not None and sampled == embedder.tokenizer_fingerprint()
     said_exact = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
@@ -251,21 +297,22 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             rows = _completions_of(pool, keys)
             prompt_ids, completion_ids = [], []
             for key in keys:
-                own = [row for row in rows if row["task_id"] == key]
-                row = prompts[key]
-                # An API renders conversations by itself: what is known of such a prompt is plain text.
-                templated = row["messages"] is not None and sampled is not None
-                if same_tokens and all(r["token_ids"] is not None for r in own):
-                    prompt_ids.append(row["prompt_token_ids"])
-                    completion_ids.append([r["token_ids"] for r in own])
-                else:
-                    prompt_ids.append(embedder.encode_prompt(row["prompt"], templated))
-                    completion_ids.append([embedder.encode_completion(r["completion"]) for r in own])
+                own = [(row["completion"], row["token_ids"]) for row in rows if row["task_id"] == key]
+                prompt = prompts[key]
+                ids, of_prompt = tokens_to_embed(
+                    embedder,
+                    sampled,
+                    (prompt["prompt"], prompt["prompt_token_ids"]),
+                    own,
+                    templated=prompt["messages"] is not None,
+                )
+                prompt_ids.append(ids)
+                completion_ids.append(of_prompt)
             states = embedder.embed(prompt_ids, completion_ids)
-            ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
+            task_ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
             parts = {}
             for layer in tables:
-                parts[layer], exact = store.feature_rows(ids, samples, states[layer].numpy())
+                parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy())
                 if exact and not said_exact:
                     said_exact = True
                     tqdm.write(f"layer {layer} holds values beyond float16: such parts are stored as float32.")
@@ -277,7 +324,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             if not tables[layer].has(keys):
                 tables[layer].write(keys, part)
 
-    works = [Work(k, len(k) * pool.n, all(t.has(k) for t in tables.values())) for k in pool.batches]
+    works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
     metered = _metered(embedder, tables[min(tables)], stage)
     run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
 
@@ -292,7 +339,7 @@ class Joined:
         completions: N texts.
         rewards: (N,) float32.
         verdicts: N words.
-        features: (N, D) float16 or float32; None where not asked for.
+        features: (N, D) float16 or float32, a mapped temporary file where it is large; None where not asked for.
     """
 
     task_ids: list[str]
@@ -309,30 +356,33 @@ def join(pool: Pool, reward_stage: Reward, embedder: Embedder | None = None, lay
     Raises:
         StoreError: a table is unfinished, or a row is missing, foreign or there twice.
     """
-    completions = pool.completions.read(pool.batches)
-    rewards = pool.rewards(reward_stage).read(pool.batches)
-    expected = [(key, sample) for keys in pool.batches for key in keys for sample in range(pool.n)]
-    tables = {"completions": completions, "rewards": rewards}
+    completions = pool.completions.read(pool.batches, [*KEY_COLUMNS, "completion"])
+    rewards = pool.rewards(reward_stage).read(pool.batches, [*KEY_COLUMNS, "reward", "verdict"])
+    expected = [(key, sample) for keys in pool.batches for key in keys for sample in range(pool.samples(key))]
+    found = {"completions": _keys_of(completions), "rewards": _keys_of(rewards)}
     features = None
     if embedder is not None and layer is not None:
-        tables["features"] = pool.features(embedder, layer).read(pool.batches)
-        features = np.array(store.embeddings_of(tables["features"]))  # Arrow's own memory is read-only
-    for name, table in tables.items():
-        found = list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-        if found != expected:
+        found["features"], features = pool.features(embedder, layer).read_embeddings(pool.batches)
+    for name, keys_found in found.items():
+        if keys_found != expected:
             raise StoreError(
                 f"The {name} of {pool.name} do not hold every (task_id, sample) once and in order, as for "
-                f"{_first_wrong(found, expected)}: delete that table."
+                f"{_first_wrong(keys_found, expected)}: delete that table."
             )
-    groups = np.repeat(np.arange(len(pool.task_ids)), pool.n)
+    task_ids = pool.task_ids
+    groups = np.repeat(np.arange(len(task_ids)), list(map(pool.samples, task_ids)))
     return Joined(
-        pool.task_ids,
+        task_ids,
         groups,
         completions["completion"].to_pylist(),
         np.array(rewards["reward"].to_numpy()),
         rewards["verdict"].to_pylist(),
         features,
     )
+
+
+def _keys_of(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(*(table[name].to_pylist() for name in KEY_COLUMNS), strict=True))
 
 
 def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> tuple[str, int]:
@@ -345,7 +395,7 @@ def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) 
 
 
 def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
-    works = [Work(keys, len(keys) * pool.n, table.has(keys)) for keys in pool.batches]
+    works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.own_batches]
     run_stage(name, works, stage, table.write, progress=progress)
 
 

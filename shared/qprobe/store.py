@@ -11,13 +11,15 @@ learning rate disowns nothing.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import json
 import platform
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qprobe.files import remove_abandoned, write_whole
+
+# Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
+# memory then does not grow with the number of samples. Below it a file would only cost time.
+MAPPED_ABOVE = 256 * 2**20
 
 KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
 PROMPTS = pa.schema(
@@ -155,12 +161,75 @@ class Table:
         )
         write_whole(self.part(keys), buffer.getvalue().to_pybytes())
 
-    def read(self, batches: Iterable[Sequence[str]] | None = None) -> pa.Table:
+    def read(self, batches: Iterable[Sequence[str]] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, or those of the batches named by their keys, in that order.
+
+        Args:
+            batches: task ids of each part; None reads every part that is there.
+            columns: names of those to read; None reads all.
 
         Raises:
             StoreError: a part is missing, unreadable or foreign; the message names it.
         """
+        paths = self._paths_of(batches)
+        tables = [_read_part(path, self.schema, columns) for path in paths]
+        if self.schema is None:
+            tables = _same_width(tables, paths)
+        return pa.concat_tables(tables)
+
+    def read_embeddings(self, batches: Iterable[Sequence[str]]) -> tuple[list[tuple[str, int]], np.ndarray]:
+        """The keys and embeddings of a features table, with one part at a time in memory besides the result.
+
+        Args:
+            batches: task ids of each part.
+
+        Returns: ((task_id, sample) of the N rows, (N, D) float16, or float32 where a part is). Above MAPPED_ABOVE bytes the
+            array is a memory-mapped file without a name in the table's folder, gone with the array.
+
+        Raises:
+            StoreError: as `read`, or the disk has no room for that file.
+        """
+        paths = self._paths_of(batches)
+        shapes = [_features_shape(path) for path in paths]
+        width = shapes[0].width
+        for shape, path in zip(shapes, paths, strict=True):
+            if shape.width != width:
+                raise StoreError(_other_width(path, shape.width, paths[0], width))
+        dtype = np.dtype(np.float32 if any(shape.exact for shape in shapes) else np.float16)
+        rows = sum(shape.rows for shape in shapes)
+        keys: list[tuple[str, int]] = []
+
+        def parts() -> Iterable[np.ndarray]:
+            for path in paths:
+                part = _read_part(path, None)  # as many rows as its footer said, or it is unreadable
+                keys.extend(zip(part["task_id"].to_pylist(), part["sample"].to_pylist(), strict=True))
+                yield embeddings_of(part).astype(dtype, copy=False)
+
+        if rows * width * dtype.itemsize > MAPPED_ABOVE:
+            return keys, self._mapped(parts(), (rows, width), dtype)
+        values = np.empty((rows, width), dtype)
+        start = 0
+        for part in parts():
+            values[start : start + len(part)] = part
+            start += len(part)
+        return keys, values
+
+    def _mapped(self, parts: Iterable[np.ndarray], shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                # Written and not stored through the map: a full disk is then an error, not the death of the process.
+                for part in parts:
+                    file.write(np.ascontiguousarray(part).data)
+                file.flush()
+                return np.memmap(file, dtype, "r+", shape=shape)
+        except OSError as error:
+            size = shape[0] * shape[1] * dtype.itemsize / 2**30
+            raise StoreError(
+                f"The embeddings of {self.name} do not fit a temporary file beside them ({error.strerror or error}): training "
+                f"and evaluation need {size:.1f} GiB there while they run; make room, then start the same command again."
+            ) from error
+
+    def _paths_of(self, batches: Iterable[Sequence[str]] | None) -> list[Path]:
         self.check_inputs()
         paths = self.parts() if batches is None else [self.part(keys) for keys in batches]
         missing = [path for path in paths if not path.exists()]
@@ -168,12 +237,9 @@ class Table:
             raise StoreError(
                 f"{self.name} is missing {len(missing)} of {len(paths)} parts: run the stage that makes it."
             )
-        tables = [_read_part(path, self.schema) for path in paths]
-        if not tables:
+        if not paths:
             raise StoreError(f"{self.name} has no rows yet: run the stage that makes it.")
-        if self.schema is None:
-            tables = _same_width(tables, paths)
-        return pa.concat_tables(tables)
+        return paths
 
     def note_usage(self, spent: dict[str, int]) -> None:
         """Add a line to usage.jsonl, where something was spent at an API. It is no input: no later table depends on it."""
@@ -252,18 +318,49 @@ def _matrix(column: Any) -> np.ndarray:
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), -1)
 
 
-def _read_part(path: Path, schema: pa.Schema | None) -> pa.Table:
+def _read_part(path: Path, schema: pa.Schema | None, columns: Sequence[str] | None = None) -> pa.Table:
+    with _readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_schema(path, file.schema_arrow, schema)
+        return file.read(columns=None if columns is None else list(columns))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    rows: int
+    width: int
+    exact: bool
+
+
+def _features_shape(path: Path) -> _Shape:
+    """What a part's footer says of its embeddings."""
+    with _readable(path), pq.ParquetFile(path) as file:
+        _check_schema(path, file.schema_arrow, None)
+        kind = file.schema_arrow.field("embedding").type
+        shape = _Shape(file.metadata.num_rows, kind.list_size, kind.value_type == pa.float32())
+        if shape.rows * shape.width * 2 > path.stat().st_size:  # no checksum guards the footer
+            raise pa.ArrowInvalid(f"its footer names {shape.rows} rows, more than it can hold")
+        return shape
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        rows = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-        names = rows.schema.names  # a damaged footer may hold bytes that are no text
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield
+    except (
+        pa.ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # a damaged footer may hold bytes that are no text
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
             f"{path} cannot be read ({first}): delete this part and start the same command again."
         ) from error
-    if not (_is_features(rows.schema) if schema is None else rows.schema.equals(schema)):
+
+
+def _check_schema(path: Path, found: pa.Schema, schema: pa.Schema | None) -> None:
+    names = found.names
+    if not (_is_features(found) if schema is None else found.equals(schema)):
         raise StoreError(f"{path} is foreign: its columns are {names}; move it away.")
-    return rows
 
 
 def _is_features(schema: pa.Schema) -> bool:
@@ -272,14 +369,16 @@ def _is_features(schema: pa.Schema) -> bool:
     return any(schema.equals(features_schema(kind.list_size, exact)) for exact in (False, True))
 
 
+def _other_width(path: Path, width: int, first: Path, wanted: int) -> str:
+    return f"{path} is foreign: its embeddings have {width} values, {first.name} has {wanted}."
+
+
 def _same_width(tables: list[pa.Table], paths: list[Path]) -> list[pa.Table]:
     """Parts of one dimension, all float32 as soon as one of them is."""
     kinds = [table.schema.field("embedding").type for table in tables]
     for kind, path in zip(kinds, paths, strict=True):
         if kind.list_size != kinds[0].list_size:
-            raise StoreError(
-                f"{path} is foreign: its embeddings have {kind.list_size} values, {paths[0].name} has {kinds[0].list_size}."
-            )
+            raise StoreError(_other_width(path, kind.list_size, paths[0], kinds[0].list_size))
     if all(kind.value_type == pa.float16() for kind in kinds):
         return tables
     exact = features_schema(kinds[0].list_size, exact=True)

@@ -152,9 +152,13 @@ class Reward:
         self.fail_at = fail_at
         self.seconds = seconds
         self.calls: list[int] = []  # prompts in each batch
+        self.checked = 0
 
     def identity(self) -> dict[str, Any]:
         return {"reward": "passes"}
+
+    def check(self) -> None:
+        self.checked += 1
 
     def rows(self, batch: RewardBatch) -> list[RewardRow]:
         passed = [passes(task_id, completion) for task_id, _, completion in batch.rows]

@@ -23,7 +23,7 @@ from qprobe.sweep import (
     save_sweep,
     train_on_all,
 )
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
+from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 TRAINING = TrainingSettings(
     steps=30, learning_rate=0.05, held_out=0.3, minimum_mixed=2, check_every=5, chunks_per_batch=6
@@ -90,7 +90,7 @@ def test_cross_validation_never_scores_a_prompt_by_a_probe_that_learnt_from_it(l
         changed = dataclasses.replace(pool, rewards=rewards)
         sweep = cross_validate(changed, TRAINING, settings, k=3, seed=5, progress=False)
         assert any(probe.trained.chosen for probe in sweep)
-        return evaluation.score(sweep, changed, settings, 5)[loss]
+        return evaluation.score(sweep, changed, settings, 5)[1.0][loss]
 
     before = scores(pool.rewards)
     for prompt in (0, 7):
@@ -151,7 +151,7 @@ def test_with_a_training_set_every_seed_draws_its_share_and_scores_all_of_the_te
     assert len(set(masks)) == (1 if share == 1 else 4) or share < 0.1
     test = planted(prompts=4, samples=7, seed=1)
     assert test.features is not None
-    found = evaluation.score(sweep, test, settings, 0)
+    found = evaluation.score(sweep, test, settings, 0)[1.0]
     for probe in sweep:
         assert probe.fold is None
         with torch.no_grad():
@@ -182,7 +182,7 @@ def test_the_learning_curves_probes_see_a_part_of_the_training_prompts_and_a_sma
             assert quarter < half < whole
             assert masks["policy_gradient", seed, fold, 0.25] == quarter  # losses are compared on the same prompts
     pool = planted()
-    parts = {share: evaluation.score(sweep, pool, settings, 5, share) for share in (0.25, 0.5, 1.0)}
+    parts = evaluation.score(sweep, pool, settings, 5)
     assert {p.share for scores in parts[0.25].values() for p in scores.probes} == {0.25}
     results = evaluate(pool, parts[1.0], k=3, parts=parts, losses=settings.losses, curve_shares=(0.25, 0.5))
     curve = results.reward_against_prompts
@@ -199,7 +199,9 @@ def test_the_learning_curve_by_hand_and_its_verdict() -> None:
     parts = {}
     for share, values in q.items():
         network = ProbeNetwork(1)
-        probe = SweepProbe("policy_gradient", 0, None, TrainedProbe(network, 0.0, 1, True, 20), share, int(40 * share))
+        probe = SweepProbe(
+            "policy_gradient", 0, None, TrainedProbe(network, 0.0, 1, True, 20, 1e-3), share, int(40 * share)
+        )
         parts[share] = {"policy_gradient": Scored(np.float32([values]), np.zeros((1, 10)), [probe])}
     results = evaluate(pool, parts[1.0], k=2, parts=parts, seeds=1)
     curve = results.reward_against_prompts
@@ -228,6 +230,24 @@ def test_the_difference_to_greedy_is_paired_and_simulation_has_an_error_of_its_o
     assert few.simulation_error is not None
     assert many.simulation_error is not None
     assert 5 < few.simulation_error / many.simulation_error < 20  # 10, the root of 2000 / 20
+
+
+def test_scores_do_not_depend_on_the_pieces_that_features_are_read_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = planted()
+    sweep = cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
+    whole = evaluation.score(sweep, pool, SETTINGS, 5)[1.0]
+    monkeypatch.setattr(evaluation, "ROWS_AT_A_TIME", 7)
+    pieces = evaluation.score(sweep, pool, SETTINGS, 5)[1.0]
+    assert list(pieces) == list(SETTINGS.losses)
+    for loss, scores in pieces.items():
+        np.testing.assert_allclose(scores.q, whole[loss].q, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(scores.beta, whole[loss].beta)
+        assert [probe.loss for probe in scores.probes] == [loss] * 6
+    assert pool.features is not None
+    for probe in sweep:  # every prompt by the probe that did not see it
+        rows = (fold_of(12, 3, 5 + probe.seed) == probe.fold)[pool.groups]
+        expected = score_rows(probe.trained.network, torch.from_numpy(pool.features)).numpy()[rows]
+        np.testing.assert_allclose(pieces[probe.loss].q[probe.seed, rows], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_table_by_hand() -> None:
@@ -323,7 +343,7 @@ def test_a_perfect_scorer_reaches_the_skyline_and_a_random_one_stays_at_the_base
 def test_the_same_seed_gives_the_same_results() -> None:
     pool = planted()
     sweep = cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
-    scores = evaluation.score(sweep, pool, SETTINGS, 5)
+    scores = evaluation.score(sweep, pool, SETTINGS, 5)[1.0]
     first, again = (evaluate(pool, scores, k=3) for _ in range(2))
     assert first == again
     assert evaluate(pool, scores, k=3, draws=21) != first
@@ -337,7 +357,7 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     pool = planted()
     few = dataclasses.replace(TRAINING, minimum_mixed=100)
     sweep = cross_validate(pool, few, SETTINGS, k=3, seed=5, progress=False)
-    results = evaluate(pool, evaluation.score(sweep, pool, SETTINGS, 5), k=3)
+    results = evaluate(pool, evaluation.score(sweep, pool, SETTINGS, 5)[1.0], k=3)
     assert any(note.startswith("18 of 18 probes use the default stopping step and beta") for note in results.notes)
 
 
@@ -354,7 +374,7 @@ def sweep_of(*numbers: float) -> list[SweepProbe]:
     for place, number in enumerate(numbers):
         network = ProbeNetwork(3, (2,), torch.Generator().manual_seed(place))
         torch.nn.init.constant_(network.biases[1], number)
-        trained = TrainedProbe(network, beta=0.1, steps=place, chosen=bool(place), held_out_mixed=4)
+        trained = TrainedProbe(network, beta=0.1, steps=place, chosen=bool(place), held_out_mixed=4, learning_rate=0.1)
         sweep.append(SweepProbe("reward_mse", place, place or None, trained))
     return sweep
 
@@ -418,6 +438,9 @@ def test_the_example_is_the_mixed_prompt_with_the_widest_gap() -> None:
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8]]
     found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
     assert found == evaluation.Example("p002", "completion 8", "passed", "completion 7", "failed")
+    wordless = dataclasses.replace(joined([[0.25, 1]]), verdicts=["", ""])  # a reward is its own verdict then
+    found = evaluation.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
+    assert found == evaluation.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
     assert evaluation.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
 
 

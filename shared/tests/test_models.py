@@ -260,6 +260,16 @@ def test_fingerprints_are_equal_for_equal_tokenizers_only(
     assert models.load_tokenizer(spec_of(folder)).fingerprint() != plain
 
 
+def test_a_tokenizer_in_python_has_a_fingerprint_too() -> None:
+    from transformers import ByT5Tokenizer
+
+    def fingerprint(extra: int) -> str:
+        return Tokenizer(ByT5Tokenizer(extra_ids=extra), "byt5").fingerprint()
+
+    assert fingerprint(3) == fingerprint(3)
+    assert fingerprint(3) != fingerprint(4)
+
+
 # ------------------------------------------------------------------------------------------------------- what is missing
 
 
@@ -278,6 +288,26 @@ def test_a_folder_without_weights_is_not_called_missing(folder: Path) -> None:
         models.load(spec_of(folder))
     assert "\n" not in str(error.value)
     assert "the hub" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "x"}}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_malformed_file_of_a_folder_is_a_sentence(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(OSError, match=r"could not be had .* its files are here but cannot be used") as error:
+        models.load(spec_of(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_beyond_the_memory_are_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def full(*_arguments: Any, **_keywords: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match=r"does not fit the memory of cpu in torch.float32 .*: use a smaller model"):
+        models.load(spec_of(folder))
 
 
 def test_weights_that_were_cut_short_are_a_sentence(folder: Path) -> None:

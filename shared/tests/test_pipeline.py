@@ -15,13 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
 from qprobe.pipeline import STAGES, Pipeline
 from qprobe.probe import EmbeddingSource, QProbe
-from qprobe.stages import RewardRow
+from qprobe.stages import RewardRow, Split
 from qprobe.store import StoreError
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
@@ -120,6 +121,28 @@ def test_trained_on_one_set_and_tested_on_others_end_to_end(make: Make, fakes: M
     pair = pipeline.example(tests[0], "policy_gradient")
     assert pair is not None
     assert 100 <= int(pair.task_id.removeprefix("t-")) < 108
+
+
+def test_shards_together_make_the_tables_of_one_run(make: Make, tmp_path: Path) -> None:
+    whole = make(run=tmp_path / "whole")
+    whole.execute()
+    shards = [make(run=tmp_path / "sharded", shard=(number, 3)) for number in (3, 1, 2)]
+    for shard in shards:
+        with pytest.raises(StoreError, match=r"is missing \d+ of 4 parts"):
+            make(run=tmp_path / "sharded").train()
+        shard.execute()
+        assert not (shard.run / "probes").exists()
+        assert shard.closing_words().startswith(f"shard {shard.shard[0]} of 3 is done")
+    made = [sum(shard.sampler.calls) for shard in shards]  # type: ignore[attr-defined]
+    assert sum(made) == 12  # every prompt once
+    assert max(made) < 12
+    last = make(run=tmp_path / "sharded")
+    last.execute()
+    assert calls(last) == dict.fromkeys(MAKERS, 0)
+    for table in (whole.run / "tables").iterdir():
+        assert (last.run / "tables" / table.name).read_bytes() == table.read_bytes()
+    with pytest.raises(ValueError, match="shard is 4/3: say 1/4 to 4/4"):
+        make(shard=(4, 3))
 
 
 def test_results_are_kept_and_those_of_other_settings_are_not_reported(
@@ -304,6 +327,54 @@ def test_tables_of_other_inputs_are_refused_before_the_stages_before_them(
     ):
         second.execute(WORK)
     assert calls(second) == dict.fromkeys(MAKERS, 0)
+
+
+def test_what_a_reward_lacks_is_said_before_any_work(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = make()
+
+    def lacks() -> None:
+        raise RuntimeError("the judge is not installed")
+
+    monkeypatch.setattr(pipeline.reward, "check", lacks)
+    with pytest.raises(RuntimeError, match="the judge is not installed"):
+        pipeline.execute(WORK)
+    assert not pipeline.run.exists()
+    make().execute(["sample"])
+    pipeline.execute(["embed"])  # needs no reward
+
+
+def test_unequal_prompts_are_trained_and_measured_at_the_smallest_k(make: Make, fakes: ModuleType) -> None:
+    prompts = fakes.prompts(9)
+    texts = {
+        prompt.task_id: [f"answer {(31 * place + 17 * n) % 100:02d}" for n in range(2 + place % 4)]
+        for place, prompt in enumerate(prompts)
+    }
+    split = Split("mine", prompts, {"file": "mine"}, texts)
+    pipeline = make(tests=[split], greedy=None)
+    assert pipeline.k == 2
+    pipeline.execute(WORK)
+    results = pipeline.results(split)
+    assert (results.k, results.prompts, results.samples, results.samples_per_prompt) == (2, 9, 30, 5)
+    passed = [np.mean([fakes.passes(task_id, text) for text in own]) for task_id, own in texts.items()]
+    row = next(row for row in results.rows if row.method == "pass@1")
+    assert row.value == pytest.approx(np.mean(passed))  # every prompt counts alike, whatever its number of candidates
+    for changes, message in [
+        ({"settings": EvaluationSettings(k=3, folds=3)}, "evaluation.k is 3, but a prompt of mine has 2 candidates"),
+        ({"greedy": fakes.Sampler(1, temperature=0.0)}, "The completions of mine are there already: greedy decoding"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(**({"tests": [split], "greedy": None} | changes))
+
+
+def test_what_an_application_needs_is_in_the_cards(make: Make) -> None:
+    make(use={"prompts": "chat"}).execute(WORK)
+    pipeline = make(use={"prompts": "text"})
+    folder = pipeline.final_probe()
+    assert QProbe.from_pretrained(folder).use == {"prompts": "chat"}
+    sweep = (folder.parent / "sweep.json").stat().st_mtime_ns
+    pipeline.execute(WORK)
+    assert QProbe.from_pretrained(folder).use == {"prompts": "text"}
+    assert (folder.parent / "sweep.json").stat().st_mtime_ns == sweep  # only the cards are older
 
 
 def test_probes_read_the_highest_layer_unless_another_is_asked_for(make: Make, fakes: ModuleType) -> None:

@@ -48,7 +48,7 @@ def test_prefill_returns_states_and_scores_of_the_last_prompt_token(
     monkeypatch: pytest.MonkeyPatch,
     per_pass: int,
 ) -> None:
-    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", per_pass)
+    monkeypatch.setitem(prefix.TOKENS_PER_PASS, "cpu", per_pass)
     spec = run.language_model.spec
     found = run.prefill(prompts, (0, 2, 4), logits=True)
     assert found.lengths.tolist() == list(PROMPT_LENGTHS)
@@ -72,7 +72,7 @@ def test_rows_grown_in_steps_and_dropped_on_the_way_stay_exact(
     monkeypatch: pytest.MonkeyPatch,
     per_pass: int,
 ) -> None:
-    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", per_pass)
+    monkeypatch.setitem(prefix.TOKENS_PER_PASS, "cpu", per_pass)
     spec = run.language_model.spec
     continuation = run.continuation(run.prefill(prompts), torch.tensor(OWNER))
     sequences = [list(prompts[p]) for p in OWNER]
@@ -146,7 +146,7 @@ def test_prompts_without_rows_are_let_go(tiny_model: ModelSpec, prompts: list[li
 def test_passes_over_the_prompts_are_small_and_score_the_last_token_only(
     tiny_model: ModelSpec, random_ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "TOKENS_PER_PREFILL", 16)
+    monkeypatch.setitem(prefix.TOKENS_PER_PASS, "cpu", 16)
     run = PrefixRun(models.load(tiny_model))
     shapes: list[tuple[int, ...]] = []
     head = run.model.lm_head.register_forward_hook(lambda _m, inputs, _o: shapes.append(tuple(inputs[0].shape)))

@@ -88,7 +88,25 @@ def test_a_temperature_of_the_users_own_is_kept() -> None:
     assert fitted(beta=0.7).beta_ == 0.7
     few = fitted(minimum_mixed=31)
     assert few.beta_ == TrainingSettings().beta
-    assert few.training_ == {"steps": 40, "chosen_on_held_out_prompts": False, "held_out_mixed_prompts": 8}  # of nine
+    assert few.training_ == {
+        "steps": 40,
+        "chosen_on_held_out_prompts": False,
+        "held_out_mixed_prompts": 8,  # of nine
+        "learning_rate": 0.05,
+        "note": "",
+    }
+
+
+def test_the_learning_rate_is_chosen_and_recorded(tmp_path: Path) -> None:
+    probe = fitted(learning_rates=(1e-7, 0.05))
+    assert probe.training_["learning_rate"] == 0.05
+    left = fitted(learning_rates=(1e-7, 0.05), learning_rate=0.02, minimum_mixed=31)
+    assert left.training_["learning_rate"] == 0.02
+    assert left.training_["note"].startswith("The learning rate was not chosen among 2")
+    left.save_pretrained(tmp_path)
+    again = QProbe.from_pretrained(tmp_path)
+    assert again.settings == left.settings
+    assert again.training_ == left.training_
 
 
 def pairs(count: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -148,11 +166,12 @@ def test_ties_are_the_first_without_a_generator_and_by_lot_with_one() -> None:
 def test_saved_and_read_back_is_bit_for_bit_the_same(hidden: tuple[int, ...], tmp_path: Path) -> None:
     probe = fitted(hidden=hidden, seed=7, k=5)
     probe.source = SOURCE
+    probe.use = {"prompts": "chat", "sampler": {"n": 5}}
     probe.save_pretrained(tmp_path / "probe")
     read = QProbe.from_pretrained(tmp_path / "probe")
     features = rows(seed=1)[0]
     np.testing.assert_array_equal(read.score(features), probe.score(features))
-    for name in ("loss", "k", "seed", "settings", "beta_", "training_", "data_", "source"):
+    for name in ("loss", "k", "seed", "settings", "beta_", "training_", "data_", "source", "use"):
         assert getattr(read, name) == getattr(probe, name), name
     assert {path.suffix for path in (tmp_path / "probe").iterdir()} == {".json", ".safetensors"}  # no pickle
     read.save_pretrained(tmp_path / "again")
@@ -160,6 +179,13 @@ def test_saved_and_read_back_is_bit_for_bit_the_same(hidden: tuple[int, ...], tm
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     source = json.loads((tmp_path / "probe" / "probe.json").read_text())["source"]
     assert source == {"model": {"name": "model-a", "content": "0f"}, "layer": 18, "token": "last", "template": "t"}
+
+
+def test_a_card_of_before_it_named_a_use_is_read(tmp_path: Path) -> None:
+    fitted().save_pretrained(tmp_path)
+    card = tmp_path / "probe.json"
+    card.write_text(json.dumps({name: value for name, value in json.loads(card.read_text()).items() if name != "use"}))
+    assert QProbe.from_pretrained(tmp_path).use == {}
 
 
 def test_a_save_that_was_cut_off_is_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,53 @@ def test_batches_are_whole_prompts_of_the_sorted_tasks_whatever_the_order_they_c
     assert len(make_pool(fakes, tmp_path, batch_rows=1).batches) == 10  # a prompt is never cut
 
 
+SIZES = {"t-000": 5, "t-001": 1, "t-002": 2, "t-003": 9, "t-004": 4}
+
+
+def recorded_split(fakes: ModuleType) -> Split:
+    texts = {task_id: [f"answer {10 * size + n:02d}" for n in range(size)] for task_id, size in SIZES.items()}
+    return Split("mine", fakes.prompts(5), {"file": "mine"}, texts)
+
+
+def test_unequal_prompts_fill_a_batch_as_far_as_they_fit(fakes: ModuleType, tmp_path: Path) -> None:
+    split = recorded_split(fakes)
+    for rows, expected in [
+        (8, [["t-000", "t-001", "t-002"], ["t-003"], ["t-004"]]),  # 8; 9 is more than fits, and is not cut; 4
+        (7, [["t-000", "t-001"], ["t-002"], ["t-003"], ["t-004"]]),
+        (100, [list(SIZES)]),
+    ]:
+        pool = make_pool(fakes, tmp_path, split=split, batch_rows=rows)
+        assert [list(batch) for batch in pool.batches] == expected
+    assert pool.smallest == 1
+
+
+def test_completions_that_are_there_already_are_taken_and_nothing_is_drawn(fakes: ModuleType, tmp_path: Path) -> None:
+    split, sampler = recorded_split(fakes), fakes.Sampler()
+    pool = make_pool(fakes, tmp_path, split=split, sampler=sampler, batch_rows=8)
+    joined = complete(pool, fakes)
+    assert sampler.calls == []
+    assert split.recorded is not None
+    assert joined.completions == [text for task_id in SIZES for text in split.recorded[task_id]]
+    assert joined.groups.tolist() == [place for place, size in enumerate(SIZES.values()) for _ in range(size)]
+    assert joined.rewards.tolist() == [
+        float(fakes.passes(task_id, text)) for task_id in SIZES for text in split.recorded[task_id]
+    ]
+    assert joined.features is not None
+    goodness = [int(text.removeprefix("answer ")) / 100 for text in joined.completions]
+    np.testing.assert_array_equal(joined.features[:, 0], np.array(goodness, np.float16))
+    rows = pool.completions.read(pool.batches).to_pylist()
+    assert [row["sample"] for row in rows] == [n for size in SIZES.values() for n in range(size)]
+    assert all(row["token_ids"] is None and row["finish_reason"] == "imported" for row in rows)
+    other = Split("mine", split.prompts, split.source, dict(split.recorded) | {"t-001": ["answer 00"]})
+    with pytest.raises(StoreError, match=r"recorded.completions was '\w+', now"):
+        stages.sample(make_pool(fakes, tmp_path, split=other, batch_rows=8), progress=False)
+
+
+def test_a_split_with_completions_has_some_of_every_prompt(fakes: ModuleType) -> None:
+    with pytest.raises(ValueError, match="The split mine has no completion of t-001: give one at least"):
+        Split("mine", fakes.prompts(2), {}, {"t-000": ["x"], "t-001": []})
+
+
 def test_completions_carry_their_own_seed_and_the_tables_join(pool: Pool, fakes: ModuleType) -> None:
     joined = complete(pool, fakes)
     rows = pool.completions.read(pool.batches).to_pylist()
@@ -271,6 +318,23 @@ def test_values_beyond_float16_are_told_and_kept(
     assert joined.features.dtype == np.float32
     assert joined.features[0, 0] == 1e5
     assert capsys.readouterr().out.count("stored as float32") == 1
+
+
+def test_a_join_of_large_features_is_the_same_join(
+    pool: Pool, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = complete(pool, fakes)
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    mapped = stages.join(pool, fakes.Reward(), fakes.Embedder(), 1)
+    assert isinstance(mapped.features, np.memmap)
+    assert joined.features is not None
+    np.testing.assert_array_equal(mapped.features, joined.features)
+    assert mapped.features.flags.writeable  # torch reads no other memory without a warning
+    assert mapped.completions == joined.completions
+    assert sorted(path.suffix for path in pool.features(fakes.Embedder(), 1).folder.iterdir()) == [
+        ".json",
+        *[".parquet"] * 4,
+    ]
 
 
 def test_an_embedding_of_nan_is_refused_with_its_row(pool: Pool, fakes: ModuleType) -> None:

@@ -6,6 +6,8 @@ import platform
 import random
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,8 @@ def test_what_was_written_is_read_in_the_order_that_was_asked_for(table: Table) 
     assert table.read([KEYS, ["c"]]).equals(pa.concat_tables([rewards(KEYS), rewards(["c"])]))
     assert table.read([["c"]]).equals(rewards(["c"]))
     assert sorted(table.read()["task_id"].to_pylist()) == ["a", "a", "b", "b", "c", "c"]
+    some = table.read([["c"]], ["sample", "reward"])
+    assert some.equals(rewards(["c"]).select(["sample", "reward"]))
 
 
 def test_a_full_disk_leaves_no_part_and_says_so(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,27 +81,36 @@ def test_a_full_disk_leaves_no_part_and_says_so(table: Table, monkeypatch: pytes
     assert table.read([["c"], KEYS]).num_rows == 6
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a file system needs root")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
-    try:
-        small = store.open_table(disk, "features", inputs={})
-        small.begin()
-        rows = features(["a"] * 100, np.ones((100, 300)))  # 60 kB
-        with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: PT012 - which of them is the disk's choice
-            for number in range(10):
-                small.write([str(number)], rows)
-        assert "it is absent" in str(caught.value)
-        written = len(small.parts())
-        assert written >= 2
-        assert len(list(small.folder.iterdir())) == written + 1  # and the manifest: nothing half written
-        assert small.read().num_rows == 100 * written
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = store.open_table(full_disk, "features", inputs={})
+    small.begin()
+    rows = features(["a"] * 100, np.ones((100, 300)))  # 60 kB
+    with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: PT012 - which of them is the disk's choice
+        for number in range(10):
+            small.write([str(number)], rows)
+    assert "it is absent" in str(caught.value)
+    written = len(small.parts())
+    assert written >= 2
+    assert len(list(small.folder.iterdir())) == written + 1  # and the manifest: nothing half written
+    assert small.read().num_rows == 100 * written
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    with pytest.raises(StoreError, match=r"do not fit a temporary file beside them .No space left on device"):
+        small.read_embeddings([[str(number)] for number in range(written)])
+    assert len(list(small.folder.iterdir())) == written + 1
 
 
 def test_temporary_files_of_dead_processes_are_removed_at_the_next_start(table: Table) -> None:
@@ -267,6 +280,92 @@ def test_values_beyond_float16_are_kept_as_float32_beside_float16_parts(states: 
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, np.concatenate([small.astype(np.float16).astype(np.float32), large]))
     assert rows["task_id"].to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_embeddings_are_read_part_by_part_into_one_array(
+    mapped: bool, exact: bool, states: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0 if mapped else 10**6)
+    values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float16).astype(np.float32)
+    if exact:
+        values[4, 1] = 70000.0  # in the middle part alone
+    batches = [["c", "d"], ["a", "b", "e"], ["f", "g"]]
+    start = 0
+    for batch in batches:
+        states.write(batch, features(batch, values[start : start + len(batch)]))
+        start += len(batch)
+    keys, read = states.read_embeddings(batches)
+    assert keys == [(key, number) for batch in batches for number, key in enumerate(batch)]
+    assert read.dtype == (np.float32 if exact else np.float16)
+    np.testing.assert_array_equal(read.astype(np.float32), values)
+    assert isinstance(read, np.memmap) == mapped
+    assert len(list(states.folder.iterdir())) == 4  # parts and manifest: the file has no name
+    again = states.read_embeddings(batches[::-1])[1]
+    np.testing.assert_array_equal(again.astype(np.float32), values[[5, 6, 2, 3, 4, 0, 1]])
+
+
+def test_one_part_at_a_time_is_in_memory(states: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [[str(number)] * 64 for number in range(40)]
+    for batch in batches:
+        states.write(batch, features(batch, np.ones((64, 512))))
+    part = 64 * 512 * 2
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    held = []
+    original = store._read_part
+
+    def spy(*arguments: Any) -> pa.Table:
+        held.append(pa.total_allocated_bytes())
+        return original(*arguments)
+
+    monkeypatch.setattr(store, "_read_part", spy)
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    values = states.read_embeddings(batches)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert values.nbytes == 40 * part
+    assert max(held) - before < 8 * part  # of forty; reading has buffers of its own
+    assert peak < 8 * part  # numpy's own
+
+
+def test_no_room_for_the_array_is_a_sentence(states: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    states.write(KEYS, features(KEYS, np.ones((2, 3))))
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+
+    class Full:
+        def __init__(self, dir: Path) -> None:
+            assert dir == states.folder
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def write(self, content: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qprobe.store.tempfile.TemporaryFile", Full)
+    with pytest.raises(StoreError, match=r"do not fit a temporary file .*No space left on device.*0\.0 GiB.*make room"):
+        states.read_embeddings([KEYS])
+
+
+def test_a_damaged_part_is_named_however_it_is_read(states: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    states.write(KEYS, features(KEYS, np.ones((2, 40))))
+    states.write(["c"], features(["c"], np.ones((1, 41))))
+    with pytest.raises(StoreError, match=r"41 values, .* has 40"):
+        states.read_embeddings([KEYS, ["c"]])
+    with pytest.raises(StoreError, match="is missing 1 of 2 parts"):
+        states.read_embeddings([KEYS, ["d"]])
+    path = states.part(KEYS)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"{path.name} cannot be read .*delete this part"):
+        states.read_embeddings([KEYS])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

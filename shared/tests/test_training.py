@@ -1,6 +1,7 @@
 """Training: many probes at once equal each alone, optima that are known, held-out prompts that are held out, sentences."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import training
 from qprobe.losses import LOSSES
-from qprobe.metrics import within_prompt_auc
+from qprobe.metrics import mixed_prompts, within_prompt_auc
 from qprobe.network import ProbeNetwork
-from qprobe.training import BETAS, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.training import BETAS, Data, ProbeTask, TrainedProbe, TrainingSettings, passes, score_rows, train, trainer
 
 GOODNESS, HARDNESS = 0, 1  # features that differ within a prompt, and only between prompts
 
@@ -66,9 +66,11 @@ def learnt(probe: TrainedProbe, data: Data, loss: str) -> Tensor:
     return scores - means[data.groups]
 
 
-def held_out(data: Data, settings: TrainingSettings, seed: int = 0) -> Tensor:
-    """Which groups the seed's lot holds out."""
-    return training._held_out(data, ProbeTask("reward_mse", seed, everything(data)), settings).held
+def held_out(data: Data, settings: TrainingSettings, groups: Tensor | None = None) -> Tensor:
+    """Which groups the lot of seed 0 holds out."""
+    mixed = torch.from_numpy(mixed_prompts(data.rewards.numpy(), data.groups.numpy()))
+    task = ProbeTask("reward_mse", 0, everything(data) if groups is None else groups)
+    return trainer._held_out(data, task, settings, mixed).held
 
 
 def cross_entropy(scores: Tensor, rewards: Tensor) -> float:
@@ -80,33 +82,108 @@ def cross_entropy(scores: Tensor, rewards: Tensor) -> float:
 def test_probes_trained_together_equal_each_alone_on_the_same_prompts(hidden: tuple[int, ...]) -> None:
     data = planted([3, 5, 9, 4] * 10)
     settings = quick(hidden=hidden, held_out=0.5, minimum_mixed=6, steps=20)
-    # What must be the same is the set of prompts that batches are cut from. Four companions of ten prompts each, too few
-    # to hold any out, learn from all of them and go along.
-    companions = [ProbeTask("centred_mse", 0, torch.arange(40) // 10 == tenth) for tenth in range(4)]
-    tasks = [ProbeTask(loss, seed, everything(data)) for loss in LOSSES for seed in (0, 1)]
-    together = train(data, [*tasks, *companions], settings, k=3, seed=4)[: len(tasks)]
+    tasks = [ProbeTask(loss, 1, everything(data)) for loss in LOSSES]
+    together = train(data, tasks, settings, k=3, seed=4)
     for task, probe in zip(tasks, together, strict=True):
-        alone = train(data, [task, *companions], settings, k=3, seed=4)[0]
+        alone = train(data, [task], settings, k=3, seed=4)[0]
         expected = learnt(alone, data, task.loss)
         torch.testing.assert_close(learnt(probe, data, task.loss), expected, rtol=1e-3, atol=1e-4)
         assert expected.std() > 0.05
         assert (probe.steps, probe.chosen, probe.held_out_mixed) == (alone.steps, alone.chosen, alone.held_out_mixed)
         assert probe.chosen
     # On rewards bradley_terry is pairwise_logistic; the others all differ.
-    assert len({tuple(parameters(probe.network).tolist()) for probe in together}) == len(together) - 2
+    assert len({tuple(parameters(probe.network).tolist()) for probe in together}) >= len(together) - 1
 
 
+@pytest.mark.parametrize("hidden", [(), (5,)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_in_full_batches_each_probe_learns_from_its_own_prompts_as_if_no_other_existed(loss: str) -> None:
+def test_in_full_batches_each_probe_learns_from_its_own_prompts_as_if_no_other_existed(
+    loss: str, hidden: tuple[int, ...]
+) -> None:
     data = planted([4, 6] * 10)
-    masks = [torch.arange(20) % 3 != fold for fold in range(3)]
-    settings = full_batch(weight_decay=0.1)
-    together = train(data, [ProbeTask(loss, 0, mask) for mask in masks], settings, k=4)
-    for mask, probe in zip(masks, together, strict=True):
-        alone = train_one(only(data, mask), loss, settings)
+    tasks = [ProbeTask(loss, fold, torch.arange(20) % 3 != fold) for fold in range(3)]
+    settings = full_batch(weight_decay=0.1, hidden=hidden, steps=30)
+    together = train(data, tasks, settings, k=4)
+    for task, probe in zip(tasks, together, strict=True):
+        alone = train_one(only(data, task.groups), loss, settings, task_seed=task.seed)
         expected = learnt(alone, data, loss)
         torch.testing.assert_close(learnt(probe, data, loss), expected, rtol=1e-3, atol=1e-4)
         assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("loss", ["reward_cross_entropy", "policy_gradient"])
+def test_few_prompts_beside_many_are_learnt_from_as_alone(loss: str) -> None:
+    data = planted([12] * 64, noise=1.0)
+    settings = quick(steps=100, weight_decay=0.1)
+    masks = [everything(data), torch.arange(64) < 8, torch.arange(64) % 8 == 3]
+    together = train(data, [ProbeTask(loss, 0, mask) for mask in masks], settings, k=4)
+    for mask, probe in zip(masks[1:], together[1:], strict=True):
+        alone = train_one(data, loss, settings, groups=mask)
+        # Passes of their own, or shared with others as small: as many own prompts a batch, in another order.
+        found, expected = learnt(probe, data, loss), learnt(alone, data, loss)
+        assert float(torch.corrcoef(torch.stack([found, expected]))[0, 1]) > 0.99
+        assert float(found.std() / expected.std()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(parameters(together[0].network), parameters(train_one(data, loss, settings).network))
+
+
+def test_probes_of_several_learning_rates_equal_each_alone() -> None:
+    data = planted([4] * 40)
+    tasks = [ProbeTask("reward_mse", 0, everything(data), rate) for rate in (None, 0.003, 0.1)]
+    settings = quick(held_out=0.4, minimum_mixed=3)
+    found = train(data, tasks, settings, k=4)
+    assert [probe.learning_rate for probe in found] == [0.02, 0.003, 0.1]
+    for probe in found:
+        alone = train_one(data, "reward_mse", dataclasses.replace(settings, learning_rate=probe.learning_rate))
+        torch.testing.assert_close(parameters(probe.network), parameters(alone.network), rtol=1e-3, atol=1e-5)
+        assert (probe.steps, probe.beta, probe.note) == (alone.steps, alone.beta, "")
+
+
+def test_the_learning_rate_of_the_lowest_held_out_loss_is_taken_by_every_probe() -> None:
+    data = planted([4] * 60, dimension=20, noise=2.0)
+    rates = (1e-6, 0.01, 3.0)  # too slow to move, good, and too fast
+    settings = quick(held_out=0.4, minimum_mixed=3, learning_rates=rates, steps=30)
+    tasks = [ProbeTask(loss, 0, everything(data)) for loss in ("reward_mse", "reward_cross_entropy")]
+    tasks.append(ProbeTask("reward_mse", 0, everything(data), 1e-6))
+    found = train(data, tasks, settings, k=4)
+    assert [probe.learning_rate for probe in found] == [0.01, 0.01, 1e-6]  # a task's own is not for choice
+    alone = train_one(data, "reward_mse", dataclasses.replace(settings, learning_rates=(), learning_rate=0.01))
+    torch.testing.assert_close(parameters(found[0].network), parameters(alone.network), rtol=1e-3, atol=1e-5)
+
+
+def test_without_held_out_prompts_candidates_are_left_and_that_is_said() -> None:
+    data = planted([4] * 40)
+    candidates = quick(held_out=0.4, minimum_mixed=41, learning_rates=(0.1, 0.2))
+    found = train_one(data, "reward_mse", candidates)
+    plain = train_one(data, "reward_mse", quick(held_out=0.4, minimum_mixed=41))
+    assert torch.equal(parameters(found.network), parameters(plain.network))
+    assert found.learning_rate == 0.02
+    assert re.match(
+        r"The learning rate was not chosen among 2: \d+ held-out prompts .* fewer than 41; it is 0.02", found.note
+    )
+    assert plain.note == ""
+
+
+def test_patience_ends_training_that_no_longer_helps_and_null_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = planted([4] * 30, dimension=20, noise=0.5)
+    settings = full_batch(held_out=0.5, minimum_mixed=3, steps=400, learning_rate=0.03, patience=None)
+    made: list[int] = []
+    step = passes.StackedAdamW.step
+    monkeypatch.setattr(passes.StackedAdamW, "step", lambda *arguments: made.append(1) or step(*arguments))
+
+    def count(*more: ProbeTask, **changes: Any) -> tuple[TrainedProbe, int]:
+        made.clear()
+        tasks = [ProbeTask("reward_cross_entropy", 0, everything(data)), *more]
+        return train(data, tasks, dataclasses.replace(settings, **changes), k=4)[0], len(made)
+
+    whole, all_steps = count()
+    assert 0 < whole.steps < 300
+    assert all_steps == 400
+    patient, steps = count(patience=3)
+    assert steps == whole.steps + 3 * settings.check_every
+    assert torch.equal(parameters(whole.network), parameters(patient.network))
+    # A companion with too few mixed prompts to hold any out has no loss to watch: it gets all its steps.
+    few = ProbeTask("reward_mse", 0, torch.arange(30) < 15)
+    assert count(few, patience=3, minimum_mixed=8)[1] >= 400
 
 
 def test_cross_entropy_reaches_the_optimum_of_logistic_regression() -> None:
@@ -210,7 +287,7 @@ def test_groups_outside_the_mask_are_neither_trained_on_nor_held_out_nor_measure
         data, mask = dataclasses.replace(data, prompts=torch.arange(40) // 2), torch.arange(40) % 2 == 0
     outside = ~mask[data.groups]
     settings = quick(held_out=0.4, minimum_mixed=3)
-    held = training._held_out(data, ProbeTask("policy_gradient", 0, mask), settings).held
+    held = held_out(data, settings, mask)
     assert int(held.sum()) == int(0.4 * int(mask.sum()))
     before = train_one(data, "policy_gradient", settings, groups=mask)
     features, rewards = torch.where(outside[:, None], 1e3, data.features), torch.where(outside, 7.0, data.rewards)
@@ -312,38 +389,6 @@ def test_groups_of_one_and_of_equal_rewards_are_borne(loss: str) -> None:
     assert torch.isfinite(parameters(empty.network)).all()
     if LOSSES[loss].reads != "rows":
         torch.testing.assert_close(score_rows(empty.network, data.features), torch.zeros(55), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 10, 100])
-def test_an_epoch_sees_every_row_once_in_even_chunks_of_one_prompt(chunk: int) -> None:
-    sizes = torch.tensor([1, 12, 4, 25, 10])
-    groups = torch.repeat_interleave(torch.arange(5), sizes)[
-        torch.randperm(52, generator=torch.Generator().manual_seed(1))
-    ]
-    rows = training._Rows(groups, sizes)
-    settings = quick(chunk=chunk, chunks_per_batch=3)
-    generator = torch.Generator().manual_seed(0)
-    batches = list(training._batches(rows, settings, generator))
-    seen = torch.cat([at for at, _ in batches])
-    assert torch.equal(seen.sort().values, torch.arange(52))
-    cut: dict[int, list[int]] = {group: [] for group in range(5)}
-    for at, chunks in batches:
-        assert set(chunks.tolist()) == set(range(int(chunks.max()) + 1))
-        assert int(chunks.max()) < 3
-        for number in range(int(chunks.max()) + 1):
-            (group,) = set(groups[at[chunks == number]].tolist())
-            cut[group].append(int((chunks == number).sum()))
-    for group, size in enumerate(sizes.tolist()):
-        assert len(cut[group]) == -(-size // chunk)
-        assert max(cut[group]) - min(cut[group]) <= 1
-    again = list(training._batches(rows, settings, generator))
-    order = groups[seen].tolist()
-    assert order != sorted(order)  # chunks come in random order
-    if 1 < chunk < 25:  # and prompts are cut by lot, anew in every epoch
-        cuts = [
-            {frozenset(at[c == n].tolist()) for at, c in epoch for n in set(c.tolist())} for epoch in (batches, again)
-        ]
-        assert len(cuts[0] - cuts[1]) >= 4
 
 
 def test_epochs_count_passes_and_steps_count_steps() -> None:

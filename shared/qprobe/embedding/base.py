@@ -43,3 +43,30 @@ class Embedder(Protocol):
             layer -> (N, D) float32 on the CPU, completions of the first prompt first. Layers count from 0, the token
             embeddings, to the model's number of layers, whose states are normed (transformers' `hidden_states`).
         """
+
+
+def tokens_to_embed(
+    embedder: Embedder,
+    sampled_by: str | None,
+    prompt: tuple[str, list[int]],
+    completions: Sequence[tuple[str, list[int] | None]],
+    *,
+    templated: bool,
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens of a prompt and of its completions that are embedded.
+
+    Args:
+        sampled_by: the fingerprint of the sampler's tokenizer, or None. Where it is the embedder's own, token ids are taken as
+            they are. Otherwise, or where a completion has none, prompt and completions are tokenised once, each by itself.
+        prompt: as rendered, and its token ids.
+        completions: text and token ids of each, or None for the latter.
+        templated: whether the prompt was rendered by a chat template, special tokens included. Never so where an API sampled
+            (`sampled_by` is None): it renders by itself, and what is known of the prompt is plain text.
+    """
+    text, prompt_ids = prompt
+    given = [ids for _, ids in completions if ids is not None]
+    same = sampled_by is not None and sampled_by == embedder.tokenizer_fingerprint()
+    templated = templated and sampled_by is not None
+    if same and len(given) == len(completions):
+        return prompt_ids, given
+    return embedder.encode_prompt(text, templated), [embedder.encode_completion(words) for words, _ in completions]

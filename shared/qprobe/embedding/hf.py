@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qprobe import models
 from qprobe.models import ModelSpec
-from qprobe.prefix import Prefix, PrefixRun
+from qprobe.passes import Footprint, Passes
+from qprobe.prefix import Prefix, PrefixRun, check_prompts
 
 
 class HFEmbedder:
@@ -24,19 +25,15 @@ class HFEmbedder:
     Args:
         model: which model; it is loaded at the first call and shared with the process.
         layers: hidden layers; negative counts from the last. The paper reads layer 26 of 32.
-        tokens_per_pass: completion tokens, padding included, that one forward pass may hold. 8192 need about 0.2 GB at
-            135M parameters, 2 GB at 7B.
     """
 
-    def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,), tokens_per_pass: int = 8192) -> None:
+    def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,)) -> None:
         if not layers:
             raise ValueError("The embedder was given no layers: name at least one, -1 is the last.")
-        if tokens_per_pass < 1:
-            raise ValueError(f"tokens_per_pass is {tokens_per_pass}: at least 1 is needed.")
         self.model = model
         self._layers = tuple(layers)
-        self.tokens_per_pass = tokens_per_pass
         self._run: PrefixRun | None = None
+        self._passes: Passes | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"embedder": "hf", "model": self.model.identity(), "token": "last"}
@@ -67,32 +64,39 @@ class HFEmbedder:
     ) -> dict[int, Tensor]:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        if self._run is None:
+        check_prompts(prompts)
+        if self._run is None or self._passes is None:
             self._run = PrefixRun(models.load(self.model))
-        layers = sorted({self._run.language_model.check_layer(layer) for layer in self.layers})
+            self._passes = Passes(self._run.language_model)
+        run = self._run
+        layers = sorted({run.language_model.check_layer(layer) for layer in self.layers})
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         self._check_length(prompts, rows, owner)
-        prefix = self._run.prefill(prompts, layers)
-        # Rows that stay empty keep the state of their prompt's last token.
-        states = {layer: prefix.states[layer][owner].float().cpu() for layer in layers}
-        for chosen in self._passes(rows):
-            for layer, values in self._extend(
-                prefix, [rows[r] for r in chosen], [owner[r] for r in chosen], layers
-            ).items():
-                states[layer][chosen] = values
-        return states
+        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
+        lengths = [len(prompt) for prompt in prompts]
+        states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
-    def _passes(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Rows of similar length together, each pass within `tokens_per_pass`; empty rows need none."""
-        batch: list[int] = []
-        for row in sorted((r for r in range(len(rows)) if rows[r]), key=lambda r: len(rows[r])):
-            if batch and (len(batch) + 1) * len(rows[row]) > self.tokens_per_pass:
-                yield sorted(batch)
-                batch = []
-            batch.append(row)
-        if batch:
-            yield sorted(batch)
+        def need(chosen: Sequence[int]) -> int:
+            used = {owner[row] for row in chosen}
+            longest = max(len(rows[row]) for row in chosen)
+            together = min(len(chosen), max(1, run.tokens_per_pass // max(1, longest)))
+            return footprint.embedding(len(used), max(lengths[p] for p in used), together, longest, layers)
+
+        def read(chosen: list[int]) -> None:
+            used = list(dict.fromkeys(owner[row] for row in chosen))
+            places = {p: place for place, p in enumerate(used)}
+            prefix = run.prefill([prompts[p] for p in used], layers)
+            own = [places[owner[row]] for row in chosen]
+            for layer in layers:  # rows that stay empty keep the state of their prompt's last token
+                states[layer][chosen] = prefix.states[layer][own].float().cpu()
+            for part in _by_length([len(rows[row]) for row in chosen], run.tokens_per_pass):
+                extended = self._extend(prefix, [rows[chosen[r]] for r in part], [own[r] for r in part], layers)
+                for layer, values in extended.items():
+                    states[layer][[chosen[r] for r in part]] = values
+
+        self._passes.run(range(len(rows)), owner, lengths, need, read)
+        return states
 
     def _extend(
         self, prefix: Prefix, rows: Sequence[Sequence[int]], owner: Sequence[int], layers: Sequence[int]
@@ -123,3 +127,15 @@ class HFEmbedder:
                 f"A prompt with its completion has {longest} tokens, more than the context of {limit} tokens of "
                 f"{self.model.name}: embed with a model of longer context or shorten the prompt."
             )
+
+
+def _by_length(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
+    """Rows of similar length together, each part within `tokens_per_pass`, padding included; empty rows need none."""
+    part: list[int] = []
+    for row in sorted((r for r in range(len(lengths)) if lengths[r]), key=lambda r: lengths[r]):
+        if part and (len(part) + 1) * lengths[row] > tokens_per_pass:
+            yield sorted(part)
+            part = []
+        part.append(row)
+    if part:
+        yield sorted(part)

@@ -1,8 +1,8 @@
 """Sampling with transformers: the reference, and the default without a GPU.
 
-A batch is prefilled once, all completions of a prompt read its keys and values, and rows leave as they finish. Every row
-draws from a generator of its own, so a completion depends on its seed and not on its neighbours (up to the rounding of
-batched products: none seen in float32, 1-2 % of a state in bfloat16).
+A prompt is prefilled once, all its completions read its keys and values, and rows leave as they finish. Every row draws
+from a generator of its own, so a completion depends on its seed and not on its neighbours (up to the rounding of batched
+products: none seen in float32, 1-2 % of a state in bfloat16). So a batch may be cut into passes that fit the memory.
 
 Where it stops: one process, one model; beam search and repetition penalties are not part of the method.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qprobe import models
 from qprobe.models import LanguageModel, ModelSpec
-from qprobe.prefix import PrefixRun
+from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
+from qprobe.prefix import PrefixRun, check_prompts
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds, stop_position
 
@@ -39,6 +40,7 @@ class HFSampler:
         self.model = model
         self.settings = settings
         self._run: PrefixRun | None = None
+        self._passes: Passes | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"sampler": "hf", "model": self.model.identity(), **dataclasses.asdict(self.settings)}
@@ -58,14 +60,40 @@ class HFSampler:
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
-        if self._run is None:
+        check_prompts(prompts)
+        if self._run is None or self._passes is None:
             self._run = PrefixRun(models.load(self.model))
-        language_model = self._run.language_model
-        self._check_length(prompts, language_model)
-        batch = _Batch(self._run, models.load_tokenizer(self.model), self.settings, prompts, seeds)
-        completions = batch.run()
-        n = self.settings.n
-        return [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
+            self._passes = Passes(self._run.language_model)
+        run, tokenizer, n = self._run, models.load_tokenizer(self.model), self.settings.n
+        self._check_length(prompts, run.language_model)
+        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
+        owner = [p for p in range(len(prompts)) for _ in range(n)]
+        lengths = [len(prompt) for prompt in prompts]
+        completions: dict[int, Completion] = {}
+
+        def need(rows: Sequence[int]) -> int:
+            used = {owner[row] for row in rows}
+            width = max(lengths[p] for p in used)
+            settings = self.settings
+            return footprint.sampling(
+                len(used), width, len(rows), settings.max_new_tokens, greedy=settings.temperature == 0
+            )
+
+        def draw(rows: list[int]) -> None:
+            used = list(dict.fromkeys(owner[row] for row in rows))
+            places = {p: place for place, p in enumerate(used)}
+            batch = _Batch(
+                run,
+                tokenizer,
+                self.settings,
+                [prompts[p] for p in used],
+                [places[owner[row]] for row in rows],
+                [seeds[owner[row]][row % n] for row in rows],
+            )
+            completions.update(zip(rows, batch.run(), strict=True))
+
+        self._passes.run(range(len(owner)), owner, lengths, need, draw)
+        return [[completions[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
 
     def _check_length(self, prompts: Sequence[Sequence[int]], language_model: LanguageModel) -> None:
         longest, limit = max(map(len, prompts), default=0), language_model.context_length
@@ -77,7 +105,7 @@ class HFSampler:
 
 
 class _Batch:
-    """The completions of one batch in the making."""
+    """The completions of one pass in the making: row r continues prompt `owner[r]`, prompts in rising order."""
 
     def __init__(
         self,
@@ -85,15 +113,16 @@ class _Batch:
         tokenizer: models.Tokenizer,
         settings: SamplingSettings,
         prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
+        owner: Sequence[int],
+        seeds: Sequence[int],
     ) -> None:
         self.run_model = run
         self.tokenizer = tokenizer
         self.settings = settings
         self.prompts = prompts
-        self.seeds = [seed for of_prompt in seeds for seed in of_prompt]
-        count = len(self.seeds)
-        self.owner = [row // settings.n for row in range(count)]
+        self.owner = owner
+        self.seeds = seeds
+        count = len(seeds)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished: list[Completion | None] = [None] * count
@@ -116,11 +145,10 @@ class _Batch:
         assert prefix.logits is not None  # asked for
         logits = prefix.logits[owner.to(device)]
         continuation = self.run_model.continuation(prefix, owner)
+        del prefix
         alive = list(range(len(self.seeds)))
         for step in range(self.settings.max_new_tokens):
-            scores = logits.float()
-            chosen = sample_tokens(scores, uniforms[alive, step], self.settings)
-            logprobs = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=1)
+            chosen, logprobs = draw_tokens(logits, uniforms[alive, step], self.settings)
             going_on = self._take(alive, chosen.tolist(), logprobs.tolist())
             if not going_on:
                 break
@@ -176,6 +204,20 @@ class _Batch:
                 kept -= 1
         logprob = float(sum(self.logprobs[row][:kept]))
         self.finished[row] = Completion(text[:cut], tokens[:kept], reason, logprob, self.seeds[row])
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """`sample_tokens` for scores of any float type, some rows at a time, with the tokens' untempered log-probabilities.
+
+    Returns: (R,) int64, (R,) float32.
+    """
+    size = max(1, SCORES_AT_ONCE // logits.shape[1])
+    drawn = []
+    for part, draws in zip(logits.split(size), uniforms.split(size), strict=True):
+        scores = part.float()
+        chosen = sample_tokens(scores, draws, settings)
+        drawn.append((chosen, scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=1)))
+    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:

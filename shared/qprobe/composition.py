@@ -1,0 +1,245 @@
+"""From a composed configuration to back ends, pipelines and policies: the one place where a name becomes a back end.
+
+Configurations are composed by Hydra from the groups in `qprobe/conf` (model, sampler, embedder, probe, evaluation). What is
+wrong in one is a sentence before any work.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe import cluster
+from qprobe.embedding import Embedder
+from qprobe.embedding.hf import HFEmbedder
+from qprobe.embedding.openai import OpenAIEmbedder
+from qprobe.models import ModelSpec
+from qprobe.pipeline import SHARDED, Pipeline
+from qprobe.probe import QProbe
+from qprobe.sampling import Sampler, SamplingSettings
+from qprobe.sampling.hf import HFSampler
+from qprobe.sampling.openai import OpenAISampler
+from qprobe.serving import Policy
+from qprobe.settings import accepted, build, check_keys
+from qprobe.stages import Reward, Split
+from qprobe.sweep import EvaluationSettings
+from qprobe.training import TrainingSettings
+
+SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler}
+EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder}
+# What every configuration of a run has; whoever composes one adds keys of its own.
+KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
+# What an application needs besides a probe.
+USE_KEYS = {"prompts", "model", "sampler", "embedder"}
+
+
+def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A configuration of `qprobe/conf` with a user's overrides.
+
+    Args:
+        name: of the primary configuration.
+        overrides: KEY=VALUE each, in Hydra's grammar.
+
+    Raises:
+        ValueError: an override that cannot be, or a value that is still missing.
+        ModuleNotFoundError: hydra is missing.
+    """
+    try:
+        from hydra import compose, initialize_config_module
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    except ModuleNotFoundError as error:
+        raise _without_hydra(error) from error
+    try:
+        with initialize_config_module("qprobe.conf", version_base="1.3"):
+            config = OmegaConf.to_container(compose(name, list(overrides)), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"The setting {error.full_key} is missing: say {error.full_key}=VALUE.") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # What follows is advice on Hydra's own files, or on adding keys that nothing reads.
+        said = str(error).partition("Config search path")[0].partition("To append")[0]
+        raise ValueError(
+            f"The settings {' '.join(overrides)} cannot be used: {' '.join(said.split()).rstrip('.')}."
+        ) from error
+    assert isinstance(config, dict)  # the root of a configuration is one
+    return {str(key): value for key, value in config.items()}
+
+
+def _without_hydra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"{error}: install it with `pip install 'qprobe[hydra]'`.")
+
+
+@dataclass(frozen=True)
+class BackEnds:
+    """What draws and embeds completions.
+
+    Args:
+        greedy: the sampler at temperature 0; None where it is not asked for.
+        batch_rows: completions that are drawn together.
+    """
+
+    sampler: Sampler
+    greedy: Sampler | None
+    embedder: Embedder
+    batch_rows: int
+
+
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    return build(ModelSpec, config["model"], "model")
+
+
+def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None) -> BackEnds:
+    """The back ends that a configuration's model, sampler and embedder describe.
+
+    Args:
+        stop: texts that end a completion; None takes the sampler's own key.
+    """
+    sampling, embedding = dict(config["sampler"]), dict(config["embedder"])
+    backend, greedy, batch_rows = (sampling.pop(key) for key in ("backend", "greedy", "batch_rows"))
+    model = model_spec(config)
+    sampler = _back_end(SAMPLERS, backend, "sampler")
+    embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
+    # What the back end itself takes, such as which server it asks, stands beside the sampling law.
+    own = {key: sampling.pop(key) for key in accepted(sampler) - {"model", "settings"} if key in sampling}
+    given = {} if stop is None else {"stop": tuple(stop)}
+    settings = build(SamplingSettings, sampling, "sampler", **given)
+    at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
+    return BackEnds(
+        build(sampler, own, "sampler", model=model, settings=settings),
+        build(sampler, own, "sampler", model=model, settings=at_zero) if greedy else None,
+        build(embedder, embedding, "embedder", model=model),
+        batch_rows,
+    )
+
+
+def _back_end(known: dict[str, Any], name: str, where: str) -> Any:
+    if name not in known:
+        raise ValueError(f"{where}.backend is {name!r}: choose from {', '.join(known)}.")
+    return known[name]
+
+
+def pipeline(
+    config: Mapping[str, Any],
+    *,
+    run: Path,
+    title: str,
+    tests: Sequence[Split],
+    reward: Reward,
+    training_split: Split | None = None,
+    stop: Sequence[str] | None = None,
+    paper: dict[str, dict[str, float]] | None = None,
+    use: dict[str, Any] | None = None,
+) -> Pipeline:
+    """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
+
+    Args:
+        stop: texts that end a completion; None takes the sampler's own key.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be; before any work.
+    """
+    ends = back_ends(config, stop)
+    return Pipeline(
+        run=run,
+        title=title,
+        tests=tests,
+        training_split=training_split,
+        reward=reward,
+        sampler=ends.sampler,
+        greedy=ends.greedy,
+        embedder=ends.embedder,
+        layer=config["layer"],
+        training=build(TrainingSettings, config["probe"], "probe"),
+        settings=build(EvaluationSettings, config["evaluation"], "evaluation"),
+        seed=config["seed"],
+        batch_rows=ends.batch_rows,
+        shard=_shard(config["shard"]),
+        paper=paper or {},
+        use=use or {},
+    )
+
+
+def execute(make: Callable[[], Pipeline], config: Mapping[str, Any]) -> Pipeline:
+    """Run a configuration's stages by its runner.
+
+    Args:
+        make: makes the pipeline; for Ray it is sent to other processes, so it must be picklable.
+
+    Raises:
+        ValueError: an unknown runner, or a key that it does not know.
+    """
+    runner, names = dict(config["runner"]), config["stages"]
+    backend = runner.pop("backend")
+    if backend == "ray":
+        check_keys(runner, {"address", *SHARDED}, "runner")
+        return cluster.execute(make, names, runner)
+    if backend != "local":
+        raise ValueError(f"runner.backend is {backend!r}: choose from local, ray.")
+    check_keys(runner, set(), "runner")
+    pipeline = make()
+    pipeline.execute(names)
+    return pipeline
+
+
+def _shard(value: Any) -> tuple[int, int]:
+    """The shard that a text such as "3/16" names; (1, 1), the whole, for None."""
+    if value is None:
+        return 1, 1
+    number, slash, count = str(value).partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard is {value!r}: say 3/16 for the third of sixteen, or null for all.")
+    return int(number), int(count)
+
+
+def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = None) -> Policy:
+    """The policy of a saved probe, with the sampler, model and style that its card names.
+
+    Args:
+        overrides: KEY=VALUE each, such as `sampler.temperature=0.7` or `model.device=cpu`.
+
+    Raises:
+        ValueError: a card that names none, or an override that cannot be.
+    """
+    if missing := sorted(USE_KEYS - set(probe.use)):
+        raise ValueError(
+            f"The probe's card does not say {', '.join(missing)}: it was not made by `qprobe run` or `qprobe import`. In "
+            "Python, Policy(sampler, embedder, probe) takes any."
+        )
+    config = _overridden(probe.use, overrides)
+    if probe.source is not None:
+        config["embedder"]["layers"] = [probe.source.layer]
+    config["sampler"]["greedy"] = False
+    ends = back_ends(config)
+    return Policy(ends.sampler, ends.embedder, probe, style=config["prompts"], beta=beta)
+
+
+def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy with some values changed; no key is added."""
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+    except ModuleNotFoundError as error:
+        raise _without_hydra(error) from error
+
+    config = copy.deepcopy(use)
+    for override in overrides:
+        name = override.partition("=")[0]
+        *parents, key = name.split(".")
+        at: Any = config
+        for parent in parents:
+            at = at.get(parent) if isinstance(at, dict) else None
+        if not isinstance(at, dict) or key not in at or isinstance(at[key], dict):
+            known = [k if not isinstance(v, dict) else f"{k}.{inner}" for k, v in use.items() for inner in (v or ["-"])]
+            raise ValueError(
+                f"{override} changes nothing that an answer is made with: choose from {', '.join(sorted(set(known)))}."
+            )
+        try:
+            at[key] = OverridesParser.create().parse_override(override).value()
+        except HydraException as error:
+            raise ValueError(f"{override} cannot be read ({str(error).splitlines()[0]}): write KEY=VALUE.") from error
+    return config

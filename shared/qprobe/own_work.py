@@ -1,0 +1,179 @@
+"""A user's own work, from files to answers: `qprobe run`, `qprobe import`, `qprobe answer`.
+
+Prompts and a reward function, or candidates with their rewards, become a pipeline; a saved probe becomes a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qprobe import composition, jsonl, models
+from qprobe.jsonl import PromptRow
+from qprobe.losses import find_loss
+from qprobe.pipeline import Pipeline
+from qprobe.rewards import FunctionReward, RecordedReward
+from qprobe.settings import check_keys
+from qprobe.stages import Split
+from qprobe.store import COMPLETIONS, fingerprint, found_table
+
+# Fixed names: another file in the same run folder is then recognised as another.
+PROMPTS, TEST = "prompts", "test"
+KEYS = composition.KEYS | {"title", "prompts"}
+# Share of completions cut at their longest from which it is said.
+CUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pipeline, the stages of it that are asked for, and what a user should know beforehand."""
+
+    pipeline: Pipeline
+    stages: Sequence[str]
+    notes: list[str] = field(default_factory=list)
+
+    def execute(self) -> None:
+        self.pipeline.execute(self.stages)
+
+    def closing_words(self) -> str:
+        """What is printed at the end, the next command last."""
+        if "report" not in self.stages:
+            return f"run:      {self.pipeline.run}"
+        probe = self.pipeline.final_probe()
+        parts = [self.pipeline.closing_words() + f"\nprobe:    {probe}", *self._cut()]
+        return "\n\n".join([*parts, f'Next:     qprobe answer --probe {probe} "your prompt"'])
+
+    def _cut(self) -> list[str]:
+        """A sentence where many completions were cut, which hardly any reward likes."""
+        table = found_table(self.pipeline.run / "completions" / f"{PROMPTS}.sample", COMPLETIONS)
+        reasons = table.read()["finish_reason"].to_pylist()
+        share = reasons.count("length") / len(reasons)
+        if share < CUT_SHARE:
+            return []
+        longest = self.pipeline.sampler.settings.max_new_tokens
+        return [f"{share:.0%} of the completions were cut at sampler.max_new_tokens={longest}."]
+
+
+def run(
+    prompts: Path,
+    reward: str,
+    *,
+    folder: Path | None = None,
+    test: Path | None = None,
+    batched: bool = False,
+    overrides: Sequence[str] = (),
+) -> Work:
+    """The work on a user's own prompts and reward function.
+
+    Args:
+        prompts: JSON lines; cross-validated, or trained on where there are test prompts.
+        reward: "module:function" or "file.py:function".
+        folder: the run folder; None is runs/NAME after the file of prompts.
+        test: JSON lines of prompts that are only tested on.
+        batched: whether the function takes lists.
+        overrides: KEY=VALUE each.
+
+    Raises:
+        FileNotFoundError, ValueError: a file, a line of it, a setting or the reward that cannot be used.
+    """
+    folder = Path("runs") / prompts.stem if folder is None else folder
+    config = _config(f"{prompts.stem}, {reward}", overrides)
+    rows = jsonl.read_prompts(prompts, PROMPTS)
+    test_rows = [] if test is None else jsonl.read_prompts(test, TEST)
+    jsonl.check_apart(rows, test_rows)
+    function = FunctionReward(reward, [*rows, *test_rows], batched)
+    function.check()
+    style = _style(config, [*rows, *test_rows])
+    splits = [_split(PROMPTS, rows, style), *([_split(TEST, test_rows, style)] if test_rows else [])]
+    pipeline = composition.pipeline(
+        config,
+        run=folder,
+        title=config["title"],
+        tests=splits[-1:],
+        training_split=splits[0] if test_rows else None,
+        reward=function,
+        use=_use(config, style),
+    )
+    return Work(
+        pipeline, config["stages"], [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."]
+    )
+
+
+def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str] = ()) -> Work:
+    """The work on candidates and rewards that are there already: it starts at embed.
+
+    Args:
+        candidates: JSON lines of prompt (or messages), completion, reward.
+        folder: the run folder.
+        overrides: KEY=VALUE each.
+
+    Raises:
+        FileNotFoundError, ValueError: a file, a line of it or a setting that cannot be used.
+    """
+    config = _config(candidates.stem, overrides)
+    config["sampler"]["greedy"] = False  # nobody could reward it
+    found = jsonl.read_candidates(candidates, PROMPTS)
+    style = _style(config, found.prompts)
+    split = _split(PROMPTS, found.prompts, style, found.completions)
+    pipeline = composition.pipeline(
+        config,
+        run=folder,
+        title=config["title"],
+        tests=[split],
+        reward=RecordedReward(found.rewards),
+        use=_use(config, style),
+    )
+    _check_range(pipeline, found.rewards)
+    sizes = [len(texts) for texts in found.completions.values()]
+    counted = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    said = (
+        f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; prompts are read as {_said(style)}."
+    )
+    return Work(pipeline, config["stages"], [said, *found.notes])
+
+
+def _config(title: str, overrides: Sequence[str]) -> dict[str, Any]:
+    config = composition.composed("run", overrides)
+    check_keys(config, KEYS, "the configuration")
+    config["title"] = title if config["title"] is None else config["title"]
+    return config
+
+
+def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
+    """What plain text is to the model; `auto` asks the model whether it was made for conversations."""
+    style = config["prompts"]
+    if style not in ("auto", "chat", "text"):
+        raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")
+    if style != "auto":
+        return str(style)
+    if all(isinstance(row.prompt, list) for row in rows):
+        return "chat"
+    return "chat" if models.load_tokenizer(composition.model_spec(config)).has_chat_template else "text"
+
+
+def _said(style: str) -> str:
+    return "messages of a user (prompts=chat)" if style == "chat" else "text to be continued (prompts=text)"
+
+
+def _split(name: str, rows: Sequence[PromptRow], style: str, recorded: dict[str, list[str]] | None = None) -> Split:
+    content = fingerprint([[row.task_id, row.prompt] for row in rows])
+    return Split(name, [row.as_prompt(style) for row in rows], {"file": content, "prompts": style}, recorded)
+
+
+def _use(config: dict[str, Any], style: str) -> dict[str, Any]:
+    return {"prompts": style} | {name: config[name] for name in ("model", "sampler", "embedder")}
+
+
+def _check_range(pipeline: Pipeline, rewards: dict[str, list[float]]) -> None:
+    """Some losses read rewards as probabilities; that is said before the embedding."""
+    low = min(map(min, rewards.values()))
+    high = max(map(max, rewards.values()))
+    bounded = [name for name in pipeline.settings.losses if find_loss(name).unit_rewards]
+    if bounded and not 0 <= low <= high <= 1:
+        others = [name for name in pipeline.settings.losses if name not in bounded]
+        raise ValueError(
+            f"The rewards lie in [{low:g}, {high:g}], but {', '.join(bounded)} reads rewards in [0, 1]: scale them, or set "
+            f"evaluation.losses=[{','.join(others) or 'policy_gradient'}]."
+        )

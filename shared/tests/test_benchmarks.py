@@ -1,0 +1,40 @@
+"""The benchmarks run, shrunk: they are started by hand, and nothing else would tell that they no longer fit the code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(*arguments: str) -> tuple[dict[str, Any], str]:
+    """The figures and the sentence of a benchmark; whether its goal is met says nothing at this size."""
+    child = subprocess.run([sys.executable, *arguments], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert child.returncode in (0, 1), child.stderr
+    *figures, sentence = child.stdout.strip().splitlines()
+    return json.loads("\n".join(figures)), sentence
+
+
+@pytest.mark.slow
+def test_training() -> None:
+    small = ("--prompts=60", "--samples=20", "--dimension=64", "--seeds=2", "--epochs=1")
+    figures, sentence = run("training.py", *small)
+    assert (figures["probes"], figures["rows"]) == (6, 1200)
+    assert figures["times one by one"]["time"] > 0
+    assert "extrapolated" in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the Linux kernel")
+def test_scale(tmp_path: Path) -> None:
+    small = ("scale.py", "--shrink=50", "--seeds=2", f"--folder={tmp_path}")
+    figures, sentence = run(*small)
+    assert figures["rows"] == {"train": 2000, "mbpp": 2000, "humaneval": 800}
+    assert 0.1 < figures["peak RssAnon GiB"] < figures["peak RSS GiB"] < 3
+    assert "goal 6" in sentence
+    again, _ = run(*small)  # the tables stay, the probes are trained again
+    assert again["seconds of writing the tables"] < figures["seconds of writing the tables"]

@@ -1,0 +1,110 @@
+"""Stages on Ray: the same tables as the local runner's, also when a worker is killed in the middle."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qprobe import cluster
+from qprobe.pipeline import STAGES, Pipeline
+from qprobe.runners.ray import Step, run_steps
+from qprobe.sweep import EvaluationSettings
+from qprobe.training import TrainingSettings
+
+ONE = {"workers": 1, "cpus": 1.0, "gpus": 0.0}
+TWO = {"workers": 2, "cpus": 1.0, "gpus": 0.0}
+
+
+def make(folder: str, run: Path, seconds: float = 0.0) -> Pipeline:
+    """The pipeline of numbers; an actor finds the fakes by their folder."""
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    import fakes  # type: ignore[import-not-found]
+
+    return Pipeline(
+        run=run,
+        title="Numbers",
+        tests=[fakes.split("numbers", 24)],
+        reward=fakes.Reward(),
+        sampler=fakes.Sampler(seconds=seconds),
+        greedy=fakes.Sampler(1, temperature=0.0),
+        embedder=fakes.Embedder(),
+        training=TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5),
+        settings=EvaluationSettings(seeds=2, folds=3, draws=5, bootstrap=100),
+        batch_rows=8,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def six_cpus() -> Iterator[Any]:
+    """A Ray of its own with more logical processors than this machine may have."""
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def kill_a_worker(run: Path, killed: list[int]) -> None:
+    """Wait until the run is under way, then kill an actor that has a batch in work."""
+    deadline = time.monotonic() + 120
+    while len(list(run.glob("completions/*/part-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for line in subprocess.run(
+        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
+        pid, _, name = line.strip().partition(" ")
+        if name.startswith("ray::MapWorker") and ".submit" in name:
+            os.kill(int(pid), signal.SIGKILL)
+            killed.append(int(pid))
+            return
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_killed_worker_costs_its_batch_and_the_tables_are_the_local_runners(six_cpus: Any, tmp_path: Path) -> None:
+    folder = str(Path(__file__).parent)
+    local = make(folder, tmp_path / "local")
+    local.execute()
+    run, killed = tmp_path / "ray", []  # type: tuple[Path, list[int]]
+    killer = threading.Thread(target=kill_a_worker, args=(run, killed))
+    killer.start()
+    make_slow = functools.partial(make, folder, run, 0.5)
+    pipeline = cluster.execute(make_slow, STAGES, {"address": None, "sample": TWO, "reward": TWO, "embed": ONE})
+    killer.join()
+    assert len(killed) == 1
+    assert pipeline.batches_left(STAGES) == []
+    assert sum(pipeline.sampler.calls) == 0  # type: ignore[attr-defined] - the actors did it all
+    for table in (local.run / "tables").iterdir():
+        assert (run / "tables" / table.name).read_bytes() == table.read_bytes()
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_fails_and_one_that_finds_no_room_are_sentences(six_cpus: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"take 6 cpus together and Ray Data needs 1 more, but the cluster has 6"):
+        run_steps([1], [Step("sample", fail, workers=6)], progress=False)
+    with pytest.raises(RuntimeError, match=r"take 1 gpus together .* the cluster has 0: lower the workers"):
+        run_steps([1], [Step("sample", fail, gpus=1.0)], progress=False)
+    with pytest.raises(RuntimeError, match=r"^OSError: item 1: the disk is full\. What was written stays\.$"):
+        run_steps([1], [Step("sample", fail)], progress=False)
+
+
+def fail() -> Any:
+    def work(item: Any) -> None:
+        raise OSError(f"item {item}: the disk is full.")
+
+    return work
+
+
+def test_a_step_without_workers_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"runner.sample: workers=0 must be at least 1"):
+        Step("sample", fail, workers=0)

@@ -1,0 +1,130 @@
+"""A probe in use: the candidates are the sampler's, the choice is softmax(Q / beta), and another source is refused."""
+
+import math
+from collections import Counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.prompts import Prompt
+from qprobe.serving import Choice, Policy
+
+PROMPT = Prompt("t-000", text="task 000: ")
+
+
+@pytest.fixture
+def probe(fakes: ModuleType) -> QProbe:
+    """Trained on goodness, which is the first number of an embedding at layer 2 (times ten)."""
+    rng = np.random.default_rng(0)
+    features = rng.uniform(0, 1, (400, fakes.WIDTH)).astype("float32") * 10
+    probe = QProbe(loss="reward_mse", steps=300, learning_rate=0.05).fit(
+        features, features[:, 0] / 10, np.arange(400) // 8
+    )
+    embedder = fakes.Embedder((2,))
+    probe.source = EmbeddingSource.of(embedder.identity(), 2, embedder.tokenizer_fingerprint())
+    return probe
+
+
+def goodness(choice: Choice) -> list[int]:
+    return [int(candidate.text.removeprefix("answer ")) for candidate in choice.candidates]
+
+
+def test_the_best_candidate_is_the_answer_at_temperature_zero(probe: QProbe, fakes: ModuleType) -> None:
+    policy = Policy(fakes.Sampler(6), fakes.Embedder((1, 2)), probe, beta=0)
+    for seed in range(5):
+        choice = policy.choose(PROMPT, seed)
+        assert len(set(goodness(choice))) > 1
+        assert goodness(choice)[choice.chosen] == max(goodness(choice))
+        assert choice.candidates[choice.chosen].probability == 1
+        assert choice.answer == policy.answer(PROMPT, seed) == choice.candidates[choice.chosen].text
+
+
+def test_it_is_chosen_with_the_probability_that_is_shown(probe: QProbe, fakes: ModuleType) -> None:
+    sampler, embedder = fakes.Sampler(4), fakes.Embedder((2,))
+    choice = Policy(sampler, embedder, probe, beta=0.3).choose(PROMPT, 0)
+    weights = [math.exp(candidate.score / 0.3) for candidate in choice.candidates]
+    shown = [candidate.probability for candidate in choice.candidates]
+    assert shown == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-4)
+    drawn = Counter()  # type: ignore[var-annotated]
+    expected = [0.0] * 4
+    policy = Policy(sampler, embedder, probe, beta=0.3)
+    for seed in range(400):
+        choice = policy.choose(PROMPT, seed)
+        by_score = sorted(range(4), key=lambda place: choice.candidates[place].score)
+        drawn[by_score.index(choice.chosen)] += 1
+        for rank, place in enumerate(by_score):
+            expected[rank] += choice.candidates[place].probability
+    # Four standard deviations of a binomial count are 40 at most.
+    assert all(abs(drawn[rank] - expected[rank]) < 40 for rank in range(4))
+    assert min(drawn.values()) > 20
+
+
+def test_the_same_seed_gives_the_same_answer_and_no_seed_a_new_one(probe: QProbe, fakes: ModuleType) -> None:
+    policy = Policy(fakes.Sampler(4), fakes.Embedder((2,)), probe)
+    assert policy.choose(PROMPT, 3) == policy.choose(PROMPT, 3)
+    assert policy.choose(PROMPT, 3) != policy.choose(PROMPT, 4)
+    assert len({tuple(goodness(policy.choose(PROMPT))) for _ in range(5)}) == 5
+
+
+def test_the_probes_own_temperature_is_used_unless_another_is_given(probe: QProbe, fakes: ModuleType) -> None:
+    probe.beta_ = 0.05
+    assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe).beta == 0.05
+    assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe, beta=0).beta == 0
+    with pytest.raises(ValueError, match="beta is -1: a temperature is 0"):
+        Policy(fakes.Sampler(), fakes.Embedder((2,)), probe, beta=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (1,)}, r"The probe reads layer 2, but the embedder makes \[1\]"),
+        ({"layers": (2,), "tokenizer": "another"}, "This probe reads layer 2 of numbers .* embed with the probe's own"),
+    ],
+)
+def test_another_source_is_refused_before_anything_is_drawn(
+    changes: dict[str, Any], message: str, probe: QProbe, fakes: ModuleType
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy(fakes.Sampler(), fakes.Embedder(**changes), probe)
+
+
+def test_a_probe_without_a_source_reads_the_only_layer(probe: QProbe, fakes: ModuleType) -> None:
+    probe.source = None
+    assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe).layer == 2
+    with pytest.raises(
+        ValueError, match=r"does not say which layer it reads, and the embedder makes \[1, 2\]: give one"
+    ):
+        Policy(fakes.Sampler(), fakes.Embedder((1, 2)), probe)
+
+
+def test_plain_text_is_put_as_in_training(probe: QProbe, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Prompt] = []
+    sampler = fakes.Sampler()
+    render = sampler.render
+    monkeypatch.setattr(sampler, "render", lambda prompt: seen.append(prompt) or render(prompt))
+    with pytest.raises(ValueError, match="does not say how plain text was put to the model: give Policy a style"):
+        Policy(sampler, fakes.Embedder((2,)), probe).answer("task 001: ")
+    probe.use = {"prompts": "chat"}
+    Policy(sampler, fakes.Embedder((2,)), probe).answer("task 001: ")
+    Policy(sampler, fakes.Embedder((2,)), probe, style="text").answer("task 001: ")
+    message = {"role": "user", "content": "task 001: "}
+    Policy(sampler, fakes.Embedder((2,)), probe).answer([message])
+    assert [(prompt.messages, prompt.text) for prompt in seen] == [
+        ((message,), None),
+        ((), "task 001: "),
+        ((message,), None),
+    ]
+
+
+def test_the_tokens_are_the_samplers_own_where_they_mean_the_same(probe: QProbe, fakes: ModuleType) -> None:
+    embedder = fakes.Embedder((2,))
+    choice = Policy(fakes.Sampler(3), embedder, probe).choose(PROMPT, 0)
+    assert [(bytes(p).decode(), bytes(c).decode()) for p, c in embedder.seen] == [
+        ("task 000: ", candidate.text) for candidate in choice.candidates
+    ]
+    embedder.seen.clear()
+    Policy(fakes.Sampler(3, tokens=False), embedder, probe).answer(PROMPT)
+    assert [prompt[0] for prompt, _ in embedder.seen] == [fakes.PROMPT_MARK] * 3  # encoded anew, as in `stages.embed`
