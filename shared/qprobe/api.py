@@ -70,8 +70,8 @@ class ApiSettings:
         timeout: seconds that one call may take.
         retries: how often a call is repeated after a passing fault.
         longest_wait: seconds; a server that asks for more is given up.
-        max_calls: requests of one command, repeated ones included; None is no limit.
-        max_tokens: prompt and completion tokens of one command; None is no limit. Calls that are under way when it is reached
+        max_calls: requests of one process (a command, a shard, a worker of Ray), repeated ones included; None is no limit.
+        max_tokens: prompt and completion tokens of one process; None is no limit. Calls that are under way when it is reached
             still count, so it may be passed by `concurrency` calls.
     """
 
@@ -300,7 +300,7 @@ class Client:
             ):
                 if limit is not None and used >= limit:
                     raise ApiError(
-                        f"api.{name}={limit} is reached ({used} used by this command). What was finished stays; the same "
+                        f"api.{name}={limit} is reached ({used} used by this process). What was finished stays; the same "
                         "command continues with a limit of its own, or raise it (if no batch fits into it, lower batch_rows)."
                     )
             self._spent["calls"] += 1

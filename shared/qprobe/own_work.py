@@ -148,8 +148,8 @@ def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
         raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")
     if style != "auto":
         return str(style)
-    if all(isinstance(row.prompt, list) for row in rows):
-        return "chat"
+    if all(isinstance(row.prompt, list) for row in rows) or config["sampler"]["backend"] == "openai":
+        return "chat"  # the models of APIs converse, and the configuration's model only embeds
     return "chat" if models.load_tokenizer(composition.model_spec(config)).has_chat_template else "text"
 
 

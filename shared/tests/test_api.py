@@ -234,7 +234,7 @@ def test_the_limit_of_calls_holds_exactly_retries_included(server: Any, refusal:
     settings = server.settings(max_calls=5, concurrency=3)
     server.faults.append(refusal(500, "once"))
     with pytest.raises(
-        ApiError, match=r"api.max_calls=5 is reached \(5 used by this command\).*same command continues"
+        ApiError, match=r"api.max_calls=5 is reached \(5 used by this process\).*same command continues"
     ):
         client(settings).each([request(settings)] * 9)
     assert len(server.requests) == 5

@@ -72,6 +72,8 @@ def test_every_group_of_the_core_composes() -> None:
     folder = Path(qprobe.__file__).parent / "conf"
     for path in folder.glob("*/*.yaml"):
         overrides = [f"{path.parent.name}={path.stem}", "model.name=x"]
+        if path.stem == "openai":
+            overrides.append(f"{path.parent.name}.api.model=y")
         assert composition.composed("run", overrides)["model"]["name"] == "x"
 
 
