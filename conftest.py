@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,16 +138,65 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return save_model(tmp_path_factory.mktemp("tiny-gpt2"), config, byte_tokenizer())
 
 
-@pytest.fixture(scope="session")
-def fakes() -> ModuleType:
-    """The module `shared/tests/fakes.py`: a sampler, an embedder and a reward in a few lines of arithmetic."""
-    path = Path(__file__).parent / "shared" / "tests" / "fakes.py"
-    specification = importlib.util.spec_from_file_location("qprobe_fakes", path)
+def load_from_tests(name: str) -> ModuleType:
+    """A module of shared/tests that is no test file."""
+    path = Path(__file__).parent / "shared" / "tests" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"qprobe_{name}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fakes() -> ModuleType:
+    """The module `shared/tests/fakes.py`: a sampler, an embedder and a reward in a few lines of arithmetic."""
+    return load_from_tests("fakes")
+
+
+@pytest.fixture(scope="session")
+def api_server() -> ModuleType:
+    """The module `shared/tests/api_server.py`: an OpenAI-compatible server in a thread."""
+    return load_from_tests("api_server")
+
+
+@pytest.fixture
+def make_server(api_server: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModelSpec], Any]]:
+    """Start an OpenAI-compatible server on a model; its key is in the environment, and waits are short."""
+    from qprobe import api
+
+    monkeypatch.setenv("OPENAI_API_KEY", api_server.KEY)
+    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    started: list[Any] = []
+
+    def make(spec: ModelSpec) -> Any:
+        started.append(api_server.Server(spec))
+        return started[-1]
+
+    yield make
+    api.close_clients()
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def server(make_server: Callable[[ModelSpec], Any], tiny_model: ModelSpec) -> Any:
+    """An OpenAI-compatible server with the tiny Llama behind it."""
+    return make_server(tiny_model)
+
+
+@pytest.fixture
+def refusal(api_server: ModuleType) -> Callable[..., Exception]:
+    """Makes an error as a server words it, for a server's `faults` and `always`."""
+    made: Callable[..., Exception] = api_server.Refusal
+    return made
+
+
+@pytest.fixture
+def key(api_server: ModuleType) -> str:
+    """The key that the servers take."""
+    return str(api_server.KEY)
 
 
 ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")

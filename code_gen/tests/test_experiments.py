@@ -1,12 +1,14 @@
 """Every shipped experiment composes and runs, shrunk, on a tiny model; bad configurations are sentences before any work."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 import qprobe_code_gen.__main__ as command
 from qprobe.models import ModelSpec
@@ -59,6 +61,36 @@ def test_every_experiment_runs_shrunk(
     assert str(tmp_path / f"{name}-limit5" / "tables") in printed
     figures = sorted((tmp_path / f"{name}-limit5").rglob("*.png"))
     assert len(figures) == 4 * len(config["dataset"]["test"])
+
+
+@pytest.mark.parametrize("embedder", ["hf", "openai"])
+def test_completions_from_an_api_with_local_or_remote_embeddings_are_a_choice_of_words(
+    make_server: Callable[[ModelSpec], Any], tiny_code_model: ModelSpec, tmp_path: Path, embedder: str, key: str
+) -> None:
+    server = make_server(tiny_code_model)
+    api = [f"sampler.api.base_url={server.url}", "sampler.api.model=tiny"]
+    if embedder == "openai":
+        api += [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny"]
+    words = ["experiment=demo", "sampler=openai", f"embedder={embedder}", "dataset.prompt_style=zero_shot"]
+    config = composed([*words, *shrunk(tiny_code_model, tmp_path), *api, "stages=[sample,reward,embed,train,evaluate]"])
+    command.run(config)
+    asked = {path for path, _, _ in server.requests}
+    assert asked == {"/v1/completions"} | ({"/v1/embeddings"} if embedder == "openai" else set())
+    run = tmp_path / "demo-limit5"
+    assert list((run / "probes").rglob("*.safetensors"))
+    calls = [json.loads(line)["calls"] for path in run.rglob("usage.jsonl") for line in path.read_text().splitlines()]
+    assert sum(calls) == len(server.requests)
+    assert not [path for path in run.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+
+
+def test_an_unknown_or_missing_key_of_the_api_is_a_sentence(tmp_path: Path) -> None:
+    words = ["experiment=demo", "sampler=openai", "dataset.prompt_style=zero_shot", f"paths.runs={tmp_path}"]
+    with pytest.raises(MissingMandatoryValue, match=r"sampler\.api\.model"):
+        composed(words)
+    config = composed([*words, "sampler.api.model=m", "+sampler.api.api_key=secret"])
+    with pytest.raises(ValueError, match=r"sampler\.api has no key api_key") as caught:
+        command.make_pipeline(config)
+    assert "secret" not in str(caught.value)
 
 
 def test_every_key_of_every_configuration_has_a_comment() -> None:

@@ -16,19 +16,21 @@ from typing import Any
 from qprobe import cluster
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
+from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.models import ModelSpec
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.sampling import Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
+from qprobe.sampling.openai import OpenAISampler
 from qprobe.serving import Policy
-from qprobe.settings import build, check_keys
+from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 
-SAMPLERS = {"hf": HFSampler}
-EMBEDDERS = {"hf": HFEmbedder}
+SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler}
+EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.
@@ -102,12 +104,14 @@ def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None) -> B
     model = model_spec(config)
     sampler = _back_end(SAMPLERS, backend, "sampler")
     embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
+    # What the back end itself takes, such as which server it asks, stands beside the sampling law.
+    own = {key: sampling.pop(key) for key in accepted(sampler) - {"model", "settings"} if key in sampling}
     given = {} if stop is None else {"stop": tuple(stop)}
     settings = build(SamplingSettings, sampling, "sampler", **given)
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
     return BackEnds(
-        sampler(model, settings),
-        sampler(model, at_zero) if greedy else None,
+        build(sampler, own, "sampler", model=model, settings=settings),
+        build(sampler, own, "sampler", model=model, settings=at_zero) if greedy else None,
         build(embedder, embedding, "embedder", model=model),
         batch_rows,
     )

@@ -52,11 +52,11 @@ def _states(run: Path) -> Iterator[TableState]:
         samples = table.inputs.get("sampler", {}).get("n")
         recorded = table.inputs.get("recorded", {}).get("rows")
         expected[pool] = recorded if of_split is None or samples is None else of_split * int(samples)
-        yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table))
+        yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table) + _usage(table))
     for table in _tables(run / "rewards", store.REWARDS):
         yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))
     for table in _tables(run / "features", None):
-        yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parents[1].name))
+        yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parents[1].name), _usage(table))
 
 
 def _tables(folder: Path, schema: pa.Schema | None) -> list[Table]:
@@ -85,6 +85,12 @@ def _finish_reasons(table: Table) -> str:
         return ""
     reasons = table.read()["finish_reason"].to_pylist()
     return ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+
+
+def _usage(table: Table) -> str:
+    """What was spent at an API."""
+    spent = [f"{count:,} {name.replace('_', ' ')}" for name, count in table.usage().items() if count]
+    return f"; spent {', '.join(spent)}" if spent else ""
 
 
 def _reward_remark(table: Table) -> str:

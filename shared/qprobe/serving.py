@@ -98,7 +98,7 @@ class Policy:
         (drawn,) = self.sampler.sample([ids], [sample_seeds(seed, text, self.sampler.settings.n)])
         prompt_ids, completion_ids = tokens_to_embed(
             self.embedder,
-            self.sampler.tokenizer_fingerprint() == self.embedder.tokenizer_fingerprint(),
+            self.sampler.tokenizer_fingerprint(),
             (text, ids),
             [(completion.text, completion.token_ids) for completion in drawn],
             templated=asked.text is None,

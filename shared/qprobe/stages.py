@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from qprobe import store
+from qprobe.api import Metered
 from qprobe.embedding import Embedder, tokens_to_embed
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
@@ -235,7 +236,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
             }
             yield keys, pa.table(columns, schema=store.COMPLETIONS)
 
-    _run(pool, f"sample {pool.kind}", table, stage, progress)
+    _run(pool, f"sample {pool.kind}", table, _metered(pool.sampler, table, stage), progress)
 
 
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
@@ -287,7 +288,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     if all(table.has(keys) for table in tables.values() for keys in pool.own_batches):
         return
     prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
-    same_tokens = pool.sampler.tokenizer_fingerprint() == embedder.tokenizer_fingerprint()
+    sampled = pool.sampler.tokenizer_fingerprint()
     said_exact = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
@@ -300,7 +301,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
                 prompt = prompts[key]
                 ids, of_prompt = tokens_to_embed(
                     embedder,
-                    same_tokens,
+                    sampled,
                     (prompt["prompt"], prompt["prompt_token_ids"]),
                     own,
                     templated=prompt["messages"] is not None,
@@ -324,7 +325,8 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
                 tables[layer].write(keys, part)
 
     works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
-    run_stage(f"embed {pool.kind}", works, stage, write, progress=progress)
+    metered = _metered(embedder, tables[min(tables)], stage)
+    run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -395,6 +397,30 @@ def _first_wrong(found: list[tuple[str, int]], expected: list[tuple[str, int]]) 
 def _run(pool: Pool, name: str, table: Table, stage: Any, progress: bool) -> None:
     works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.own_batches]
     run_stage(name, works, stage, table.write, progress=progress)
+
+
+def _metered(back_end: Any, table: Table, stage: Any) -> Any:
+    """The stage; what its back end spends at an API is noted beside the table, batch by batch, failed ones included."""
+    if not isinstance(back_end, Metered):
+        return stage
+
+    def metered(batches: Iterable[Keys]) -> Iterator[Any]:
+        noted = Counter(back_end.usage())
+
+        def note() -> None:
+            nonlocal noted
+            now = Counter(back_end.usage())
+            table.note_usage(dict(now - noted))
+            noted = now
+
+        try:
+            for rows in stage(batches):
+                note()
+                yield rows
+        finally:
+            note()
+
+    return metered
 
 
 def _completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:

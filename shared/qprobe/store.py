@@ -18,6 +18,7 @@ import hashlib
 import json
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,24 @@ class Table:
         if not paths:
             raise StoreError(f"{self.name} has no rows yet: run the stage that makes it.")
         return paths
+
+    def note_usage(self, spent: dict[str, int]) -> None:
+        """Add a line to usage.jsonl, where something was spent at an API. It is no input: no later table depends on it."""
+        if spent:
+            line = json.dumps({"at": _now(), **spent}) + "\n"
+            # One short write to the end: processes that share a table do not cut each other's lines.
+            with (self.folder / "usage.jsonl").open("a") as file:
+                file.write(line)
+
+    def usage(self) -> dict[str, int]:
+        """What was spent at an API to make this table, summed over all commands; empty where none was used."""
+        path, total = self.folder / "usage.jsonl", Counter[str]()
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                total.update({key: int(value) for key, value in json.loads(line).items() if key != "at"})
+            except (ValueError, TypeError, AttributeError):
+                continue  # a line that a kill or a full disk cut short
+        return dict(total)
 
     @property
     def _manifest(self) -> Path:

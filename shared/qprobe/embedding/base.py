@@ -47,7 +47,7 @@ class Embedder(Protocol):
 
 def tokens_to_embed(
     embedder: Embedder,
-    same_tokenizer: bool,
+    sampled_by: str | None,
     prompt: tuple[str, list[int]],
     completions: Sequence[tuple[str, list[int] | None]],
     *,
@@ -56,14 +56,17 @@ def tokens_to_embed(
     """The tokens of a prompt and of its completions that are embedded.
 
     Args:
-        same_tokenizer: whether the sampler's token ids mean the same to the embedder; then they are taken as they are.
-            Otherwise, or where a completion has none, prompt and completions are tokenised once, each by itself.
+        sampled_by: the fingerprint of the sampler's tokenizer, or None. Where it is the embedder's own, token ids are taken as
+            they are. Otherwise, or where a completion has none, prompt and completions are tokenised once, each by itself.
         prompt: as rendered, and its token ids.
         completions: text and token ids of each, or None for the latter.
-        templated: whether the prompt was rendered by a chat template, special tokens included.
+        templated: whether the prompt was rendered by a chat template, special tokens included. Never so where an API sampled
+            (`sampled_by` is None): it renders by itself, and what is known of the prompt is plain text.
     """
     text, prompt_ids = prompt
     given = [ids for _, ids in completions if ids is not None]
-    if same_tokenizer and len(given) == len(completions):
+    same = sampled_by is not None and sampled_by == embedder.tokenizer_fingerprint()
+    templated = templated and sampled_by is not None
+    if same and len(given) == len(completions):
         return prompt_ids, given
     return embedder.encode_prompt(text, templated), [embedder.encode_completion(words) for words, _ in completions]

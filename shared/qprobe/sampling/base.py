@@ -60,7 +60,7 @@ class Completion:
         text: what the completion adds to the prompt, cut before the stop text.
         token_ids: its tokens, without end-of-sequence and stop tokens; a token that straddles the cut is kept. None where
             the back end gives no tokens.
-        finish_reason: "stop" (end of sequence or a stop text) or "length".
+        finish_reason: "stop" (end of sequence or a stop text), "length", or an API's own word, such as "content_filter".
         logprob: untempered log-probability of `token_ids` given the prompt, summed, in nats; NaN where unknown.
         seed: of this sample.
     """
@@ -79,6 +79,12 @@ def stop_position(text: str, stop: Sequence[str]) -> int:
     return min((at for at in found if at >= 0), default=len(text))
 
 
+def check_seeds(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], n: int) -> None:
+    """Raise ValueError where there is not a list of n seeds for every prompt."""
+    if len(prompts) != len(seeds) or any(len(s) != n for s in seeds):
+        raise ValueError(f"{len(prompts)} prompts need as many lists of {n} seeds; {len(seeds)} were given.")
+
+
 class Sampler(Protocol):
     """A back end that draws completions. Equal seeds and equal batches give equal completions."""
 
@@ -90,8 +96,8 @@ class Sampler(Protocol):
     def prompt_identity(self) -> dict[str, Any]:
         """What decides how a prompt is rendered and tokenised; cheap."""
 
-    def tokenizer_fingerprint(self) -> str:
-        """Equal for back ends whose token ids mean the same."""
+    def tokenizer_fingerprint(self) -> str | None:
+        """Equal for back ends whose token ids mean the same; None where an API keeps tokens and chat template to itself."""
 
     def render(self, prompt: Prompt) -> tuple[str, list[int]]:
         """A prompt as the model reads it: text and token ids."""

@@ -21,7 +21,7 @@ from qprobe.models import LanguageModel, ModelSpec
 from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
 from qprobe.prefix import PrefixRun, check_prompts
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import Completion, SamplingSettings, stop_position
+from qprobe.sampling.base import Completion, SamplingSettings, check_seeds, stop_position
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
 # Sorting 49,152 scores of every row at every step costs more than a 135M-parameter model on a CPU.
@@ -57,10 +57,7 @@ class HFSampler:
         return models.load_tokenizer(self.model).render_prompt(prompt)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
-        if len(prompts) != len(seeds) or any(len(s) != self.settings.n for s in seeds):
-            raise ValueError(
-                f"{len(prompts)} prompts need as many lists of {self.settings.n} seeds; {len(seeds)} were given."
-            )
+        check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
         check_prompts(prompts)

@@ -1,0 +1,145 @@
+"""Embeddings from the endpoint of an OpenAI-compatible API: prompt + completion as one text, one embedding a row.
+
+An API takes text, so "token ids" are here UTF-8 bytes, joined before they are sent; the server tokenises the joined text as
+it likes. There is one layer, numbered 0: what the server calls the embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
+from qprobe.models import ModelSpec
+from qprobe.settings import build
+
+LAYER = 0
+
+
+class OpenAIEmbedder:
+    """Embeddings by an OpenAI-compatible API.
+
+    Args:
+        model: not used, an API names its own model; here so that all embedders are made alike.
+        api: which model of which server, and how it is called.
+        layers: not used, an API has one; here because experiments name those of local models.
+        dimensions: length of the embeddings, for models that can shorten them; None is the model's own.
+        inputs_per_call: texts in one request.
+        extra_body: further keys of every request; they decide the embeddings.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec | None,
+        api: ApiSettings | Mapping[str, Any],
+        layers: Sequence[int] | None = None,
+        dimensions: int | None = None,
+        inputs_per_call: int = 64,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        if inputs_per_call < 1 or (dimensions is not None and dimensions < 1):
+            raise ValueError(f"inputs_per_call={inputs_per_call} and dimensions={dimensions} must be at least 1.")
+        self.api = api if isinstance(api, ApiSettings) else build(ApiSettings, api, "embedder.api")
+        self.dimensions = dimensions
+        self.inputs_per_call = inputs_per_call
+        self.extra_body = dict(extra_body or {})
+        self._width: int | None = None
+
+    @property
+    def client(self) -> Client:
+        return client(self.api)
+
+    def usage(self) -> dict[str, int]:
+        return self.client.usage()
+
+    def check(self) -> None:
+        """Raise, before any work, where the openai package or the key is missing."""
+        self.client.check()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens them again."""
+        self.client.close()
+
+    def identity(self) -> dict[str, Any]:
+        model = {**self.api.identity(), "dimensions": self.dimensions, "extra_body": self.extra_body}
+        return {"embedder": "openai", "model": model, "token": "whole text"}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (LAYER,)
+
+    def folder_name(self) -> str:
+        name = re.sub(r"[^\w.-]+", "-", self.api.model).strip("-")
+        return f"openai-{name}"
+
+    def tokenizer_fingerprint(self) -> str:
+        return "utf-8"
+
+    def encode_prompt(self, text: str, templated: bool) -> list[int]:
+        return list(text.encode())
+
+    def encode_completion(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> dict[int, Tensor]:
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
+        if not all(prompts):
+            raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+        texts = [
+            bytes([*prompt, *ids]).decode(errors="replace")
+            for prompt, of_prompt in zip(prompts, completions, strict=True)
+            for ids in of_prompt
+        ]
+        parts = [texts[start : start + self.inputs_per_call] for start in range(0, len(texts), self.inputs_per_call)]
+        rows = [row for part in self.client.each([functools.partial(self._call, p) for p in parts]) for row in part]
+        for row in rows:
+            self._check_width(len(row))
+        return {LAYER: torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._width or 0)}
+
+    def _call(self, texts: Sequence[str], halt: threading.Event) -> list[list[float]]:
+        body: dict[str, Any] = {"model": self.api.model, "input": list(texts), "encoding_format": "float"}
+        if self.dimensions is not None:
+            body["dimensions"] = self.dimensions
+        try:
+            found = self.client.post("/embeddings", body | self.extra_body, "data", halt)["data"]
+        except ApiRefused as error:
+            if error.too_long:
+                raise ValueError(
+                    f"A prompt with its completion has more tokens than the context of {self.api.model} ({error.said}): embed "
+                    "with a model of longer context or shorten the prompt."
+                ) from None
+            raise ApiError(f"{str(error).rstrip('.')}: is {self.api.model!r} an embedding model?") from None
+        rows: dict[int, list[float]] = {}
+        for place, item in enumerate(found):
+            values = item.get("embedding") if isinstance(item, dict) else None
+            if isinstance(values, list) and values and all(_is_number(value) for value in values):
+                rows[int(item.get("index", place))] = values
+        if sorted(rows) != list(range(len(texts))):
+            raise ApiError(
+                f"{self.client.where} gave {len(rows)} usable embeddings for {len(texts)} texts: check that "
+                f"{self.api.model!r} is an embedding model, or lower inputs_per_call."
+            )
+        return [rows[place] for place in range(len(texts))]
+
+    def _check_width(self, width: int) -> None:
+        if self._width is None:
+            self._width = width
+        if width != self._width:
+            raise ApiError(
+                f"{self.client.where} gave embeddings of {self._width} values and then of {width}: the model "
+                f"{self.api.model!r} was changed there. Delete the features of this embedder and embed with one model."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,336 @@
+"""Sampling from an OpenAI-compatible API: conversations by chat completions, plain text by completions.
+
+An API takes text, so a prompt's "token ids" are here the UTF-8 bytes of its request; completions have no token ids.
+
+Seeds are sent (one a call: that of its first choice, folded to 31 bits) and are best effort, as the servers say themselves;
+`choices_per_call=1` sends every sample's own. What a server refuses is left away where the law does not change: `n` (single
+calls then), `seed`, `stop` and `logprobs`; `max_tokens` is renamed. top_k is only sent where it is set, never left away.
+
+Texts are cut as the local samplers cut. A server that stops inside the white space that begins a completion, where stop
+texts do not count, is asked again without them. Few servers say whether an empty answer ended by itself, so elsewhere
+that is asked again too, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from qprobe.api import ApiRefused, ApiSettings, Client, client
+from qprobe.models import ModelSpec
+from qprobe.prompts import Prompt
+from qprobe.sampling.base import Completion, SamplingSettings, check_seeds, stop_position
+from qprobe.settings import build
+
+OPENINGS = ("continue_final_message", "prefix")
+LEFT_AWAY = {
+    "n": "completions are asked for one by one",
+    "seed": "completions cannot be repeated",
+    "stop": "completions are cut here, and cost tokens up to max_new_tokens",
+    "logprobs": "log-probabilities are unknown",
+    "max_tokens": "max_completion_tokens is sent in its place",
+}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Some samples of one prompt that one call asks for, with the server's stop words or without."""
+
+    prompt: int
+    samples: tuple[int, ...]
+    stop: bool = True
+
+
+class OpenAISampler:
+    """Completions by an OpenAI-compatible API.
+
+    Args:
+        model: not used, an API names its own model; here so that all samplers are made alike.
+        settings: the sampling law.
+        api: which model of which server, and how it is called.
+        choices_per_call: completions that one call asks for; None asks for all of a prompt.
+        stop_limit: stop texts that the server accepts; OpenAI's takes 4. All others are cut here.
+        opening: how the server is told to go on with an opened answer: "continue_final_message" (vLLM, SGLang) or "prefix"
+            (Mistral, DeepSeek); None where it cannot.
+        logprobs: whether log-probabilities are asked for.
+        extra_body: further keys of every request, such as a server's own; they decide the completions.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec | None,
+        settings: SamplingSettings,
+        api: ApiSettings | Mapping[str, Any],
+        choices_per_call: int | None = None,
+        stop_limit: int = 4,
+        opening: str | None = None,
+        logprobs: bool = True,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        if choices_per_call is not None and choices_per_call < 1:
+            raise ValueError(f"choices_per_call is {choices_per_call}: at least 1, or null for all of a prompt.")
+        if stop_limit < 0:
+            raise ValueError(f"stop_limit is {stop_limit}: 0 or more.")
+        if opening is not None and opening not in OPENINGS:
+            raise ValueError(f"opening is {opening!r}: choose {' or '.join(OPENINGS)}, or null.")
+        self.settings = settings
+        self.api = api if isinstance(api, ApiSettings) else build(ApiSettings, api, "sampler.api")
+        self.opening = opening
+        self.logprobs = logprobs
+        self.extra_body = dict(extra_body or {})
+        self._at_once = choices_per_call or settings.n
+        self._stop = sent_stop_texts(settings.stop, stop_limit)
+        self._left_away: set[str] = set()
+
+    @property
+    def client(self) -> Client:
+        return client(self.api)
+
+    def usage(self) -> dict[str, int]:
+        return self.client.usage()
+
+    def check(self) -> None:
+        """Raise, before any work, where the openai package or the key is missing."""
+        self.client.check()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens them again."""
+        self.client.close()
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "sampler": "openai",
+            "model": self.api.identity(),
+            **dataclasses.asdict(self.settings),
+            "opening": self.opening,
+            "logprobs": self.logprobs,
+            "extra_body": self.extra_body,
+        }
+
+    def prompt_identity(self) -> dict[str, Any]:
+        return {"rendered_by": "the server"}
+
+    def tokenizer_fingerprint(self) -> None:
+        """None: the tokens are the server's own."""
+
+    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
+        """A prompt's text, for whoever embeds it, and its request as bytes.
+
+        Raises:
+            ValueError: an opened answer, and `opening` does not say how.
+        """
+        if prompt.opening and self.opening is None:
+            raise ValueError(
+                f"Prompt {prompt.task_id} opens the answer, which a plain chat API cannot be told: use a prompt style that does "
+                "not (chat, zero_shot, few_shot), or set sampler.opening=continue_final_message (vLLM, SGLang) or prefix "
+                "(Mistral, DeepSeek) if the server knows one of them."
+            )
+        request: dict[str, Any]
+        if prompt.text is not None:
+            text, request = prompt.text, {"text": prompt.text}
+        else:
+            several = len(prompt.messages) > 1
+            said = [f"{m['role']}: {m['content']}" if several else m["content"] for m in prompt.messages]
+            text = "".join(f"{one}\n\n" for one in said) + prompt.opening
+            request = {"messages": list(prompt.messages), "opening": prompt.opening}
+        return text, list(json.dumps(request).encode())
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+        check_seeds(prompts, seeds, self.settings.n)
+        requests = [_request(ids) for ids in prompts]
+        found: dict[tuple[int, int], Completion] = {}
+        left = [_Job(p, (i,)) for p in range(len(prompts)) for i in range(self.settings.n)]
+        while left:
+            jobs, left = self._together(left), []
+            calls = [functools.partial(self._call, job, requests[job.prompt], seeds[job.prompt]) for job in jobs]
+            for job, choices in zip(jobs, self.client.each(calls), strict=True):
+                if len(choices) == 1 < len(job.samples):
+                    self._at_once = 1  # such servers take `n` and do not look at it
+                left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(choices) :]]
+                for sample, choice in zip(job.samples, choices, strict=False):
+                    completion = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
+                    if job.stop and self._stopped_early(choice, completion):
+                        left.append(_Job(job.prompt, (sample,), stop=False))
+                    else:
+                        found[job.prompt, sample] = completion
+        return [[found[p, i] for i in range(self.settings.n)] for p in range(len(prompts))]
+
+    def _together(self, single: Sequence[_Job]) -> list[_Job]:
+        """Neighbours that one call may ask for, joined: servers that count seeds on give each its own."""
+        jobs: list[_Job] = []
+        for job in single:
+            last = jobs[-1] if jobs else None
+            if (
+                last
+                and (last.prompt, last.samples[-1] + 1, last.stop) == (job.prompt, job.samples[0], job.stop)
+                and len(last.samples) < self._at_once
+            ):
+                jobs[-1] = dataclasses.replace(last, samples=last.samples + job.samples)
+            else:
+                jobs.append(job)
+        return jobs
+
+    def _call(
+        self, job: _Job, request: dict[str, Any], seeds: Sequence[int], halt: threading.Event
+    ) -> list[dict[str, Any]]:
+        """The choices of one call, at least one and at most as many as the job has samples."""
+        while True:
+            path, body = self._body(job, request, seeds)
+            try:
+                choices = self.client.post(path, body, "choices", halt)["choices"]
+                return [choice if isinstance(choice, dict) else {} for choice in choices][: len(job.samples)]
+            except ApiRefused as error:
+                if error.too_long:
+                    raise ValueError(
+                        f"A prompt with max_new_tokens={self.settings.max_new_tokens} exceeds the context of "
+                        f"{self.api.model} ({error.said}): shorten the prompt or lower max_new_tokens."
+                    ) from None
+                name = next((name for name in LEFT_AWAY if name in body and _names(error, name)), None)
+                if name is None:
+                    raise
+                self._leave_away(name)
+
+    def _leave_away(self, name: str) -> None:
+        if name not in self._left_away:
+            self._left_away.add(name)
+            tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.", file=sys.stderr)
+        if name == "n":
+            self._at_once = 1
+
+    def _body(self, job: _Job, request: dict[str, Any], seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+        settings, length = self.settings, "max_tokens"
+        if length in self._left_away:
+            length = "max_completion_tokens"
+        body: dict[str, Any] = {"model": self.api.model, "temperature": settings.temperature}
+        optional: dict[str, Any] = {"seed": seeds[job.samples[0]] % 2**31}  # a larger one is refused or rounded by some
+        if "text" in request:
+            path, body["prompt"] = "/completions", request["text"]
+            optional["logprobs"] = 1 if self.logprobs else None
+        else:
+            path, body["messages"] = "/chat/completions", list(request["messages"])
+            optional["logprobs"] = True if self.logprobs else None
+            if request["opening"]:
+                opened = {"role": "assistant", "content": request["opening"]}
+                body["messages"].append(opened | ({"prefix": True} if self.opening == "prefix" else {}))
+                if self.opening == "continue_final_message":
+                    body |= {"add_generation_prompt": False, "continue_final_message": True}
+        body[length] = settings.max_new_tokens
+        optional["n"] = len(job.samples) if len(job.samples) > 1 else None  # some servers do not even take n=1
+        optional["stop"] = list(self._stop) if job.stop and self._stop else None
+        if settings.top_p < 1:
+            body["top_p"] = settings.top_p
+        if settings.top_k:
+            body["top_k"] = settings.top_k
+        body |= {key: value for key, value in optional.items() if value is not None and key not in self._left_away}
+        return path, body | self.extra_body
+
+    def _stopped_early(self, choice: dict[str, Any], completion: Completion) -> bool:
+        """Whether the server may have ended an empty completion at a stop text that does not count."""
+        ended_by_itself = "stop_reason" in choice and choice["stop_reason"] is None  # vLLM says so, others say nothing
+        stops = bool(self._stop) and "stop" not in self._left_away
+        return stops and completion.finish_reason == "stop" and not completion.text.strip() and not ended_by_itself
+
+    def _completion(self, choice: dict[str, Any], request: dict[str, Any], seed: int) -> Completion:
+        message = choice.get("message")
+        message = message if isinstance(message, dict) else {}
+        text = _plain(choice.get("text") if "text" in request else message.get("content"))
+        opening = request.get("opening", "")
+        if opening and self.opening == "prefix":
+            text = text.removeprefix(opening)  # Mistral repeats it, DeepSeek does not
+        reason = str(choice.get("finish_reason") or "unknown")
+        if not text and message.get("refusal"):
+            reason = "refusal"
+        cut = stop_position(text, self.settings.stop)
+        if cut < len(text):
+            text, reason = text[:cut], "stop"
+        return Completion(text, None, reason, _logprob(choice.get("logprobs"), text), seed)
+
+
+def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
+    """The stop texts that a server is told, the first ones that leave the cut where all of them together would make it.
+
+    A server that stops at "def" swallows the end of an untold "\n\ndef", and nobody could cut before that any more: a text
+    is told together with those that may begin before it, or not at all. (Where one stop text lies in the middle of another,
+    the cut depends on the tokens of whoever samples.)
+
+    Args:
+        stop: all stop texts.
+        limit: how many the server takes.
+    """
+    told: list[str] = []
+    for text in dict.fromkeys(stop):
+        group, open_ends = {text}, [text]
+        while open_ends:
+            known = open_ends.pop()
+            new = {other for other in stop if other not in group and _may_begin_before(other, known)}
+            group |= new
+            open_ends += new
+        if len(group.union(told)) <= limit:
+            told += [word for word in dict.fromkeys(stop) if word in group and word not in told]
+    return tuple(told)
+
+
+def _may_begin_before(other: str, told: str) -> bool:
+    """Whether `other` may begin before `told` and be complete no earlier, so that a stop at `told` hides it."""
+    return any(told.startswith(other[at:]) or other[at:].startswith(told) for at in range(1, len(other)))
+
+
+def _request(ids: Sequence[int]) -> dict[str, Any]:
+    if not ids:
+        raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+    try:
+        request: dict[str, Any] = json.loads(bytes(ids))
+        if "text" in request or "messages" in request:
+            return request
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(
+        "A prompt is no request of this sampler: an API takes text, so give sample() what its render() gave, not token ids."
+    )
+
+
+def _names(error: ApiRefused, name: str) -> bool:
+    """Whether a server refuses this parameter."""
+    if error.parameter is not None:
+        return error.parameter == name
+    return re.search(rf"(?:^|[\s'\"`(\[]){name}(?:$|[\s'\"`)\]:=<>,.])", error.said) is not None
+
+
+def _plain(content: Any) -> str:
+    """Text out of a string, a list of parts, or nothing; what no file can hold is replaced."""
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    text = content if isinstance(content, str) else ""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _logprob(given: Any, text: str) -> float:
+    """The log-probability of a text, summed over the tokens that it is made of; NaN where that cannot be told."""
+    if not isinstance(given, dict) or "\ufffd" in text:  # that sign stands for any number of tokens
+        return math.nan
+    tokens: list[tuple[bytes, Any]] = []
+    if isinstance(given.get("content"), list):
+        for part in given["content"]:
+            spelled = part.get("bytes")
+            tokens.append((bytes(spelled) if spelled else str(part.get("token")).encode(), part.get("logprob")))
+    elif isinstance(given.get("tokens"), list) and isinstance(given.get("token_logprobs"), list):
+        tokens = [(str(t).encode(), v) for t, v in zip(given["tokens"], given["token_logprobs"], strict=False)]
+    wanted, spelled_out, total = text.encode(), b"", 0.0
+    for token, value in tokens:
+        if len(spelled_out) >= len(wanted):
+            break
+        if not isinstance(value, int | float):
+            return math.nan
+        spelled_out += token
+        total += value
+    return total if tokens and spelled_out.startswith(wanted) else math.nan

@@ -1,0 +1,140 @@
+"""The API embedder sends prompt + completion as text, in batches, and takes no embedding for another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qprobe.api import ApiError
+from qprobe.embedding.hf import HFEmbedder
+from qprobe.embedding.openai import OpenAIEmbedder
+from qprobe.models import ModelSpec
+
+PROMPTS = ["naïve 🙂 ", "add("]
+COMPLETIONS = [["one", "", "zwei\n"], ["a, b)", "é"]]
+
+
+def embedder(there: Any, **changes: Any) -> OpenAIEmbedder:
+    api = {name: changes.pop(name) for name in list(changes) if name in there.settings().__dataclass_fields__}
+    return OpenAIEmbedder(None, there.settings(**api), **changes)
+
+
+def embed(one: OpenAIEmbedder) -> torch.Tensor:
+    prompts = [one.encode_prompt(text, templated=False) for text in PROMPTS]
+    found = one.embed(prompts, [[one.encode_completion(text) for text in row] for row in COMPLETIONS])
+    assert list(found) == list(one.layers) == [0]
+    return found[0]
+
+
+def data(*embeddings: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A fault: these embeddings, without an index where a value is no pair."""
+    items = [{"index": e[0], "embedding": e[1]} if isinstance(e, tuple) else {"embedding": e} for e in embeddings]
+    return lambda answer: answer | {"data": items}
+
+
+@pytest.mark.parametrize("inputs_per_call", [1, 2, 64])
+def test_texts_are_sent_whole_in_batches_and_rows_keep_their_places(
+    server: Any, tiny_model: ModelSpec, inputs_per_call: int, relative_error: Callable[..., float]
+) -> None:
+    found = embed(embedder(server, inputs_per_call=inputs_per_call))
+    texts = [prompt + text for prompt, row in zip(PROMPTS, COMPLETIONS, strict=True) for text in row]
+    sent = [body["input"] for _, _, body in server.requests]
+    assert sorted(text for inputs in sent for text in inputs) == sorted(texts)
+    assert max(map(len, sent)) == min(inputs_per_call, 5)
+    assert len(sent) == -(-5 // inputs_per_call)
+    local = HFEmbedder(tiny_model)
+    wanted = local.embed([local.encode_prompt(text, False) for text in texts], [[[]]] * 5)[4]
+    assert relative_error(found, wanted) <= 1e-4
+
+
+def test_the_request_holds_what_was_asked_for(server: Any) -> None:
+    found = embed(embedder(server, dimensions=7, extra_body={"truncate": False}))
+    assert found.shape == (5, 7)
+    (body,) = [body for _, _, body in server.requests]
+    assert {key: body[key] for key in body if key != "input"} == {
+        **{"model": "tiny", "dimensions": 7, "encoding_format": "float", "truncate": False}
+    }
+    server.requests.clear()
+    embed(embedder(server))
+    assert "dimensions" not in server.requests[0][2]
+
+
+def test_bytes_that_are_no_text_are_replaced(server: Any) -> None:
+    # A completion that another sampler's tokens cut inside of a character is stored as text; ours are whole.
+    one = embedder(server)
+    one.embed([[97, 0xF0]], [[[0x9F]]])
+    assert server.requests[0][2]["input"] == ["a\ufffd"]
+
+
+def test_a_changed_dimension_within_a_call_is_a_sentence(server: Any) -> None:
+    server.always = data([1.0, 2.0], [1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(
+        ApiError, match=r"gave embeddings of 2 values and then of 3: the model 'tiny' was changed there"
+    ):
+        embed(embedder(server))
+
+
+def test_a_changed_dimension_between_calls_is_a_sentence(server: Any) -> None:
+    one = embedder(server)
+    embed(one)
+    server.always = data(*[[1.0, 2.0]] * 5)
+    with pytest.raises(ApiError, match=r"embeddings of 32 values and then of 2.*Delete the features"):
+        embed(one)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[1.0]] * 4,
+        [(0, [1.0])] * 5,
+        [[1.0], [1.0], [1.0], [1.0], [float("nan")]],
+        [[1.0], [1.0], [1.0], [1.0], []],
+        [[1.0], [1.0], [1.0], [1.0], ["x"]],
+        [[1.0], [1.0], [1.0], [1.0], None],
+        [[1.0]] * 6,
+    ],
+)
+def test_embeddings_that_are_missing_or_no_numbers_are_a_sentence(server: Any, given: Any) -> None:
+    server.always = data(*given)
+    with pytest.raises(ApiError, match=r"usable embeddings for 5 texts: check that 'tiny' is an embedding model"):
+        embed(embedder(server))
+
+
+@pytest.mark.parametrize(("status", "said"), [(400, "The model does not support Embeddings API"), (404, "Not Found")])
+def test_a_model_without_embeddings_is_a_sentence(server: Any, refusal: Any, status: int, said: str) -> None:
+    # vLLM knows no such endpoint (404) where its model only generates; others refuse the request.
+    server.always = refusal(status, said)
+    with pytest.raises(ApiError, match=rf"{said}.*: is 'tiny' an embedding model\?"):
+        embed(embedder(server))
+
+
+def test_usage_and_retries_are_counted(server: Any, refusal: Any) -> None:
+    server.faults.append(refusal(503, "loading"))
+    one = embedder(server)
+    embed(one)
+    assert one.usage()["calls"] == 2
+    assert one.usage()["retries"] == 1
+    assert one.usage()["prompt_tokens"] > 10
+
+
+def test_identity_holds_what_decides_embeddings_and_no_key(server: Any, key: str) -> None:
+    def identity(**changes: Any) -> str:
+        return json.dumps(embedder(server, **changes).identity())
+
+    base = identity()
+    for changes in ({"model": "m"}, {"dimensions": 3}, {"extra_body": {"a": 1}}, {"server": "s"}):
+        assert identity(**changes) != base
+    for changes in ({"concurrency": 99}, {"max_calls": 3}, {"inputs_per_call": 1}, {"layers": [24]}):
+        assert identity(**changes) == base
+    assert key not in base
+    assert embedder(server, model="org/name v2").folder_name() == "openai-org-name-v2"
+
+
+def test_options_out_of_range_are_refused(server: Any) -> None:
+    for changes in ({"inputs_per_call": 0}, {"dimensions": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            embedder(server, **changes)
