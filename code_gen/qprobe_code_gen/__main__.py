@@ -17,11 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qprobe.embedding.hf import HFEmbedder
+from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe.report import tables
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
+from qprobe.sampling.vllm import VLLMSampler
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Split
 from qprobe.sweep import EvaluationSettings
@@ -32,8 +34,8 @@ from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-SAMPLERS = {"hf": HFSampler}
-EMBEDDERS = {"hf": HFEmbedder}
+SAMPLERS = {"hf": HFSampler, "vllm": VLLMSampler}
+EMBEDDERS = {"hf": HFEmbedder, "vllm": VLLMEmbedder}
 KEYS = {
     *("name", "title", "stages", "limit", "seed", "layer", "paths", "dataset", "model", "sampler", "embedder", "probe"),
     *("evaluation", "sandbox", "paper"),
@@ -92,6 +94,8 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     model = build(ModelSpec, config["model"], "model")
     sampler = _back_end(SAMPLERS, backend, "sampler")
     embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
+    # What the back end itself takes, such as how its engine is run, stands beside the sampling law.
+    own = {key: sampling.pop(key) for key in accepted(sampler) - {"model", "settings"} if key in sampling}
     settings = build(SamplingSettings, sampling, "sampler", stop=style.stop(problems))
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
     sandbox = dict(config["sandbox"])
@@ -105,8 +109,8 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         tests=splits[len(train) :],
         training_split=splits[0] if train else None,
         reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
-        sampler=sampler(model, settings),
-        greedy=sampler(model, at_zero) if greedy else None,
+        sampler=build(sampler, own, "sampler", model=model, settings=settings),
+        greedy=build(sampler, own, "sampler", model=model, settings=at_zero) if greedy else None,
         embedder=build(embedder, embedding, "embedder", model=model),
         layer=config["layer"],
         training=build(TrainingSettings, config["probe"], "probe"),
