@@ -94,7 +94,11 @@ class Engine:
         self.made_from = (model, settings, pooling)
         check_installed()
         _check_device(model)
-        arguments = _arguments(model, settings, pooling)
+        with _environment(settings):
+            self._start(_arguments(model, settings, pooling))
+
+    def _start(self, arguments: dict[str, Any]) -> None:
+        model = self.made_from[0]
         handle, path = tempfile.mkstemp(prefix="qprobe-vllm-", suffix=".log")
         self._log = Path(path)
         try:
@@ -232,8 +236,6 @@ def _check_device(model: ModelSpec) -> None:
 
 
 def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dict[str, Any]:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     context = settings.context_length(model)
     folder, revision = models.safetensors(model)
     with warnings.catch_warnings():
@@ -250,6 +252,7 @@ def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dic
     arguments: dict[str, Any] = {
         "model": folder,
         "revision": revision,
+        "tokenizer_revision": revision,
         "dtype": str(model.resolved_dtype()).removeprefix("torch."),
         "tensor_parallel_size": settings.tensor_parallel_size,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -257,8 +260,8 @@ def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dic
         "enforce_eager": settings.enforce_eager,
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         "enable_prefix_caching": True,
-        # Token ids go in and come out; texts are ours.
-        "skip_tokenizer_init": True,
+        # Token ids go in and come out; but the pooling runner insists on a tokenizer.
+        "skip_tokenizer_init": not pooling,
     }
     if on_cpu:
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context or 0, 2048)}
@@ -267,6 +270,19 @@ def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dic
         return arguments | {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
     # A model's own generation configuration would add penalties to the law that was asked for.
     return arguments | {"runner": "generate", "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
+
+
+@contextlib.contextmanager
+def _environment(settings: EngineSettings) -> Iterator[None]:
+    """Variables of the processes that are started meanwhile; what the user has set stays."""
+    wanted = ENVIRONMENT | ({"TORCHDYNAMO_DISABLE": "1"} if settings.enforce_eager else {})
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
