@@ -12,10 +12,12 @@ import atexit
 import contextlib
 import importlib.util
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,6 +116,9 @@ class Engine:
             ) from error
         finally:
             os.close(handle)
+        core = self._llm.llm_engine.engine_core
+        sentinels = [process.sentinel for process in core.resources.engine_manager.processes]
+        threading.Thread(target=_tell_of_death, args=(sentinels, core.outputs_queue), daemon=True).start()
         self._started = self._log.stat().st_size
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any], take: Callable[[int, Any], bool]) -> None:
@@ -270,6 +275,14 @@ def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dic
         return arguments | {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
     # A model's own generation configuration would add penalties to the law that was asked for.
     return arguments | {"runner": "generate", "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
+
+
+def _tell_of_death(sentinels: Sequence[int], outputs: Any) -> None:
+    """vLLM's client waits for ever on an engine that was killed, as a system without memory does; this ends the wait."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    multiprocessing.connection.wait(sentinels)
+    outputs.put_nowait(EngineDeadError())
 
 
 @contextlib.contextmanager

@@ -91,7 +91,9 @@ def test_a_smaller_context_binds_and_a_larger_one_is_refused(tiny_model: ModelSp
         EngineSettings(max_model_len=500).context_length(tiny_model)
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"device": "cuda:1"}, "CUDA_VISIBLE"), ({"device_map": "auto"}, "tensor")])
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"device": "cuda:1"}, "CUDA_VISIBLE"), ({"device_map": "auto"}, "tensor")]
+)
 def test_placements_that_vllm_does_not_know_are_refused_with_what_to_do(
     tiny_model: ModelSpec, changes: dict[str, Any], said: str
 ) -> None:
