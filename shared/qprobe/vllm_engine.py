@@ -154,22 +154,23 @@ class Engine:
         except Exception as error:
             dead = type(error).__name__ == "EngineDeadError"
             reason = self._reason(self._started) if dead else None
-            self.close(keep_log=True)
+            complaints = self._log.read_text(errors="replace")
+            self.close()
             if not dead:
                 raise
+            self._log.write_text(complaints)
             reason = reason or "its process was ended, for lack of memory perhaps"
             raise EngineError(
                 f"vLLM's engine died ({reason}): what was finished is kept and the same command goes on; "
                 f"{self._advice(reason)}; its log is {self._log}."
             ) from error
 
-    def close(self, keep_log: bool = False) -> None:
+    def close(self) -> None:
         """End the engine's processes, which gives back all of its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown(timeout=PATIENCE)
             multiprocessing.active_children()  # takes leave of those that have ended
-        if not keep_log:
             self._log.unlink(missing_ok=True)
 
     def _reason(self, start: int) -> str | None:

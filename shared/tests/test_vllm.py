@@ -166,6 +166,7 @@ def test_a_prompt_beyond_the_context_is_refused_in_the_words_of_the_transformers
 def test_embeddings_are_the_last_layer_of_transformers_and_the_sampling_engine_is_gone(
     model: ModelSpec, prompts: list[list[int]], relative_error: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
+    VLLMSampler(model, GREEDY, ENGINE).sample(prompts, seeds_of(prompts, 1))
     sampling = {process.pid for process in engine_processes()}
     assert sampling
     tokenizer = models.load_tokenizer(model)
@@ -196,7 +197,7 @@ def test_an_engine_whose_process_is_ended_is_a_sentence_and_the_next_call_starts
     before = embedder.embed(prompts[:1], [[[]]])
     for process in engine_processes():
         process.kill()
-    with pytest.raises(EngineError, match="died.*the same command goes on") as caught:
+    with pytest.raises(EngineError, match=r"died.*the same command goes on") as caught:
         embedder.embed(prompts[:1], [[[]]])
     assert "\n" not in str(caught.value)
     assert torch.allclose(embedder.embed(prompts[:1], [[[]]])[4], before[4], atol=1e-6)
