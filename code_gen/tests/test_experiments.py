@@ -11,7 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 import qprobe_code_gen.__main__ as command
+from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
+from qprobe.sampling.vllm import VLLMSampler
+from qprobe.vllm_engine import EngineSettings
 
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
 
@@ -146,6 +149,19 @@ def test_an_unknown_stage_is_a_sentence_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no stage polish: choose from sample"):
         pipeline.execute(["polish", "sample"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_back_ends_of_vllm_are_a_word_of_the_command(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
+    overrides = ["sampler=vllm", "embedder=vllm", "sampler.engine.tensor_parallel_size=2", "embedder.layers=[-1]"]
+    pipeline = command.make_pipeline(
+        composed(["experiment=humaneval", f"model.name={tiny_code_model.name}", f"paths.runs={tmp_path}", *overrides])
+    )
+    assert isinstance(pipeline.sampler, VLLMSampler)
+    assert isinstance(pipeline.greedy, VLLMSampler)
+    assert pipeline.sampler.engine == pipeline.greedy.engine == EngineSettings(tensor_parallel_size=2)
+    assert pipeline.greedy.settings.n == 1
+    assert isinstance(pipeline.embedder, VLLMEmbedder)
+    assert pipeline.probe_layer == 4
 
 
 def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> None:

@@ -17,20 +17,22 @@ from qprobe import cluster
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
+from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.sampling import Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
+from qprobe.sampling.vllm import VLLMSampler
 from qprobe.serving import Policy
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 
-SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler}
-EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder}
+SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "vllm": VLLMSampler}
+EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "vllm": VLLMEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.

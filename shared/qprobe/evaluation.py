@@ -340,8 +340,8 @@ class _Evaluation:
         if defaults:
             fewest = min(probe.held_out_mixed for probe in defaults)
             notes.append(
-                f"{len(defaults)} of {len(trained)} probes use the default stopping step and beta: holding out prompts would "
-                f"have left them {fewest} or a few more with both good and bad completions, too few to choose on."
+                f"{len(defaults)} of {len(trained)} probes use the default stopping step, learning rate and beta: holding out "
+                f"prompts would have left them {fewest} or a few more with both good and bad completions, too few to choose on."
             )
         for row in rows:
             if row.auc_low is not None and row.auc_high is not None and row.auc_low <= 0.5 <= row.auc_high:

@@ -9,11 +9,13 @@ The embedded default is SmolLM2-135M-Instruct, 98 MB, inside the PyPI package `l
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import io
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +152,10 @@ class LanguageModel:
     @property
     def layer_count(self) -> int:
         return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
     @property
     def context_length(self) -> int | None:
@@ -345,3 +351,65 @@ def load(spec: ModelSpec) -> LanguageModel:
         if spec.device_map is None:
             model = model.to(spec.resolved_device())
     return LanguageModel(model, tokenizer, spec)
+
+
+@functools.lru_cache(maxsize=2)
+def outline(spec: ModelSpec) -> LanguageModel:
+    """The model without its weights: layers, context and ends of sequence for a back end that computes elsewhere.
+
+    Raises:
+        OSError: the model cannot be had, in one sentence.
+    """
+    tokenizer = load_tokenizer(spec).tokenizer
+    folder, arguments = _loading_arguments(spec)
+    with _explained(spec):
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        config = AutoConfig.from_pretrained(folder, **arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if "gguf_file" not in arguments:
+            with contextlib.suppress(OSError):  # most models without this file are told by their configuration
+                model.generation_config = GenerationConfig.from_pretrained(folder, **arguments)
+    return LanguageModel(model, tokenizer, spec)
+
+
+def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
+    """(folder or hub id, revision) for programs that read no GGUF: such a file is converted once, into the cache.
+
+    The cache is `$QPROBE_CACHE`, or else `~/.cache/qprobe`; a converted model may be deleted at any time.
+
+    Raises:
+        OSError: the model cannot be had or the cache cannot be written, in one sentence.
+    """
+    folder, gguf = spec.source()
+    if gguf is None:
+        return folder, spec.revision
+    cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
+    dtype = str(spec.resolved_dtype()).removeprefix("torch.")
+    made = cache / "converted" / f"{Path(gguf).stem}-{_file_digest(Path(folder) / gguf)}-{dtype}"
+    if not made.is_dir():
+        # Not kept as `load` keeps models: its memory is the other program's.
+        converted = load.__wrapped__(dataclasses.replace(spec, device="cpu", device_map=None, dtype=dtype))
+        try:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as making, _quiet_transformers():
+                _save_dense(converted, Path(making) / "model")
+                with contextlib.suppress(OSError):  # another process was faster, with the same model
+                    (Path(making) / "model").rename(made)
+        except OSError as error:
+            raise OSError(
+                f"Model {spec.name!r} could not be converted into {made} ({error.strerror or error}): make room there, or "
+                "set the environment variable QPROBE_CACHE to another folder."
+            ) from error
+    return str(made), None
+
+
+def _save_dense(language_model: LanguageModel, folder: Path) -> None:
+    """Write a model that was unpacked from GGUF; nothing may say that it is still packed."""
+    model = language_model.model
+    with contextlib.suppress(AttributeError):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)

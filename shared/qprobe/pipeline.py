@@ -136,6 +136,9 @@ class Pipeline:
             "evaluate": self.evaluate,
             "report": self.write_report,
         }
+        for name, back_end in (("sample", self.sampler), ("embed", self.embedder)):
+            if name in names:
+                stages.check(back_end)
         for name in STAGES:
             if name in names:
                 work[name]()
@@ -188,6 +191,7 @@ class Pipeline:
     def sample(self) -> None:
         for pool in self.pools:
             stages.sample(pool, self.progress)
+        stages.give_back(self.sampler)
 
     def reward_completions(self) -> None:
         for pool in self.pools:
@@ -196,6 +200,7 @@ class Pipeline:
     def embed(self) -> None:
         for pool in self.sample_pools:
             stages.embed(pool, self.embedder, self.progress)
+        stages.give_back(self.embedder)
 
     def train(self) -> None:
         for pool in self.training_pools:

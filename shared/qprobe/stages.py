@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +93,29 @@ class Reward(Protocol):
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         """Every batch with one RewardRow a completion, in any order of batches; several may be in work at once."""
+
+
+@runtime_checkable
+class HoldsEngine(Protocol):
+    """A sampler or embedder that holds more than a model in this process, such as vLLM's engine."""
+
+    def check(self) -> None:
+        """Raise, before any work, where it cannot run here."""
+
+    def close(self) -> None:
+        """Give back what it holds; the next call takes it again."""
+
+
+def check(back_end: object) -> None:
+    """Let a back end say before hours of work that it cannot run here."""
+    if isinstance(back_end, HoldsEngine):
+        back_end.check()
+
+
+def give_back(back_end: object) -> None:
+    """The memory of a stage's back end is the next stage's."""
+    if isinstance(back_end, HoldsEngine):
+        back_end.close()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ USE: dict[str, Any] = {
         "stop": ["\n"],
     }
     | {"greedy": True, "batch_rows": 6},
-    "embedder": {"backend": "hf", "layers": [2], "tokens_per_pass": 64},
 }
 
 

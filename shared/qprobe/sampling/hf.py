@@ -21,7 +21,8 @@ from qprobe.models import LanguageModel, ModelSpec
 from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
 from qprobe.prefix import PrefixRun, check_prompts
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import Completion, SamplingSettings, check_seeds, stop_position
+from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
+from qprobe.sampling.stopping import StopTexts
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
 # Sorting 49,152 scores of every row at every step costs more than a 135M-parameter model on a CPU.
@@ -117,7 +118,6 @@ class _Batch:
         seeds: Sequence[int],
     ) -> None:
         self.run_model = run
-        self.tokenizer = tokenizer
         self.settings = settings
         self.prompts = prompts
         self.owner = owner
@@ -127,8 +127,7 @@ class _Batch:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished: list[Completion | None] = [None] * count
         self.eos = run.language_model.eos_token_ids
-        # Enough tokens to hold the longest stop text, whatever its cut: a token has a byte at least.
-        self.tail = max((len(s.encode()) for s in settings.stop), default=0) + 1
+        self.stops = StopTexts(tokenizer, settings.stop)
 
     def run(self) -> list[Completion]:
         device = self.run_model.language_model.device
@@ -173,7 +172,7 @@ class _Batch:
                 continue
             self.tokens[row].append(token)
             self.logprobs[row].append(logprob)
-            if self._stopped(row):
+            if self.stops.reached(self.prompts[self.owner[row]], self.tokens[row]):
                 self._finish(row, "stop")
             elif len(self.tokens[row]) == self.settings.max_new_tokens:
                 self._finish(row, "length")
@@ -181,29 +180,10 @@ class _Batch:
                 going_on.append(place)
         return going_on
 
-    def _stopped(self, row: int) -> bool:
-        if not self.settings.stop:
-            return False
-        tokens = self.tokens[row]
-        before = tokens[: -self.tail] or self.prompts[self.owner[row]]
-        recent = self.tokenizer.decode_completion(before, tokens[-self.tail :])
-        if not any(stop in recent for stop in self.settings.stop):
-            return False
-        text = self.tokenizer.decode_completion(self.prompts[self.owner[row]], tokens)
-        return stop_position(text, self.settings.stop) < len(text)
-
     def _finish(self, row: int, reason: str) -> None:
-        prompt, tokens = self.prompts[self.owner[row]], self.tokens[row]
-        text = self.tokenizer.decode_completion(prompt, tokens)
-        cut = stop_position(text, self.settings.stop)
-        kept = len(tokens)
-        if cut < len(text):
-            # Only the last tokens can lie beyond the cut: the row was stopped as soon as a stop text was complete.
-            # Lengths would not do: a character that lacks its last bytes is as long as the whole one.
-            while kept and self.tokenizer.decode_completion(prompt, tokens[: kept - 1]).startswith(text[:cut]):
-                kept -= 1
+        text, kept = self.stops.cut(self.prompts[self.owner[row]], self.tokens[row])
         logprob = float(sum(self.logprobs[row][:kept]))
-        self.finished[row] = Completion(text[:cut], tokens[:kept], reason, logprob, self.seeds[row])
+        self.finished[row] = Completion(text, self.tokens[row][:kept], reason, logprob, self.seeds[row])
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
