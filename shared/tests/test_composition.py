@@ -25,6 +25,7 @@ USE: dict[str, Any] = {
         "stop": ["\n"],
     }
     | {"greedy": True, "batch_rows": 6},
+    "embedder": {"backend": "hf", "layers": [2]},
 }
 
 
