@@ -28,7 +28,8 @@ def test_run_and_answer_with_completions_from_an_api(
     assert cli.main(["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", "own", *words]) == 0
     # A plain prompt is a message to an API, whatever the local model was made for.
     assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
-    assert server.requests[0][2]["messages"] == [{"role": "user", "content": "Say 0."}]
+    said = [message for _, _, body in server.requests for message in body["messages"]]
+    assert {(m["role"], m["content"]) for m in said} == {("user", f"Say {n}.") for n in range(6)}
     server.requests.clear()
     capsys.readouterr()
     probe = next(path.parent for path in Path("own/probes").rglob("policy_gradient/probe.json"))
