@@ -327,14 +327,17 @@ def _softmax_of_k(
     if not sampled.any():
         return values, errors
 
-    order = rng.permuted(np.broadcast_to(np.arange(n), (prompts * draws, n)), axis=1)
-    order += np.repeat(np.arange(prompts), draws)[:, None] * n
+    # One set of permutations serves all prompts, each of which is shuffled by one of its own first: a prompt's permutations
+    # are then uniform and independent, and the errors of two prompts are uncorrelated, as if each had drawn its own set.
+    shuffle = rng.permuted(np.broadcast_to(np.arange(n), (prompts, n)), axis=1)
+    scores, rewards = (np.take_along_axis(values, shuffle, axis=1) for values in (scores, rewards))
+    order = rng.permuted(np.broadcast_to(np.arange(n), (draws, n)), axis=1)
     # A softmax over a growing prefix, relative to the prefix's own maximum: relative to the pool's, a prefix of poor
     # samples would underflow to 0 / 0.
     top = np.full(prompts * draws, -np.inf)
     mass, earned = np.zeros((2, len(betas), prompts * draws))
     for k in range(1, int(ks[sampled].max()) + 1):
-        score, reward = scores.ravel()[order[:, k - 1]], rewards.ravel()[order[:, k - 1]]
+        score, reward = (values[:, order[:, k - 1]].ravel() for values in (scores, rewards))
         with np.errstate(over="ignore"):
             ratio = np.exp(-np.abs(score - top) / betas[:, None])
         higher = score > top
