@@ -143,12 +143,13 @@ def reward_grid(
     for size in np.unique(sizes):
         same = np.flatnonzero(sizes == size)
         step = max(1, BLOCK // (draws * int(size)))
+        order = rng.permuted(np.broadcast_to(np.arange(size), (draws, size)), axis=1)
         for block in np.split(same, range(step, len(same), step)):
             pool = np.stack([rows[p] for p in block])
             s, r = scores[pool], rewards[pool]
             values[np.ix_(np.arange(len(ks_array)), argmax, block)] = _best_of_k(s, r, ks_array)[:, None]
             if soft.any():
-                mean, error = _softmax_of_k(s, r, ks_array, betas_array[soft], draws, rng)
+                mean, error = _softmax_of_k(s, r, ks_array, betas_array[soft], order, rng)
                 values[np.ix_(np.arange(len(ks_array)), soft, block)] = mean
                 errors[np.ix_(np.arange(len(ks_array)), soft, block)] = error
     return RewardGrid(values, errors, prompts)
@@ -312,10 +313,14 @@ def _best_of_k(scores: Floats, rewards: Floats, ks: Sequence[int] | Integers) ->
 
 
 def _softmax_of_k(
-    scores: Floats, rewards: Floats, ks: Integers, betas: Floats, draws: int, rng: np.random.Generator
+    scores: Floats, rewards: Floats, ks: Integers, betas: Floats, order: Integers, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """(K, B, P) expected rewards of softmax and their standard errors for P pools (P, n) of one size, betas > 0."""
-    prompts, n = scores.shape
+    """(K, B, P) expected rewards of softmax and their standard errors for P pools (P, n) of one size, betas > 0.
+
+    The permutations `order` (draws, n) serve all prompts, each of which is shuffled by one of its own first: a prompt's
+    permutations are then uniform and independent, and the errors of two prompts uncorrelated, as if each had a set of its own.
+    """
+    (prompts, n), draws = scores.shape, len(order)
     shape = (len(betas), prompts)
     values, errors = np.empty((len(ks), *shape)), np.zeros((len(ks), *shape))
     with np.errstate(over="ignore"):
@@ -327,11 +332,8 @@ def _softmax_of_k(
     if not sampled.any():
         return values, errors
 
-    # One set of permutations serves all prompts, each of which is shuffled by one of its own first: a prompt's permutations
-    # are then uniform and independent, and the errors of two prompts are uncorrelated, as if each had drawn its own set.
     shuffle = rng.permuted(np.broadcast_to(np.arange(n), (prompts, n)), axis=1)
     scores, rewards = (np.take_along_axis(values, shuffle, axis=1) for values in (scores, rewards))
-    order = rng.permuted(np.broadcast_to(np.arange(n), (draws, n)), axis=1)
     # A softmax over a growing prefix, relative to the prefix's own maximum: relative to the pool's, a prefix of poor
     # samples would underflow to 0 / 0.
     top = np.full(prompts * draws, -np.inf)
