@@ -5,7 +5,8 @@ Prompts and a reward function, or candidates with their rewards, become a pipeli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,25 @@ CUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Work:
-    """A pipeline, the stages of it that are asked for, and what a user should know beforehand."""
+    """A pipeline, its configuration, what a user should know beforehand, and how other processes make the same pipeline."""
 
     pipeline: Pipeline
-    stages: Sequence[str]
+    config: dict[str, Any]
+    again: Callable[[], Pipeline]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def stages(self) -> Sequence[str]:
+        return list(self.config["stages"])
+
     def execute(self) -> None:
-        self.pipeline.execute(self.stages)
+        local = self.config["runner"]["backend"] == "local"
+        composition.execute((lambda: self.pipeline) if local else self.again, self.config)
 
     def closing_words(self) -> str:
         """What is printed at the end, the next command last."""
+        if self.pipeline.shard[1] > 1:
+            return self.pipeline.closing_words()
         if "report" not in self.stages:
             return f"run:      {self.pipeline.run}"
         probe = self.pipeline.final_probe()
@@ -96,9 +105,10 @@ def run(
         reward=function,
         use=_use(config, style),
     )
-    return Work(
-        pipeline, config["stages"], [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."]
+    again = functools.partial(
+        _pipeline_of, run, prompts, reward, folder=folder, test=test, batched=batched, overrides=overrides
     )
+    return Work(pipeline, config, again, [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."])
 
 
 def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str] = ()) -> Work:
@@ -131,7 +141,12 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     said = (
         f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; prompts are read as {_said(style)}."
     )
-    return Work(pipeline, config["stages"], [said, *found.notes])
+    again = functools.partial(_pipeline_of, import_candidates, candidates, folder=folder, overrides=overrides)
+    return Work(pipeline, config, again, [said, *found.notes])
+
+
+def _pipeline_of(work: Callable[..., Work], *arguments: Any, **named: Any) -> Pipeline:
+    return work(*arguments, **named).pipeline
 
 
 def _config(title: str, overrides: Sequence[str]) -> dict[str, Any]:

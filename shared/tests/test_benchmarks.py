@@ -24,7 +24,8 @@ def test_training() -> None:
     small = ("--prompts=60", "--samples=20", "--dimension=64", "--seeds=2", "--epochs=1")
     figures, sentence = run("training.py", *small)
     assert (figures["probes"], figures["rows"]) == (6, 1200)
-    assert figures["times one by one"]["time"] > 0
+    # No bound on a time: in so few steps noise decides, even the sign of a difference.
+    assert set(figures["times one by one"]) == {"time", "processor time"}
     assert "extrapolated" in sentence
 
 
