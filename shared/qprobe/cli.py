@@ -5,6 +5,7 @@ qprobe import CANDIDATES --run RUN            the same from completions and rewa
 qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
+qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     chosen, rest = _parser().parse_known_args(arguments)
     if unknown := [
-        word for word in rest if chosen.command in ("inspect", "report") or word.startswith("-") or "=" not in word
+        word
+        for word in rest
+        if chosen.command in ("inspect", "report", "pack") or word.startswith("-") or "=" not in word
     ]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report}
+    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
     try:
         work[chosen.command](chosen, rest)
     except KeyboardInterrupt:
@@ -86,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     reporting.add_argument("run", type=Path, help="the run folder, such as runs/demo")
     reporting.add_argument("--output", type=Path, help="the page; report.html in the run folder if not said")
+    packing = commands.add_parser(
+        "pack", help="prompts, completions and features of a run in a few files, for sampler=recorded embedder=recorded"
+    )
+    packing.add_argument("run", type=Path, help="the run folder, with its stages sample and embed finished")
+    packing.add_argument("folder", type=Path, help="where the recording goes")
+    packing.add_argument("--layers", type=int, nargs="+", help="of the features; all if not said")
+    packing.add_argument("--note", action="append", default=[], help="NAME=TEXT, such as weights=..., kept in its card")
     return parser
 
 
@@ -150,6 +160,18 @@ def _report(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
     content = page.to_html(chosen.run.resolve().name, candidates.read(chosen.run)).encode()
     write_whole(path, content)
     print(f"{path} ({len(content) / 1e6:.1f} MB): open it in a browser.")
+
+
+def _pack(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe import recording
+
+    if wrong := [note for note in chosen.note if "=" not in note]:
+        raise ValueError(f"--note {wrong[0]!r} has no name: write NAME=TEXT.")
+    notes = dict(note.split("=", 1) for note in chosen.note)
+    size = recording.pack(chosen.run, chosen.folder, chosen.layers, notes)
+    print(
+        f"{chosen.folder} ({size / 1e6:.1f} MB): sampler.recording={chosen.folder} embedder.recording={chosen.folder}."
+    )
 
 
 if __name__ == "__main__":

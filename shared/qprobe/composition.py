@@ -23,6 +23,7 @@ from qprobe.likelihood import Likelihood
 from qprobe.models import ModelSpec
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
+from qprobe.recording import RecordedEmbedder, RecordedSampler
 from qprobe.sampling import Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
@@ -33,8 +34,8 @@ from qprobe.stages import Reward, Split
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
 
-SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "vllm": VLLMSampler}
-EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "vllm": VLLMEmbedder}
+SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
+EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "recorded": RecordedEmbedder, "vllm": VLLMEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.

@@ -1,0 +1,170 @@
+"""A recorded run stands in for its model: the same tables, and a sentence for everything that was not recorded."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qprobe import store
+from qprobe.cli import main
+from qprobe.models import ModelSpec
+from qprobe.pipeline import Pipeline
+from qprobe.prompts import Prompt
+from qprobe.recording import RecordedEmbedder, RecordedSampler, open_recording, pack
+from qprobe.sampling import SamplingSettings
+from qprobe.store import StoreError
+from qprobe.sweep import EvaluationSettings
+from qprobe.training import TrainingSettings
+
+MODEL = ModelSpec("none is loaded")
+TRAINING = TrainingSettings(steps=20, learning_rate=0.1, minimum_mixed=2, check_every=5)
+SETTINGS = EvaluationSettings(losses=("reward_mse",), seeds=2, folds=3, draws=5, bootstrap=100)
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def make(fakes: ModuleType, tmp_path: Path) -> Make:
+    def made(name: str, **changes: Any) -> Pipeline:
+        values: dict[str, Any] = {
+            "run": tmp_path / name,
+            "title": "Numbers",
+            "tests": [fakes.split("numbers", 12)],
+            "reward": fakes.Reward(),
+            "sampler": fakes.Sampler(),
+            "greedy": fakes.Sampler(1, temperature=0.0),
+            "embedder": fakes.Embedder([1, 2]),
+            "training": TRAINING,
+            "settings": SETTINGS,
+            "batch_rows": 12,
+            "progress": False,
+        }
+        return Pipeline(**values | changes)
+
+    return made
+
+
+@pytest.fixture
+def packed(make: Make, tmp_path: Path) -> str:
+    make("real").execute(["sample", "embed"])
+    pack(tmp_path / "real", tmp_path / "packed", notes={"weights": "arithmetic"})
+    return str(tmp_path / "packed")
+
+
+def recorded(packed: str, n: int = 4, layers: list[int] | None = None) -> dict[str, Any]:
+    """Back ends that give back what was recorded."""
+    law = SamplingSettings(n=n)
+    return {
+        "sampler": RecordedSampler(MODEL, law, packed),
+        "greedy": RecordedSampler(MODEL, dataclasses.replace(law, n=1, temperature=0.0), packed),
+        "embedder": RecordedEmbedder(MODEL, packed, layers),
+    }
+
+
+def table_of(pipeline: Pipeline, kind: str) -> list[dict[str, Any]]:
+    pool = pipeline.pools[["sample", "greedy"].index(kind)]
+    rows: list[dict[str, Any]] = pool.completions.read(pool.batches).to_pylist()
+    return rows
+
+
+def test_a_recorded_run_gives_the_tables_and_results_of_the_run_itself(make: Make, packed: str) -> None:
+    real, again = make("real"), make("again", **recorded(packed))
+    real.execute(["reward", "train", "evaluate"])
+    again.execute(["sample", "reward", "embed", "train", "evaluate"])
+    for kind in ("sample", "greedy"):
+        assert table_of(again, kind) == table_of(real, kind)
+    for layer in (1, 2):
+        theirs, ours = (
+            p.sample_pools[0].features(p.embedder, layer).read_embeddings(p.sample_pools[0].batches)
+            for p in (real, again)
+        )
+        assert ours[0] == theirs[0]
+        np.testing.assert_array_equal(ours[1], theirs[1])
+    split = real.tests[0]
+    assert again.results(split).rows == real.results(split).rows
+    # Whose completions they are is known by content: other results than of another recording.
+    assert again.results(split).made_from != real.results(split).made_from
+
+
+def test_fewer_prompts_and_completions_than_were_recorded_are_its_first(
+    make: Make, fakes: ModuleType, packed: str
+) -> None:
+    few = make("few", tests=[fakes.split("numbers", 5)], **recorded(packed, n=2, layers=[2]))
+    few.execute(["sample", "embed"])
+    everything = {(row["task_id"], row["sample"]): row for row in table_of(make("real"), "sample")}
+    rows = table_of(few, "sample")
+    assert len(rows) == 10
+    assert all(row == everything[row["task_id"], row["sample"]] for row in rows)
+
+
+def test_the_card_says_who_made_what(packed: str) -> None:
+    card = json.loads((Path(packed) / "recording.json").read_text())
+    assert card["notes"] == {"weights": "arithmetic"}
+    assert card["completions"]["numbers.sample"]["inputs"]["sampler"]["model"] == {"name": "numbers"}
+    assert "created" in card["completions"]["numbers.greedy"]
+    assert [entry["inputs"]["layer"] for entry in card["features"]] == [1, 2]
+
+
+def test_what_was_not_recorded_is_a_sentence(fakes: ModuleType, packed: str) -> None:
+    ends = recorded(packed)
+    prompt = fakes.prompts(1)[0]
+    with pytest.raises(ValueError, match="has no prompt t-900: it holds 12 prompts, such as t-000"):
+        ends["sampler"].render(Prompt("t-900", text="x"))
+    with pytest.raises(ValueError, match=r"another one than in .*: use the style that was recorded"):
+        ends["sampler"].render(dataclasses.replace(prompt, text="Task 0"))
+    with pytest.raises(ValueError, match=r"does not hold 2 of these completions.* fewer than n=4"):
+        ends["sampler"].sample([[1]], [[1, 2]])
+    with pytest.raises(ValueError, match="no features of 1 of these 1 completions"):
+        ends["embedder"].embed([[1]], [[[2]]])
+    with pytest.raises(ValueError, match="no layer 7; it has 1, 2"):
+        RecordedEmbedder(MODEL, packed, [7])
+    with pytest.raises(StoreError, match="is no recording"):
+        open_recording(str(Path(packed) / "features"))
+    with pytest.raises(StoreError, match="in a package that is not installed: install no_such_package"):
+        open_recording("no_such_package:folder")
+
+
+def test_a_damaged_file_is_a_sentence(packed: str) -> None:
+    path = Path(packed) / "features" / "numbers.sample.layer=01.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"layer=01\.parquet cannot be read"):
+        RecordedEmbedder(MODEL, packed).embed([[1]], [[[2]]])
+
+
+def test_an_unfinished_run_is_not_packed(make: Make, tmp_path: Path) -> None:
+    pipeline = make("half")
+    pipeline.execute(["sample"])
+    with pytest.raises(StoreError, match=r"holds no table: run the stages sample and embed"):
+        pack(tmp_path / "half", tmp_path / "out")
+    pipeline.execute(["embed"])
+    with pytest.raises(StoreError, match="no features of layer 9: it has 1, 2"):
+        pack(tmp_path / "half", tmp_path / "out", [9])
+    pool = pipeline.sample_pools[0]
+    pool.features(pipeline.embedder, 2).part(pool.batches[0]).unlink()
+    with pytest.raises(StoreError, match="missing 12 of 48 rows: run embed"):
+        pack(tmp_path / "half", tmp_path / "out")
+    assert pack(tmp_path / "half", tmp_path / "out", [1]) > 0  # that layer is whole
+    pool.completions.part(pool.batches[0]).unlink()
+    with pytest.raises(StoreError, match="missing 3 of 12 prompts: run sample"):
+        pack(tmp_path / "half", tmp_path / "out", [1])
+    assert not store.found_table(tmp_path / "half" / "completions" / "numbers.sample").has(pool.batches[0])
+
+
+def test_the_command_packs_and_says_how_to_use_it(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("real").execute(["sample", "embed"])
+    words = ["pack", str(tmp_path / "real"), str(tmp_path / "out"), "--layers", "2", "--note"]
+    assert main([*words, "weights=a=b"]) == 0
+    assert f"embedder.recording={tmp_path / 'out'}" in capsys.readouterr().out
+    opened = open_recording(str(tmp_path / "out"))
+    assert (opened.layers, opened.card["notes"]) == ([2], {"weights": "a=b"})
+    assert main([*words, "nameless"]) == 1
+    assert "has no name: write NAME=TEXT" in capsys.readouterr().err
