@@ -72,8 +72,9 @@ def test_every_group_of_the_core_composes() -> None:
     folder = Path(qprobe.__file__).parent / "conf"
     for path in folder.glob("*/*.yaml"):
         overrides = [f"{path.parent.name}={path.stem}", "model.name=x"]
-        if path.stem == "openai":
-            overrides.append(f"{path.parent.name}.api.model=y")
+        needed = {"openai": "api.model=y", "recorded": "recording=y"}
+        if path.stem in needed:
+            overrides.append(f"{path.parent.name}.{needed[path.stem]}")
         assert composition.composed("run", overrides)["model"]["name"] == "x"
 
 
