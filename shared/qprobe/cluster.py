@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qprobe import needs
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.runners.ray import Item, Step, run_steps
 from qprobe.settings import build
@@ -16,12 +17,13 @@ from qprobe.settings import build
 Make = Callable[[], Pipeline]
 
 
-def execute(make: Make, names: Sequence[str], runner: dict[str, Any]) -> Pipeline:
+def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequence[str] = ()) -> Pipeline:
     """Run a pipeline's stages: those that work batch by batch on Ray, the others here.
 
     Args:
         make: makes the pipeline; it is sent to every actor, so it must be picklable. Its run folder, and this process's
             working directory, must be seen by every machine.
+        more: lines on what the application needs besides, as of `needs.tell`.
         names: of the stages.
         runner: `address`, and for every stage on Ray its workers, cpus and gpus.
 
@@ -34,6 +36,7 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any]) -> Pipelin
     if pipeline.shard[1] > 1:
         raise ValueError("shard and runner=ray both part the work: give one of them.")
     pipeline.check(names)
+    needs.tell(pipeline, names, more, here=False)
     on_ray = [name for name in SHARDED if name in names]
     steps = [
         build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(_worker, make, name, Path.cwd()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import cluster
+from qprobe import cluster, needs
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
@@ -193,24 +193,28 @@ def pipeline(
     )
 
 
-def execute(make: Callable[[], Pipeline], config: Mapping[str, Any]) -> Pipeline:
-    """Run a configuration's stages by its runner.
+def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Sequence[str] = ()) -> Pipeline:
+    """Say what a configuration's stages need, and run them by its runner.
 
     Args:
         make: makes the pipeline; for Ray it is sent to other processes, so it must be picklable.
+        more: lines on what the application needs besides.
 
     Raises:
         ValueError: an unknown runner, or a key that it does not know.
+        RuntimeError: a need that is plainly not met.
     """
     runner, names = dict(config["runner"]), config["stages"]
     backend = runner.pop("backend")
     if backend == "ray":
         check_keys(runner, {"address", *SHARDED}, "runner")
-        return cluster.execute(make, names, runner)
+        return cluster.execute(make, names, runner, more)
     if backend != "local":
         raise ValueError(f"runner.backend is {backend!r}: choose from local, ray.")
     check_keys(runner, set(), "runner")
     pipeline = make()
+    pipeline.check(names)
+    needs.tell(pipeline, names, more)
     pipeline.execute(names)
     return pipeline
 
