@@ -23,9 +23,9 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequ
     Args:
         make: makes the pipeline; it is sent to every actor, so it must be picklable. Its run folder, and this process's
             working directory, must be seen by every machine.
-        more: lines on what the application needs besides, as of `needs.tell`.
         names: of the stages.
         runner: `address`, and for every stage on Ray its workers, cpus and gpus.
+        more: lines on what the application needs besides.
 
     Returns: the pipeline that did the rest.
 

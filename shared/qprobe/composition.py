@@ -161,11 +161,13 @@ def pipeline(
     stop: Sequence[str] | None = None,
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
+    outputs: Path | None = None,
 ) -> Pipeline:
     """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
 
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
+        outputs: where probes, results, tables and figures go; None: the run folder.
 
     Raises:
         ValueError: an unknown key, or a value that cannot be; before any work.
@@ -190,7 +192,28 @@ def pipeline(
         shard=_shard(config["shard"]),
         paper=paper or {},
         use=use or {},
+        outputs=outputs,
     )
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The published values of a configuration (`paper`), where all of `paper_when` holds: key, with dots -> value; else none.
+
+    Raises:
+        ValueError: published values without a condition.
+    """
+    if config["paper"] and not config["paper_when"]:
+        raise ValueError("paper has values, but paper_when does not say of which set-up: name model.name at least.")
+    found = {key: _value_at(config, key) for key in config["paper_when"]}
+    return dict(config["paper"]) if found == dict(config["paper_when"]) else {}
+
+
+def _value_at(config: Mapping[str, Any], key: str) -> Any:
+    """A value by its key with dots; None where a back end or the configuration has no such key."""
+    at: Any = config
+    for part in key.split("."):
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return at
 
 
 def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Sequence[str] = ()) -> Pipeline:
