@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from qprobe import composition
+from qprobe import composition, needs
 from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
 from qprobe.settings import accepted, build, check_keys
@@ -26,6 +26,7 @@ from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
+SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}}
 KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when"}
 DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
@@ -70,7 +71,11 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     for name in names:
         limits = [limit, _limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
         fewest = min((x for x in limits if x is not None), default=None)
-        sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
+        try:
+            sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
+        except OSError as error:
+            count, tests = (sum(SIZES.get(name, 0) for name in of) for of in (names, dataset["test"]))
+            raise OSError(f"{error} {needs.expected(count, config['sampler'], tests)}") from error
     problems = [problem for s in sets for problem in s.problems]
     splits = {
         s.name: Split(

@@ -81,9 +81,12 @@ def test_every_policy_experiment_runs_shrunk(
 ) -> None:
     config = configured(name, tiny_code_model, tmp_path)
     command.run(config)
-    printed = capsys.readouterr().out
-    assert "This run needs: 4 prompts, " in printed
-    assert "One example" in printed
+    printed = capsys.readouterr()
+    assert "This run needs: 12 completions of 4 prompts to draw (at most 48 tokens" in printed.err
+    labels = min(config["policy"]["label_pairs"], 5)
+    comparisons = 12 + 4 * len(config["policy"]["policies"]) + labels
+    assert f": at most {comparisons} comparisons" in printed.err
+    assert "One example" in printed.out
     limit = config["dataset"]["limit"]
     run = tmp_path / (name if limit is None else f"{name}-limit{limit}")
     rows = rows_of(run)
@@ -185,7 +188,7 @@ def test_recorded_candidates_are_judged_beside_their_true_rewards(
     config["policy"]["prompts"] = None
     command.run(config)
     printed = capsys.readouterr().out
-    assert "0 completions to draw" in printed
+    assert "to draw" not in printed.err
     assert "and the true verdicts agree on" in printed
     truth = list(csv.DictReader((tmp_path / "preference_demo" / "tables" / "truth.csv").read_text().splitlines()))
     # One chosen (1) and one rejected (0) answer of each prompt, against the first, which is chosen: a tie and a loss.
