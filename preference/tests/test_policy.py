@@ -57,7 +57,7 @@ def shrunk(model: ModelSpec, folder: Path, name: str) -> list[str]:
 
 def configured(name: str, model: ModelSpec, folder: Path, *more: str) -> dict[str, Any]:
     words = shrunk(model, folder, name)
-    if name in ("table3", "table3_kto", "fig5", "fig6"):
+    if name.startswith(("table", "fig")):
         # The sets of the hub are not there: a local one stands in for each.
         local = {"format": "hh", "name": "a", "path": str(hh_file(folder)), "test_share": 0.5, "split": "test"}
         words = [word for word in words if not word.startswith("dataset")]
@@ -187,9 +187,9 @@ def test_recorded_candidates_are_judged_beside_their_true_rewards(
     config["evaluation"]["k"] = 2
     config["policy"]["prompts"] = None
     command.run(config)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     assert "to draw" not in printed.err
-    assert "and the true verdicts agree on" in printed
+    assert "and the true verdicts agree on" in printed.out
     truth = list(csv.DictReader((tmp_path / "preference_demo" / "tables" / "truth.csv").read_text().splitlines()))
     # One chosen (1) and one rejected (0) answer of each prompt, against the first, which is chosen: a tie and a loss.
     assert float(truth[0]["rate"]) == pytest.approx(0.25)
