@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
 from qprobe import stages
+from qprobe.api import ApiError
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe_preference import policy
@@ -250,3 +251,26 @@ def test_the_papers_values_need_the_papers_judge_and_model(tiny_code_model: Mode
     assert policy.paper_values(experiment) == {"base": 37.86}
     other = dataclasses.replace(experiment.settings, paper_model="another")
     assert policy.paper_values(dataclasses.replace(experiment, settings=other)) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith(("table", "fig"))])
+def test_a_full_experiment_stops_with_what_it_is_for_where_its_data_or_model_cannot_be_had(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = composed([f"experiment={name}", "judge.api.model=m", f"paths.runs={tmp_path}/runs"])
+    with pytest.raises(OSError, match=r"24,576 completions of 512 prompts, at most 12,582,912 tokens") as caught:
+        command.run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_judge_without_a_key_ends_a_run_that_has_said_what_it_needs(
+    tiny_code_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = configured("table3", tiny_code_model, tmp_path)
+    config["judge"] = composed(["experiment=table3", "judge.api.model=m"])["judge"]
+    with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
+        command.run(config)
+    assert "Judge m: at most" in capsys.readouterr().err
