@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from qprobe import composition
+from qprobe import composition, needs
 from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
 from qprobe.settings import accepted, build, check_keys
@@ -26,7 +26,8 @@ from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper"}
+SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}}
+KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when"}
 DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
 
@@ -63,34 +64,45 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     check_keys(config["dataset"], DATASET_KEYS, "dataset")
     dataset, style = config["dataset"], prompt_style(config["dataset"])
     train = [dataset["train"]] if dataset["train"] else []
-    names = [*train, *dataset["test"]]
+    names = list(dict.fromkeys([*train, *dataset["test"]]))
     check_keys(dataset["limits"], set(names), "dataset.limits")
     limit = _limit(config["limit"], "limit")
     sets = []
     for name in names:
         limits = [limit, _limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
         fewest = min((x for x in limits if x is not None), default=None)
-        sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
+        try:
+            sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
+        except OSError as error:
+            count, tests = (sum(SIZES.get(name, 0) for name in of) for of in (names, dataset["test"]))
+            raise OSError(f"{error} {needs.expected(count, config['sampler'], tests)}") from error
     problems = [problem for s in sets for problem in s.problems]
-    splits = [
-        Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
+    splits = {
+        s.name: Split(
+            s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)}
+        )
         for s in sets
-    ]
+    }
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
-    run = Path(config["paths"]["run"])
+    outputs = config["paths"]["outputs"]
     return composition.pipeline(
         config,
-        # A quick look at eight problems is another result: it must not meet the tables of all of them.
-        run=run if limit is None else run.with_name(f"{run.name}-limit{limit}"),
+        run=_of_limit(config["paths"]["run"], limit),
+        outputs=None if outputs is None else _of_limit(outputs, limit),
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
-        tests=splits[len(train) :],
-        training_split=splits[0] if train else None,
+        tests=[splits[name] for name in dataset["test"]],
+        training_split=splits[train[0]] if train else None,
         reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
         stop=style.stop(problems),
-        paper=config["paper"],
+        paper=composition.published(config),
     )
+
+
+def _of_limit(path: str, limit: int | None) -> Path:
+    """A quick look at eight problems is another result: it must not meet the tables of all of them."""
+    return Path(path) if limit is None else Path(f"{path}-limit{limit}")
 
 
 def _limit(value: Any, where: str) -> int | None:
