@@ -83,7 +83,9 @@ def calls_alone(tests: str) -> str:
     tree = ast.parse(tests)
     takes = any(isinstance(node, ast.arg) and node.arg == CANDIDATE for node in ast.walk(tree))
     asserted = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    called = {n.func.id for a in asserted for n in ast.walk(a) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    called = {
+        n.func.id for a in asserted for n in ast.walk(a) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
     # A function may have the name of a builtin: then nothing else is called.
     asked = {CANDIDATE} if takes else {name for name in called if not hasattr(builtins, name)} or called
     return RECORDER + ast.unparse(ast.fix_missing_locations(_Calls(asked).visit(tree)))
