@@ -26,6 +26,13 @@ MUST_BE_SAID = {
     "sampler=openai": ["sampler.api.model=m"],
     "embedder=openai": ["embedder.api.model=m"],
 }
+# Experiments on an API: by themselves, or by the one that they begin with.
+ON_API = [name for name in EXPERIMENTS if name.startswith(("table2", "table4"))]
+
+
+def said(experiment: str) -> list[str]:
+    """What an experiment asks its user for; a group chosen otherwise may not know the key."""
+    return [f"experiment={experiment}", *(["++sampler.api.model=m"] if experiment in ON_API else [])]
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
@@ -55,6 +62,7 @@ def few_mbpp_problems(folder: Path) -> str:
 def shrunk(model: ModelSpec, folder: Path) -> list[str]:
     return [
         f"dataset.mbpp_file={few_mbpp_problems(folder)}",
+        "evaluation.k=2",
         *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=2"),
         *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
         *("probe.steps=5", "evaluation.seeds=2", "evaluation.folds=2", "evaluation.bootstrap=100"),
@@ -63,16 +71,32 @@ def shrunk(model: ModelSpec, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_shrunk(
-    name: str, tiny_code_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    make_server: Callable[[ModelSpec], Any],
+    tiny_code_model: ModelSpec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = composed([f"experiment={name}", *shrunk(tiny_code_model, tmp_path)])
+    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path), "model.device_map=null"]
+    if name in ON_API:
+        server = make_server(tiny_code_model)
+        words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
+        words += [f"embedder.api.base_url={server.url}"] if name.startswith("table4") else []
+    config = composed(words)
     command.run(config)
-    printed = capsys.readouterr().out
-    assert "2 prompts x 2 samples" in printed
-    assert "Q-probe L_PG" in printed
-    assert str(tmp_path / f"{name}-limit2" / "tables") in printed
+    printed = capsys.readouterr()
+    assert "This run needs: " in printed.err
+    assert "2 prompts x 2 samples" in printed.out
+    assert "Q-probe L_PG" in printed.out
+    assert "paper" not in (tmp_path / f"{name}-limit2" / "tables").glob("*.md").__next__().read_text()
+    assert str(tmp_path / f"{name}-limit2" / "tables") in printed.out
     figures = sorted((tmp_path / f"{name}-limit2").rglob("*.png"))
-    assert len(figures) == 4 * len(config["dataset"]["test"])
+    evaluation = config["evaluation"]
+    per_test = 3 + bool(evaluation["curve_shares"]) + (config["layer"] == "best")
+    assert len(figures) == per_test * len(config["dataset"]["test"])
+    # All is there: the same words draw and read nothing, so that nothing needs to be said.
+    command.run(config)
+    assert "needs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("embedder", ["hf", "openai"])
@@ -97,12 +121,13 @@ def test_completions_from_an_api_with_local_or_remote_embeddings_are_a_choice_of
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice: str) -> None:
-    said = [choice, *MUST_BE_SAID.get(choice, [])]
-    for experiment in [""] if choice.startswith("experiment=") else EXPERIMENTS:
-        config = composed([*said, *([f"experiment={experiment}"] if experiment else [])])
+    group, _, name = choice.partition("=")
+    words = [choice, *MUST_BE_SAID.get(choice, [])]
+    for experiment in [name] if group == "experiment" else EXPERIMENTS:
+        config = composed([*(words if group != "experiment" else []), *said(experiment)])
         assert set(config) == command.KEYS
-    if choice.partition("=")[0] in CORE_GROUPS:
-        assert set(composition.composed("run", said)) >= composition.KEYS
+    if group in CORE_GROUPS:
+        assert set(composition.composed("run", words)) >= composition.KEYS
 
 
 def test_an_unknown_or_missing_key_of_the_api_is_a_sentence(tmp_path: Path) -> None:
