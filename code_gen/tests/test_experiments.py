@@ -59,9 +59,24 @@ def few_mbpp_problems(folder: Path) -> str:
     return str(path)
 
 
-def shrunk(model: ModelSpec, folder: Path) -> list[str]:
+def few_questions(folder: Path, count: int) -> str:
+    """Problems of GSM-8K's shape."""
+    path = folder / f"gsm8k-{count}.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}.\n#### {i + 1}"} for i in range(count)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def local_data(experiment: str, folder: Path) -> list[str]:
+    """Files for what an experiment reads from the hub."""
+    if experiment.startswith("gsm8k"):
+        return [f"dataset.train_file={few_questions(folder, 11)}", f"dataset.test_file={few_questions(folder, 3)}"]
+    return [f"dataset.mbpp_file={few_mbpp_problems(folder)}"]
+
+
+def shrunk(model: ModelSpec, folder: Path, experiment: str = "demo") -> list[str]:
     return [
-        f"dataset.mbpp_file={few_mbpp_problems(folder)}",
+        *local_data(experiment, folder),
         "evaluation.k=2",
         *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=2"),
         *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
@@ -77,7 +92,7 @@ def test_every_experiment_runs_shrunk(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path), "model.device_map=null"]
+    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path, name), "model.device_map=null"]
     if name in ON_API:
         server = make_server(tiny_code_model)
         words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
@@ -215,6 +230,40 @@ def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> Non
     ids = [prompt.task_id for prompt in pipeline.tests[0].prompts]
     assert len(ids) == 162
     assert not {"HumanEval/0", "HumanEval/5"} & set(ids)
+
+
+def test_worked_questions_are_the_first_and_left_out(tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path}", *local_data("gsm8k", tmp_path)]
+    pipeline = command.make_pipeline(composed(words))
+    assert pipeline.training_split is not None
+    assert [p.task_id for p in pipeline.training_split.prompts] == [f"gsm8k-train/{i}" for i in (8, 9, 10)]
+    [prompt, *others] = pipeline.tests[0].prompts
+    assert str(prompt.text).count("Question:") == 9
+    assert str(prompt.text).endswith("#### 8\n\nQuestion: What is 0 + 1?\nAnswer:")
+    assert len(others) == 2
+    assert pipeline.sampler.settings.stop == ("\nQuestion:",)
+    chat = [*words, "dataset.prompt_style=chat", "dataset.examples=[gsm8k-train/3]"]
+    prompt = command.make_pipeline(composed(chat)).tests[0].prompts[0]
+    assert [message["role"] for message in prompt.messages] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("dataset.examples=12", "dataset.examples is 12: gsm8k-train has 1 to 11 to show"),
+        ("dataset.examples=-1", "dataset.examples is -1"),
+        ("dataset.examples=[gsm8k-train/99]", "gsm8k-train has no problem gsm8k-train/99"),
+        ("dataset.examples=[]", "few_shot was given no examples"),
+        ("dataset.prompt_style=zero_shot", "'zero_shot' does not suit questions"),
+        ("+dataset.mbpp_file=x", "dataset has no key mbpp_file"),
+        ("dataset.test=[gsm8k-test,humaneval]", "are not all rewarded in the same way: run them apart"),
+        ("dataset.examples_from=mbpp-fewshot", "dataset.examples_from is 'mbpp-fewshot': choose from gsm8k-train"),
+    ],
+)
+def test_a_bad_value_for_questions_is_a_sentence(override: str, sentence: str, tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path / 'runs'}", *local_data("gsm8k", tmp_path), override]
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        command.make_pipeline(composed(words))
 
 
 def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, tmp_path: Path) -> None:

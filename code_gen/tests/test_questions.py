@@ -1,11 +1,23 @@
 """Questions: prompts in both styles, rewards and verdicts, which completions agree."""
 
+import csv
+from collections import Counter
 from decimal import Decimal
+from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
 
+from qprobe import store
+from qprobe.baselines.consistency import SelfConsistency
+from qprobe.pipeline import Pipeline
+from qprobe.sampling import Completion
 from qprobe.sampling.base import stop_position
-from qprobe.stages import RewardBatch
+from qprobe.stages import RewardBatch, Split
+from qprobe.sweep import EvaluationSettings
+from qprobe.training import TrainingSettings
 from qprobe_code_gen.problems.gsm8k import Question
 from qprobe_code_gen.questions import REQUEST, FinalNumberReward, QuestionStyle, SameNumber
 
@@ -55,3 +67,42 @@ def test_rewards_and_verdicts_batch_by_batch() -> None:
 def test_completions_agree_that_end_in_the_same_number() -> None:
     batches = [[("t/0", "#### 72"), ("t/0", "so 72.0"), ("t/0", "Many.")], [("t/1", "The answer is 3/4.")]]
     assert list(SameNumber().keys(batches)) == [[Decimal(72), Decimal(72), None], [Decimal("0.75")]]
+
+
+def test_a_pipeline_learns_which_numbers_are_right(fakes: ModuleType, tmp_path: Path) -> None:
+    """Without a model: of four candidates one is right, and the features tell them apart."""
+
+    class Sampler(fakes.Sampler):  # type: ignore[misc, name-defined]
+        def _completion(self, seed: int) -> Completion:
+            text = ("so 7.0 clips", "#### 8", "The answer is 9.", "I cannot say.")[seed % 4]
+            return Completion(text, list(text.encode()), "stop", 0.0, seed)
+
+    class Embedder(fakes.Embedder):  # type: ignore[misc, name-defined]
+        def _state(self, prompt: list[int], completion: list[int]) -> Tensor:
+            return torch.tensor([float(letter in completion) for letter in b"789I"])
+
+    questions = [Question(f"t/{i:02d}", f"How many for {i}?", "Count.", "7") for i in range(12)]
+    style = QuestionStyle("chat")
+    pipeline = Pipeline(
+        run=tmp_path / "run",
+        title="Questions",
+        tests=[Split("questions", [style.prompt(q) for q in questions], {"data": "made"})],
+        reward=FinalNumberReward(questions),
+        sampler=Sampler(8),
+        greedy=None,
+        embedder=Embedder(),
+        baselines=[SelfConsistency(SameNumber())],
+        training=TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5),
+        settings=EvaluationSettings(losses=("policy_gradient",), seeds=2, folds=3, draws=5, bootstrap=100),
+        progress=False,
+    )
+    pipeline.execute()
+    rewards = store.found_table(tmp_path / "run" / "rewards" / "questions.sample" / "final_number", store.REWARDS)
+    verdicts = Counter(row["verdict"] for row in rewards.read().to_pylist())
+    assert set(verdicts) == {"right", "wrong", "no_number"}
+    table = {
+        row["method"]: row for row in csv.DictReader((tmp_path / "run/tables/questions.csv").read_text().splitlines())
+    }
+    assert float(table["pass@1"]["value"]) == pytest.approx(verdicts["right"] / 96)
+    assert table["Q-probe L_PG"]["value"] == table["skyline pass@8"]["value"]
+    assert "self-consistency" in table
