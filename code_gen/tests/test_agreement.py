@@ -63,7 +63,9 @@ def test_an_address_and_a_random_input_are_no_differences() -> None:
     tests = "import random\nfor _ in range(3):\n    x = random.random()\n    assert f(x) == 0"
     first, second = keys(tests, program, program + "\n")
     assert first == second
-    first, second = keys(tests, "def f(x):\n    return x\n", "import random\nrandom.random()\ndef f(y):\n    return y\n")
+    first, second = keys(
+        tests, "def f(x):\n    return x\n", "import random\nrandom.random()\ndef f(y):\n    return y\n"
+    )
     assert first == second
 
 

@@ -128,7 +128,9 @@ def test_killed_at_random_moments_of_every_stage_it_ends_as_if_undisturbed(tmp_p
         for file in files:
             assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
     manifests = sorted(path.parent.relative_to(whole) for path in whole.rglob("manifest.json"))
-    assert len(manifests) == 8  # prompts; completions and rewards of two pools; a ranker's scores; features of two layers
+    assert (
+        len(manifests) == 8
+    )  # prompts; completions and rewards of two pools; a ranker's scores; features of two layers
     for folder in manifests:
         parts = [sorted(path.name for path in (run / folder).glob("*")) for run in (whole, killed)]
         assert parts[0] == parts[1]  # none more, none less, nothing half written
