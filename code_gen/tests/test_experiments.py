@@ -14,6 +14,7 @@ import qprobe_code_gen.__main__ as command
 from qprobe import composition
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
+from qprobe.pipeline import STAGES
 from qprobe.sampling.vllm import VLLMSampler
 from qprobe.vllm_engine import EngineSettings
 
@@ -97,6 +98,14 @@ def test_every_experiment_runs_shrunk(
         server = make_server(tiny_code_model)
         words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
         words += [f"embedder.api.base_url={server.url}"] if name.startswith("table4") else []
+    if name == "table1_few_shot":
+        command.run(composed([*words, "experiment=table1", "stages=[sample,reward]"][1:]))
+        capsys.readouterr()
+        words += [f"dataset.shots={tmp_path}/table1-limit2"]
+        words += [
+            "baselines.few_shot.shots=1",
+            "baselines.few_shot.success=0",
+        ]  # a model of random weights solves nothing
     config = composed(words)
     command.run(config)
     printed = capsys.readouterr()
@@ -264,6 +273,37 @@ def test_a_bad_value_for_questions_is_a_sentence(override: str, sentence: str, t
     words = ["experiment=gsm8k", f"paths.runs={tmp_path / 'runs'}", *local_data("gsm8k", tmp_path), override]
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
         command.make_pipeline(composed(words))
+
+
+def test_every_baseline_that_can_be_named_has_a_row(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
+    names = [*composition.BASELINES]
+    words = ["experiment=mbpp", f"baselines.names=[{','.join(names)}]", "baselines.few_shot.success=0"]
+    quick = ["evaluation.curve_shares=[]", "stages=[sample,reward,embed,baselines,train,evaluate]"]
+    pipeline = command.make_pipeline(composed([*words, *shrunk(tiny_code_model, tmp_path), *quick]))
+    pipeline.execute(STAGES[:-1])
+    assert len(names) == len(pipeline.baselines) >= 3
+    for split in pipeline.tests:
+        rows = {row.method: row for row in pipeline.results(split).rows}
+        assert all(rows[baseline.method].value is not None for baseline in pipeline.baselines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["baselines.names=[few_shots]"], r"baselines.names has few_shots: choose from few_shot, prompt_rm"),
+        (["baselines.names=[few_shot]"], "The baselines few_shot learn from a training split and there is none"),
+        (["baselines.names=[few_shot]", "dataset.train=mbpp-train", "baselines.few_shot.shots=0"], "shots is 0"),
+        (["+baselines.sft2.rank=8"], "baselines has no key sft2"),
+        (["+baselines.prompt_rm.words=1", "baselines.names=[prompt_rm]"], "baselines.prompt_rm has no key words"),
+        (["dataset.shots=runs/none"], "dataset.train names none"),
+        (["dataset.shots=runs/none", "dataset.train=mbpp-train"], "holds no rewards of mbpp-train.sample"),
+    ],
+)
+def test_a_baseline_that_cannot_be_is_a_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    words = ["experiment=demo", f"dataset.mbpp_file={few_mbpp_problems(tmp_path)}", f"paths.runs={tmp_path}/runs"]
+    with pytest.raises(ValueError, match=sentence):
+        command.make_pipeline(composed([*words, *overrides]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
