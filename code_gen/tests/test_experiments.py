@@ -94,25 +94,30 @@ def test_every_experiment_runs_shrunk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path, name), "model.device_map=null"]
+    words += ["embedder.layers=[1,2]"] if name.endswith("_ours") else []
     if name in ON_API:
         server = make_server(tiny_code_model)
         words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
-        words += [f"embedder.api.base_url={server.url}"] if name.startswith("table4") else []
+        embedding = [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny"]
+        words += embedding if name.startswith("table4") else []
     if name == "table1_few_shot":
         command.run(composed([*words, "experiment=table1", "stages=[sample,reward]"][1:]))
         capsys.readouterr()
-        words += [f"dataset.shots={tmp_path}/table1-limit2"]
+        # A model of random weights solves nothing.
         words += [
+            f"dataset.shots={tmp_path}/table1-limit2",
             "baselines.few_shot.shots=1",
             "baselines.few_shot.success=0",
-        ]  # a model of random weights solves nothing
+        ]
     config = composed(words)
+    config["evaluation"]["curve_shares"] = config["evaluation"]["curve_shares"][:1]
     command.run(config)
     printed = capsys.readouterr()
     assert "This run needs: " in printed.err
     assert "2 prompts x 2 samples" in printed.out
     assert "Q-probe L_PG" in printed.out
-    assert "paper" not in (tmp_path / f"{name}-limit2" / "tables").glob("*.md").__next__().read_text()
+    # The model is not the paper's.
+    assert not [path for path in tmp_path.rglob("*.md") if "paper" in path.read_text()]
     assert str(tmp_path / f"{name}-limit2" / "tables") in printed.out
     figures = sorted((tmp_path / f"{name}-limit2").rglob("*.png"))
     evaluation = config["evaluation"]
@@ -275,6 +280,12 @@ def test_a_bad_value_for_questions_is_a_sentence(override: str, sentence: str, t
         command.make_pipeline(composed(words))
 
 
+def test_data_that_cannot_be_had_is_a_sentence_with_what_the_run_would_need(tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path}", "dataset.train_file=none.jsonl"]
+    with pytest.raises(OSError, match=r"no file none.jsonl.*draws 112,631 completions of 2,319 prompts"):
+        command.make_pipeline(composed(words))
+
+
 def test_every_baseline_that_can_be_named_has_a_row(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
     names = [*composition.BASELINES]
     words = ["experiment=mbpp", f"baselines.names=[{','.join(names)}]", "baselines.few_shot.success=0"]
@@ -310,3 +321,77 @@ def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, t
     pipeline = command.make_pipeline(composed(["experiment=demo", *shrunk(tiny_code_model, tmp_path)]))
     with pytest.raises(RuntimeError, match=r"completions/humaneval.sample is missing 1 of 1 parts"):
         pipeline.execute(["reward"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if not name.startswith(("demo", "mbpp_small", "recorded"))]
+)
+def test_a_full_experiment_says_what_it_needs_and_stops_where_that_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: Any, **named: Any) -> None:
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refused)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    words = [*said(name), f"dataset.mbpp_file={few_mbpp_problems(tmp_path)}", f"paths.runs={tmp_path}/runs"]
+    config = composed([*words, *(["model.name=some/model"] if name in ("humaneval", "mbpp") else [])])
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        command.run(config)
+    local = not name.startswith("table4")
+    missing = f"Model '{config['model']['name']}' could not be had (401 Unauthorized)" if local else "OPENAI_API_KEY"
+    assert missing in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+    if config["embedder"]["layers"] == [-1]:
+        return  # which layer is the last is not known without the model's configuration, nor what is to be done
+    printed = capsys.readouterr().err
+    prompts = sum(
+        164 if test == "humaneval" else 5 for test in {*config["dataset"]["test"], config["dataset"]["train"]} - {None}
+    )
+    drawn = prompts * config["sampler"]["n"] + sum(
+        164 if test == "humaneval" else 5 for test in config["dataset"]["test"]
+    )
+    assert f"This run needs: {drawn:,} completions of {prompts:,} prompts to draw" in printed
+    assert (name in ON_API) == ("API m: at least" in printed)
+
+
+def test_a_data_set_that_cannot_be_had_is_a_sentence_with_what_it_is_for(tmp_path: Path) -> None:
+    config = composed(["experiment=table1", f"paths.runs={tmp_path}/runs", f"dataset.mbpp_file={tmp_path}/none.jsonl"])
+    # 464 + 500 + 164 problems of 200 samples, and 664 greedy ones.
+    with pytest.raises(
+        OSError, match=r"no file .*none\.jsonl; .* draws 226,264 completions of 1,128 prompts, at most 67,879,200"
+    ):
+        command.make_pipeline(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_papers_values_stand_beside_the_papers_set_up_alone() -> None:
+    def values(*words: str) -> dict[str, Any]:
+        return composition.published(composed(list(words)))
+
+    assert values("experiment=table1")["mbpp-test"]["Q-probe L_PG"] == 0.4573
+    for name in ("table1_ours", "fig2", "fig3_ours", "fig4", "fig4_ours"):
+        assert values(f"experiment={name}"), name
+    for word in ("model.name=other/model", "limit=8", "sampler.temperature=1.0", "evaluation.k=8", "sampler.top_p=1.0"):
+        assert values("experiment=table1", word) == {}, word
+    theirs = "sampler.api.model=gpt-3.5-turbo-1106"
+    assert values("experiment=table2", theirs)["humaneval"]["Q-probe L_CE"] == 0.64
+    assert values("experiment=table2", theirs, "model.name=other/model") == {}
+    assert values("experiment=table2", "sampler.api.model=another") == {}
+    assert values("experiment=table4", theirs)["mbpp-test"]["Q-probe L_PG"] == 0.66
+    assert values("experiment=table4_mlp", theirs)["mbpp-test"]["Q-probe L_PG"] == 0.68
+    assert values("experiment=table4", theirs, "probe.hidden=[256]") == {}
+    assert values("experiment=table4", theirs, "embedder.api.model=another") == {}
+    assert values("experiment=demo") == {}
+    with pytest.raises(ValueError, match="paper_when does not say of which set-up"):
+        composition.published({"paper": {"a": {"pass@1": 0.5}}, "paper_when": {}})
+
+
+def test_all_of_table_1_and_its_figures_read_one_run() -> None:
+    runs = {
+        name: composed([f"experiment={name}"])["paths"] for name in EXPERIMENTS if name[:4] in ("fig2", "fig3", "fig4")
+    }
+    assert len(runs) == 6
+    assert {paths["run"] for paths in runs.values()} == {composed(["experiment=table1"])["paths"]["run"]}
+    assert len({paths["outputs"] for paths in runs.values()}) == 6

@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from qprobe import composition
+from qprobe import composition, needs
 from qprobe.closing import closing_words
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.settings import check_keys
@@ -81,13 +81,17 @@ def run_policy(config: dict[str, Any]) -> None:
     """Run a policy experiment: the core's stages, what other policies and judges add, the win rates."""
     check_keys(config, KEYS, "the configuration")
     names, variants = config["stages"], comparison.variants(config["compare"])
-    experiment = policy.load(config)
+    try:
+        experiment = policy.load(config)
+    except OSError as error:
+        asked = config["policy"]["prompts"]
+        raise OSError(f"{error} {needs.expected(asked, config['sampler'])}" if asked else str(error)) from error
     pipeline = experiment.pipeline
-    print(policy.needs(experiment))
     first = {**config, "stages": [name for name in names if name in SHARDED]}
     # A cluster's workers make the pipeline anew; this process has it already.
     local = config["runner"]["backend"] == "local"
-    composition.execute((lambda: pipeline) if local else functools.partial(policy.make_pipeline, config), first)
+    make = (lambda: pipeline) if local else functools.partial(policy.make_pipeline, config)
+    composition.execute(make, first, policy.needs(experiment))
     if pipeline.shard[1] > 1:
         return
     outcome.make(experiment, names)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition, models
+from qprobe import composition
 from qprobe.pipeline import Pipeline
 from qprobe.rewards import RecordedReward
 from qprobe.sampling import Sampler
@@ -206,40 +205,29 @@ def paper_values(experiment: Experiment) -> dict[str, float]:
     return experiment.settings.paper if same and experiment.pipeline.k == 48 else {}
 
 
-def needs(experiment: Experiment) -> str:
-    """What a run asks for, before it starts: prompts, completions, tokens, calls, disk."""
+def needs(experiment: Experiment) -> list[str]:
+    """What a run asks for beside the core's stages (`qprobe.needs`): other policies' answers, and comparisons. At most: what an
+    earlier run has judged is not asked again.
+    """
     pipeline, settings = experiment.pipeline, experiment.settings
-    pairs = 0 if pipeline.training_split is None else len(pipeline.training_split.prompts)
-    prompts = len(experiment.split.prompts)
-    pool = pipeline.test_pools[0]
-    drawn = 0 if experiment.split.recorded is not None else prompts * pipeline.sampler.settings.n
-    longest = pipeline.sampler.settings.max_new_tokens
-    others = prompts * (len(settings.policies) + (pipeline.greedy is not None))
-    answers = pool.rows(tuple(pool.task_ids))
+    prompts, pool = len(experiment.split.prompts), pipeline.test_pools[0]
+    others = prompts * len(settings.policies)
+    lines = []
+    if others:
+        longest = pipeline.sampler.settings.max_new_tokens
+        names = ", ".join(policy["name"] for policy in settings.policies)
+        lines.append(f"Other policies ({names}): {others:,} completions, at most {others * longest:,} tokens.")
     labels = min(settings.label_pairs, len(experiment.pairs.pairs))
-    words = [
-        f"{prompts:,} prompts, {drawn + others:,} completions to draw (at most {(drawn + others) * longest:,} tokens)",
-        f"{2 * pairs + answers:,} answers to embed, those of {pairs:,} training pairs among them",
-    ]
-    calls = answers + others + labels
-    for name, judge in {"judge": experiment.reward.judge, **more_judges(experiment)}.items():
-        asked = f"{calls:,} comparisons by {judge.name}"
+    calls = pool.rows(tuple(pool.task_ids)) + prompts * (pipeline.greedy is not None) + others + labels
+    for judge in (experiment.reward.judge, *more_judges(experiment).values()):
+        asked = f"Judge {judge.name}: at most {calls:,} comparisons"
         if isinstance(judge, OpenAIJudge):
-            asked += f" ({2 * calls:,} calls, both orders; at most {2 * calls * (1 + judge.retries):,} with retries)"
-        words.append(asked if name == "judge" else f"{name}: {asked}")
-    width = _width(experiment.config)
-    if width is not None:
-        size = (2 * pairs + answers) * width * 2 * len(pipeline.embedder.layers)
-        words.append(f"about {size / 2**20:,.0f} MiB of features on disk")
-    return "This run needs: " + "; ".join(words) + "."
+            asked += f" ({2 * calls:,} calls, both orders; {2 * calls * (1 + judge.retries):,} with retries)"
+        lines.append(f"{asked}.")
+    return lines
 
 
 def more_judges(experiment: Experiment) -> dict[str, judges.Judge]:
     """The judges beside the one that decides, by their name in the configuration."""
     folder = experiment.pipeline.run / "judge"
     return {name: judges.configured(config, folder) for name, config in experiment.settings.judges.items()}
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    """The size of an embedding; None for an API's."""
-    return None if config["embedder"]["backend"] == "openai" else models.outline(composition.model_spec(config)).width

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
 from qprobe import stages
+from qprobe.api import ApiError
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe_preference import policy
@@ -57,7 +58,7 @@ def shrunk(model: ModelSpec, folder: Path, name: str) -> list[str]:
 
 def configured(name: str, model: ModelSpec, folder: Path, *more: str) -> dict[str, Any]:
     words = shrunk(model, folder, name)
-    if name in ("table3", "table3_kto", "fig5", "fig6"):
+    if name.startswith(("table", "fig")):
         # The sets of the hub are not there: a local one stands in for each.
         local = {"format": "hh", "name": "a", "path": str(hh_file(folder)), "test_share": 0.5, "split": "test"}
         words = [word for word in words if not word.startswith("dataset")]
@@ -81,9 +82,12 @@ def test_every_policy_experiment_runs_shrunk(
 ) -> None:
     config = configured(name, tiny_code_model, tmp_path)
     command.run(config)
-    printed = capsys.readouterr().out
-    assert "This run needs: 4 prompts, " in printed
-    assert "One example" in printed
+    printed = capsys.readouterr()
+    assert "This run needs: 12 completions of 4 prompts to draw (at most 48 tokens" in printed.err
+    labels = min(config["policy"]["label_pairs"], 5)
+    comparisons = 12 + 4 * len(config["policy"]["policies"]) + labels
+    assert f": at most {comparisons} comparisons" in printed.err
+    assert "One example" in printed.out
     limit = config["dataset"]["limit"]
     run = tmp_path / (name if limit is None else f"{name}-limit{limit}")
     rows = rows_of(run)
@@ -184,9 +188,9 @@ def test_recorded_candidates_are_judged_beside_their_true_rewards(
     config["evaluation"]["k"] = 2
     config["policy"]["prompts"] = None
     command.run(config)
-    printed = capsys.readouterr().out
-    assert "0 completions to draw" in printed
-    assert "and the true verdicts agree on" in printed
+    printed = capsys.readouterr()
+    assert "to draw" not in printed.err
+    assert "and the true verdicts agree on" in printed.out
     truth = list(csv.DictReader((tmp_path / "preference_demo" / "tables" / "truth.csv").read_text().splitlines()))
     # One chosen (1) and one rejected (0) answer of each prompt, against the first, which is chosen: a tie and a loss.
     assert float(truth[0]["rate"]) == pytest.approx(0.25)
@@ -247,3 +251,26 @@ def test_the_papers_values_need_the_papers_judge_and_model(tiny_code_model: Mode
     assert policy.paper_values(experiment) == {"base": 37.86}
     other = dataclasses.replace(experiment.settings, paper_model="another")
     assert policy.paper_values(dataclasses.replace(experiment, settings=other)) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith(("table", "fig"))])
+def test_a_full_experiment_stops_with_what_it_is_for_where_its_data_or_model_cannot_be_had(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = composed([f"experiment={name}", "judge.api.model=m", f"paths.runs={tmp_path}/runs"])
+    with pytest.raises(OSError, match=r"24,576 completions of 512 prompts, at most 12,582,912 tokens") as caught:
+        command.run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_judge_without_a_key_ends_a_run_that_has_said_what_it_needs(
+    tiny_code_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = configured("table3", tiny_code_model, tmp_path)
+    config["judge"] = composed(["experiment=table3", "judge.api.model=m"])["judge"]
+    with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
+        command.run(config)
+    assert "Judge m: at most" in capsys.readouterr().err

@@ -35,8 +35,8 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequ
     pipeline = make()
     if pipeline.shard[1] > 1:
         raise ValueError("shard and runner=ray both part the work: give one of them.")
-    pipeline.check(names)
     needs.tell(pipeline, names, more, here=False)
+    pipeline.check(names)
     on_ray = [name for name in SHARDED if name in names]
     steps = [
         build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(_worker, make, name, Path.cwd()))

@@ -293,7 +293,6 @@ def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Seque
         raise ValueError(f"runner.backend is {backend!r}: choose from local, ray.")
     check_keys(runner, set(), "runner")
     pipeline = make()
-    pipeline.check(names)
     needs.tell(pipeline, names, more)
     pipeline.execute(names)
     return pipeline

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,14 @@ def tell(pipeline: Pipeline, names: Sequence[str], more: Iterable[str] = (), her
     """Print what the named stages need (to stderr), and end where a need is plainly not met.
 
     Args:
-        more: further lines, of what an application needs besides.
+        more: further lines, of what an application needs besides, said where anything is left to do.
         here: as of `of`.
 
     Raises:
         RuntimeError: the model cannot be had or does not fit, or the disk is too small; one sentence.
     """
     needs = of(pipeline, names, here)
-    for line in [*needs.lines, *more]:
+    for line in [*needs.lines, *more] if needs.lines else []:
         print(line, file=sys.stderr)
     if needs.faults:
         raise RuntimeError(needs.faults[0])
@@ -210,18 +210,17 @@ def counted(work: Work) -> str:
     return ", ".join(parts)
 
 
-def expected(prompts: int, n: int, max_new_tokens: int, others: int = 0) -> str:
-    """What a run will need whose data set cannot be had: a clause for the message.
+def expected(prompts: int, sampler: Mapping[str, Any], greedy: int = 0) -> str:
+    """What a run would need whose data set cannot be had: a clause for the message.
 
     Args:
-        prompts: that are known without the data.
-        n: completions of each.
-        others: further completions.
+        prompts: how many are known without the data.
+        sampler: the configuration's.
+        greedy: prompts with a greedy completion besides.
     """
-    rows = prompts * n + others
-    return (
-        f"(The run would draw {rows:,} completions of {prompts:,} prompts, at most {rows * max_new_tokens:,} tokens.)"
-    )
+    rows = prompts * sampler["n"] + greedy * sampler["greedy"]
+    tokens = rows * sampler["max_new_tokens"]
+    return f"(With it the run draws {rows:,} completions of {prompts:,} prompts, at most {tokens:,} tokens.)"
 
 
 @dataclass(frozen=True)

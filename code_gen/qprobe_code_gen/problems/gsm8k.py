@@ -16,6 +16,7 @@ from qprobe_code_gen.problems.base import ProblemSet
 
 HUB_ID = "openai/gsm8k"
 SPLITS = {"gsm8k-train": "train", "gsm8k-test": "test"}
+SIZES = {"gsm8k-train": 7473, "gsm8k-test": 1319}
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
