@@ -26,7 +26,7 @@ from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper"}
+KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "baselines"}
 DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
 
 
