@@ -81,10 +81,7 @@ def test_a_reward_model_tells_unseen_completions_apart(tiny_model: ModelSpec, ra
     bodies = random_ids([2 + i % 5 for i in range(60)], seed=5)
     prompts = random_ids([3 + i % 3 for i in range(60)], seed=6)
     good = [i % 2 == 0 for i in range(60)]
-    rows = [
-        Example(str(i), prompts[i], [*bodies[i], 50 if good[i] else 60 + i % 7], target=float(good[i]))
-        for i in range(60)
-    ]
+    rows = [Example(str(i), prompts[i], [*bodies[i], 50 if good[i] else 60], target=float(good[i])) for i in range(60)]
     settings = dataclasses.replace(QUICK, epochs=15, learning_rate=5e-3, batch_rows=8)
     trained = train_reward_model(tiny_model, rows[:40], settings, tmp_path / "rm", progress=False)
     found = RewardModel(tiny_model, trained.folder).score(

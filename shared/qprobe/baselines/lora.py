@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -32,7 +33,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qprobe import adapters, models
+from qprobe.baselines.base import Lessons
 from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective, check_targets, digest_of
+from qprobe.embedding import ReadsTokens, tokens_to_read
 from qprobe.files import write_whole
 from qprobe.models import LanguageModel, ModelSpec
 from qprobe.store import fingerprint
@@ -75,12 +78,12 @@ class LoRASettings:
     def __post_init__(self) -> None:
         for name in ("rank", "epochs", "batch_rows", "per_prompt", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"lora.{name} is {getattr(self, name)}: it is at least 1.")
+                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: it is at least 1.")
         if not (self.alpha > 0 and self.learning_rate > 0):
-            raise ValueError(f"lora.alpha is {self.alpha}, learning_rate {self.learning_rate}: both are above 0.")
+            raise ValueError(f"LoRA's alpha is {self.alpha}, its learning_rate {self.learning_rate}: both are above 0.")
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"lora.{name} is {getattr(self, name)}: a share is at least 0 and below 1.")
+                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: a share is at least 0 and below 1.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,27 @@ class Trained:
     train_loss: list[float]
     held_out_loss: list[float]
     kept_epoch: int
+
+    def sentence(self, name: str) -> str:
+        """What was learnt from, for the user."""
+        loss = f"loss {self.train_loss[0]:.3f} in the first epoch, {self.train_loss[self.kept_epoch - 1]:.3f} in the one kept"
+        kept = f"{self.kept_epoch} of {len(self.train_loss)}"
+        why = "by held-out prompts" if self.held_out_loss else "nothing held out"
+        return (
+            f"{name}: learnt from {self.rows} completions of {self.prompts} prompts; left out: {self.empty} empty, "
+            f"{self.too_long} too long; {loss} ({kept}, {why})."
+        )
+
+
+def check_base(model: ModelSpec) -> None:
+    """Raise, in a sentence, what can be known to fail before an adapter is trained on a model."""
+    adapters.peft()
+    model.source()  # a file or package that is missing
+    if model.adapter is not None:
+        raise ValueError(
+            f"The model has the adapter {model.adapter} already, and a second one would be trained on top of it: merge the "
+            "first into a model of its own, or leave out the baselines that train one."
+        )
 
 
 def fine_tune(
@@ -156,6 +180,26 @@ def train_reward_model(
     return _Training(model, examples, settings, folder, seed, progress, 0).run(Judgement())
 
 
+def examples_of(lessons: Lessons, reader: ReadsTokens, least: float = -math.inf) -> list[Example]:
+    """The training completions that earned at least so much, as tokens of the model that learns from them.
+
+    Args:
+        reader: has the tokenizer of that model.
+    """
+    pool, sampled_by = lessons.pool, lessons.pool.sampler.tokenizer_fingerprint()
+    together = pool.split.clusters or {}
+    examples = []
+    for lesson in lessons.read():
+        if lesson.reward >= least:
+            name, prompt = lesson.prompt.task_id, (lesson.rendered, lesson.prompt_token_ids)
+            completion = (lesson.completion, lesson.token_ids)
+            templated = bool(lesson.prompt.messages)
+            prompt_ids, (ids,) = tokens_to_read(reader, sampled_by, prompt, [completion], templated=templated)
+            ended = lesson.finish_reason != "length"
+            examples.append(Example(together.get(name, name), prompt_ids, ids, lesson.reward, ended))
+    return examples
+
+
 @dataclass
 class _State:
     """Of a training between two epochs."""
@@ -203,6 +247,7 @@ class _Training:
         )
         if (done := self._done()) is not None:
             return done
+        check_base(self.spec)
         peft = adapters.peft()
         # A copy of its own: the adapter is built into it, and samplers and embedders hold the other one.
         language_model = models.load.__wrapped__(self.spec)
@@ -219,7 +264,7 @@ class _Training:
             try:
                 self.model = peft.get_peft_model(language_model.model, config)
             except ValueError as error:
-                raise ValueError(f"lora.target_modules {modules} cannot be adapted ({error}).") from error
+                raise ValueError(f"LoRA's target_modules {modules} cannot be adapted ({error}).") from error
             head = objective.prepare(language_model, trained_on)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if head is not None:
@@ -239,6 +284,8 @@ class _Training:
             state.kept_epoch,
         )
         self._write(base, head, trained)
+        del self.model, self.parameters
+        gc.collect()  # peft's modules know each other; their memory is the next stage's
         return trained
 
     def _divided(self, language_model: LanguageModel) -> tuple[list[Example], list[Example], list[Example]]:
@@ -248,7 +295,7 @@ class _Training:
         if not rows:
             raise ValueError(
                 f"All {len(self.examples)} completions to learn from are longer than {limit} tokens with their prompts: raise "
-                "lora.max_tokens or take a model of longer context."
+                "max_tokens or take a model of longer context."
             )
         names = sorted({row.prompt for row in rows})
         count = round(self.settings.held_out * len(names)) if len(names) >= FEWEST_TO_HOLD_OUT else 0
@@ -297,7 +344,7 @@ class _Training:
                         bar.set_postfix(loss=f"{sums / units:.3f}", refresh=False)
                 if not math.isfinite(sums):
                     raise RuntimeError(
-                        f"The loss of {self.objective.name} became {sums}: lower lora.learning_rate, or use model.dtype=float32."
+                        f"The loss of {self.objective.name} became {sums}: lower its learning_rate, or use model.dtype=float32."
                     )
                 state.train_loss.append(sums / units)
                 if held_out:
@@ -344,7 +391,7 @@ class _Training:
         if self.at_once == 1:
             raise RuntimeError(
                 f"Training {self.spec.name!r} does not fit {where}, one completion of up to {max(len(r.ids) for r in rows)} "
-                "tokens at a time: lower lora.max_tokens or lora.rank, use model.dtype=bfloat16, a smaller model or a larger "
+                "tokens at a time: lower max_tokens or rank, use model.dtype=bfloat16, a smaller model or a larger "
                 "device."
             ) from error
         self.at_once = max(1, min(self.at_once, len(rows)) // 2)
