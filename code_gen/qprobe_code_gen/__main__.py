@@ -20,6 +20,7 @@ from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Split
+from qprobe_code_gen.agreement import OutputsAgree
 from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
@@ -80,6 +81,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
     run = Path(config["paths"]["run"])
+    reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
     return composition.pipeline(
         config,
         # A quick look at eight problems is another result: it must not meet the tables of all of them.
@@ -87,9 +89,10 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
         tests=splits[len(train) :],
         training_split=splits[0] if train else None,
-        reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
+        reward=reward,
         stop=style.stop(problems),
         paper=config["paper"],
+        agreement=OutputsAgree(reward),
     )
 
 
