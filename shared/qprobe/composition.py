@@ -203,7 +203,9 @@ def _sft(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _
     success, stop = own.pop("success"), ends.rival.settings.stop
 
     def adapted(folder: Path) -> Sampler:
-        return back_ends({**config, "model": {**config["model"], "adapter": str(folder)}}, stop).rival
+        sampling = {key: value for key, value in config["sampler"].items() if key != "stop"}
+        model = {**config["model"], "adapter": str(folder)}
+        return back_ends({**config, "sampler": sampling, "model": model}, stop).rival
 
     return SFT(model_spec(config), build(LoRASettings, own, "baselines.sft"), adapted, success, config["seed"])
 

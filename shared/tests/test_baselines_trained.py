@@ -97,7 +97,7 @@ def test_a_run_has_rows_of_what_was_trained_and_trains_once(
     assert "SFT on successes: learnt from" in said
     assert "Finetune RM: learnt from 32 completions of 8 prompts" in said
     results = pipeline.results(pipeline.tests[0])
-    means = {row.method: row.mean for row in results.rows}
+    means = {row.method: row.value for row in results.rows}
     assert all(means[name] is not None for name in ROWS)
 
     # The scores are the head's, of the adapted model's last layer.
@@ -139,7 +139,7 @@ def test_examples_are_the_rows_of_the_tables(make: Make, tiny_model: ModelSpec) 
     [("[sft]", "no successes to learn from"), ("[finetune_rm]", "the training completions are all 0")],
 )
 def test_a_reward_that_nothing_earns_is_a_sentence(make: Make, names: str, message: str) -> None:
-    pipeline = make(letters="\x00", names=names)
+    pipeline = make(letters="", names=names)
     with pytest.raises(ValueError, match=message):
         pipeline.execute(["sample", "reward", "baselines"])
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(make: Make, tmp_path: Pa
     with pytest.raises(ValueError, match=r"has the adapter .* already"):
         make("model.adapter=x").check(["baselines"])
     with pytest.raises(ValueError, match="an API's model cannot be fine-tuned"):
-        make("sampler=openai", "sampler.model=x", "sampler.n=4")
+        make("sampler=openai", "sampler.api.model=x")
     with pytest.raises(ValueError, match=r"baselines.sft has no key ranks"):
         make("+baselines.sft.ranks=3")
     assert not (tmp_path / "run").exists()

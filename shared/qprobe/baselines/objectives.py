@@ -143,5 +143,5 @@ class Judgement:
 
     def loss(self, model: Any, rows: Sequence[Example]) -> Tensor:
         logits = self.logits(model, rows)
-        targets = torch.tensor([row.target for row in rows], device=logits.device)
+        targets = torch.tensor([row.target for row in rows], dtype=torch.float32, device=logits.device)
         return functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
