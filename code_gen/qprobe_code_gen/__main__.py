@@ -16,6 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from qprobe import composition
+from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
 from qprobe.settings import accepted, build, check_keys
@@ -25,10 +26,11 @@ from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
+from qprobe_code_gen.shots import shots_of
 
 PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "baselines"}
-DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
+KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when", "baselines"}
+DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots", "mbpp_file"}
 
 
 def load_problems(name: str, dataset: dict[str, Any]) -> ProblemSet:
@@ -64,36 +66,59 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     check_keys(config["dataset"], DATASET_KEYS, "dataset")
     dataset, style = config["dataset"], prompt_style(config["dataset"])
     train = [dataset["train"]] if dataset["train"] else []
-    names = [*train, *dataset["test"]]
+    names = list(dict.fromkeys([*train, *dataset["test"]]))
     check_keys(dataset["limits"], set(names), "dataset.limits")
     limit = _limit(config["limit"], "limit")
+    shots = _shots(config, style)
+    left_out = [*dataset["examples"], *(shot.prompt.task_id for shot in shots)]
     sets = []
     for name in names:
         limits = [limit, _limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
         fewest = min((x for x in limits if x is not None), default=None)
-        sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
+        sets.append(without(load_problems(name, dataset), left_out, fewest))
     problems = [problem for s in sets for problem in s.problems]
-    splits = [
-        Split(s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)})
+    shown = {"shots": [dataclasses.asdict(shot) for shot in shots]} if shots else {}
+    splits = {
+        s.name: Split(
+            s.name,
+            [with_shots(style.prompt(p), shots) for p in s.problems],
+            {**s.identity(), "style": dataclasses.asdict(style), **shown},
+        )
         for s in sets
-    ]
+    }
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
-    run = Path(config["paths"]["run"])
     reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
+    outputs = config["paths"]["outputs"]
     return composition.pipeline(
         config,
-        # A quick look at eight problems is another result: it must not meet the tables of all of them.
-        run=run if limit is None else run.with_name(f"{run.name}-limit{limit}"),
+        run=_of_limit(config["paths"]["run"], limit),
+        outputs=None if outputs is None else _of_limit(outputs, limit),
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
-        tests=splits[len(train) :],
-        training_split=splits[0] if train else None,
+        tests=[splits[name] for name in dataset["test"]],
+        training_split=splits[train[0]] if train else None,
         reward=reward,
         stop=style.stop(problems),
-        paper=config["paper"],
+        paper=composition.published(config),
         agreement=OutputsAgree(reward),
     )
+
+
+def _shots(config: dict[str, Any], style: PromptStyle) -> list[Shot]:
+    """The successes of a finished run that stand before every prompt; none where none are asked for."""
+    dataset = config["dataset"]
+    if dataset["shots"] is None:
+        return []
+    if not dataset["train"]:
+        raise ValueError("dataset.shots takes successes of a training set, and dataset.train names none.")
+    settings = build(FewShotSettings, config["baselines"]["few_shot"], "baselines.few_shot", seed=config["seed"])
+    return shots_of(Path(dataset["shots"]), load_problems(dataset["train"], dataset), style, settings)
+
+
+def _of_limit(path: str, limit: int | None) -> Path:
+    """A quick look at eight problems is another result: it must not meet the tables of all of them."""
+    return Path(path) if limit is None else Path(f"{path}-limit{limit}")
 
 
 def _limit(value: Any, where: str) -> int | None:

@@ -14,6 +14,7 @@ import qprobe_code_gen.__main__ as command
 from qprobe import composition
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
+from qprobe.pipeline import STAGES
 from qprobe.sampling.vllm import VLLMSampler
 from qprobe.vllm_engine import EngineSettings
 
@@ -26,6 +27,13 @@ MUST_BE_SAID = {
     "sampler=openai": ["sampler.api.model=m"],
     "embedder=openai": ["embedder.api.model=m"],
 }
+# Experiments on an API: by themselves, or by the one that they begin with.
+ON_API = [name for name in EXPERIMENTS if name.startswith(("table2", "table4"))]
+
+
+def said(experiment: str) -> list[str]:
+    """What an experiment asks its user for; a group chosen otherwise may not know the key."""
+    return [f"experiment={experiment}", *(["++sampler.api.model=m"] if experiment in ON_API else [])]
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def few_mbpp_problems(folder: Path) -> str:
 def shrunk(model: ModelSpec, folder: Path) -> list[str]:
     return [
         f"dataset.mbpp_file={few_mbpp_problems(folder)}",
+        "evaluation.k=2",
         *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=2"),
         *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
         *("probe.steps=5", "evaluation.seeds=2", "evaluation.folds=2", "evaluation.bootstrap=100"),
@@ -63,16 +72,40 @@ def shrunk(model: ModelSpec, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_shrunk(
-    name: str, tiny_code_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    make_server: Callable[[ModelSpec], Any],
+    tiny_code_model: ModelSpec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = composed([f"experiment={name}", *shrunk(tiny_code_model, tmp_path)])
+    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path), "model.device_map=null"]
+    if name in ON_API:
+        server = make_server(tiny_code_model)
+        words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
+        words += [f"embedder.api.base_url={server.url}"] if name.startswith("table4") else []
+    if name == "table1_few_shot":
+        command.run(composed([*words, "experiment=table1", "stages=[sample,reward]"][1:]))
+        capsys.readouterr()
+        words += [f"dataset.shots={tmp_path}/table1-limit2"]
+        words += [
+            "baselines.few_shot.shots=1",
+            "baselines.few_shot.success=0",
+        ]  # a model of random weights solves nothing
+    config = composed(words)
     command.run(config)
-    printed = capsys.readouterr().out
-    assert "2 prompts x 2 samples" in printed
-    assert "Q-probe L_PG" in printed
-    assert str(tmp_path / f"{name}-limit2" / "tables") in printed
+    printed = capsys.readouterr()
+    assert "This run needs: " in printed.err
+    assert "2 prompts x 2 samples" in printed.out
+    assert "Q-probe L_PG" in printed.out
+    assert "paper" not in (tmp_path / f"{name}-limit2" / "tables").glob("*.md").__next__().read_text()
+    assert str(tmp_path / f"{name}-limit2" / "tables") in printed.out
     figures = sorted((tmp_path / f"{name}-limit2").rglob("*.png"))
-    assert len(figures) == 4 * len(config["dataset"]["test"])
+    evaluation = config["evaluation"]
+    per_test = 3 + bool(evaluation["curve_shares"]) + (config["layer"] == "best")
+    assert len(figures) == per_test * len(config["dataset"]["test"])
+    # All is there: the same words draw and read nothing, so that nothing needs to be said.
+    command.run(config)
+    assert "needs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("embedder", ["hf", "openai"])
@@ -97,12 +130,13 @@ def test_completions_from_an_api_with_local_or_remote_embeddings_are_a_choice_of
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice: str) -> None:
-    said = [choice, *MUST_BE_SAID.get(choice, [])]
-    for experiment in [""] if choice.startswith("experiment=") else EXPERIMENTS:
-        config = composed([*said, *([f"experiment={experiment}"] if experiment else [])])
+    group, _, name = choice.partition("=")
+    words = [choice, *MUST_BE_SAID.get(choice, [])]
+    for experiment in [name] if group == "experiment" else EXPERIMENTS:
+        config = composed([*(words if group != "experiment" else []), *said(experiment)])
         assert set(config) == command.KEYS
-    if choice.partition("=")[0] in CORE_GROUPS:
-        assert set(composition.composed("run", said)) >= composition.KEYS
+    if group in CORE_GROUPS:
+        assert set(composition.composed("run", words)) >= composition.KEYS
 
 
 def test_an_unknown_or_missing_key_of_the_api_is_a_sentence(tmp_path: Path) -> None:
@@ -190,6 +224,37 @@ def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> Non
     ids = [prompt.task_id for prompt in pipeline.tests[0].prompts]
     assert len(ids) == 162
     assert not {"HumanEval/0", "HumanEval/5"} & set(ids)
+
+
+def test_every_baseline_that_can_be_named_has_a_row(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
+    names = [*composition.BASELINES]
+    words = ["experiment=mbpp", f"baselines.names=[{','.join(names)}]", "baselines.few_shot.success=0"]
+    quick = ["evaluation.curve_shares=[]", "stages=[sample,reward,embed,baselines,train,evaluate]"]
+    pipeline = command.make_pipeline(composed([*words, *shrunk(tiny_code_model, tmp_path), *quick]))
+    pipeline.execute(STAGES[:-1])
+    assert len(names) == len(pipeline.baselines) >= 3
+    for split in pipeline.tests:
+        rows = {row.method: row for row in pipeline.results(split).rows}
+        assert all(rows[baseline.method].value is not None for baseline in pipeline.baselines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["baselines.names=[few_shots]"], r"baselines.names has few_shots: choose from few_shot, prompt_rm"),
+        (["baselines.names=[few_shot]"], "The baselines few_shot learn from a training split and there is none"),
+        (["baselines.names=[few_shot]", "dataset.train=mbpp-train", "baselines.few_shot.shots=0"], "shots is 0"),
+        (["+baselines.sft2.rank=8"], "baselines has no key sft2"),
+        (["+baselines.prompt_rm.words=1", "baselines.names=[prompt_rm]"], "baselines.prompt_rm has no key words"),
+        (["dataset.shots=runs/none"], "dataset.train names none"),
+        (["dataset.shots=runs/none", "dataset.train=mbpp-train"], "holds no rewards of mbpp-train.sample"),
+    ],
+)
+def test_a_baseline_that_cannot_be_is_a_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    words = ["experiment=demo", f"dataset.mbpp_file={few_mbpp_problems(tmp_path)}", f"paths.runs={tmp_path}/runs"]
+    with pytest.raises(ValueError, match=sentence):
+        command.make_pipeline(composed([*words, *overrides]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qprobe import needs
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.runners.ray import Item, Step, run_steps
 from qprobe.settings import build
@@ -16,7 +17,7 @@ from qprobe.settings import build
 Make = Callable[[], Pipeline]
 
 
-def execute(make: Make, names: Sequence[str], runner: dict[str, Any]) -> Pipeline:
+def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequence[str] = ()) -> Pipeline:
     """Run a pipeline's stages: those that work batch by batch on Ray, the others here.
 
     Args:
@@ -24,6 +25,7 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any]) -> Pipelin
             working directory, must be seen by every machine.
         names: of the stages.
         runner: `address`, and for every stage on Ray its workers, cpus and gpus.
+        more: lines on what the application needs besides.
 
     Returns: the pipeline that did the rest.
 
@@ -34,6 +36,7 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any]) -> Pipelin
     if pipeline.shard[1] > 1:
         raise ValueError("shard and runner=ray both part the work: give one of them.")
     pipeline.check(names)
+    needs.tell(pipeline, names, more, here=False)
     on_ray = [name for name in SHARDED if name in names]
     steps = [
         build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(_worker, make, name, Path.cwd()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import cluster, models
+from qprobe import cluster, models, needs
 from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement, SelfConsistency
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
@@ -245,12 +245,14 @@ def pipeline(
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
     agreement: Agreement | None = None,
+    outputs: Path | None = None,
 ) -> Pipeline:
     """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
 
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
         agreement: when two completions say the same, for self-consistency.
+        outputs: where probes, results, tables and figures go; None: the run folder.
 
     Raises:
         ValueError: an unknown key, or a value that cannot be; before any work.
@@ -276,27 +278,52 @@ def pipeline(
         shard=_shard(config["shard"]),
         paper=paper or {},
         use=use or {},
+        outputs=outputs,
     )
 
 
-def execute(make: Callable[[], Pipeline], config: Mapping[str, Any]) -> Pipeline:
-    """Run a configuration's stages by its runner.
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The published values of a configuration (`paper`), where all of `paper_when` holds: key, with dots -> value; else none.
+
+    Raises:
+        ValueError: published values without a condition.
+    """
+    if config["paper"] and not config["paper_when"]:
+        raise ValueError("paper has values, but paper_when does not say of which set-up: name model.name at least.")
+    found = {key: _value_at(config, key) for key in config["paper_when"]}
+    return dict(config["paper"]) if found == dict(config["paper_when"]) else {}
+
+
+def _value_at(config: Mapping[str, Any], key: str) -> Any:
+    """A value by its key with dots; None where a back end or the configuration has no such key."""
+    at: Any = config
+    for part in key.split("."):
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return at
+
+
+def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Sequence[str] = ()) -> Pipeline:
+    """Say what a configuration's stages need, and run them by its runner.
 
     Args:
         make: makes the pipeline; for Ray it is sent to other processes, so it must be picklable.
+        more: lines on what the application needs besides.
 
     Raises:
         ValueError: an unknown runner, or a key that it does not know.
+        RuntimeError: a need that is plainly not met.
     """
     runner, names = dict(config["runner"]), config["stages"]
     backend = runner.pop("backend")
     if backend == "ray":
         check_keys(runner, {"address", *SHARDED}, "runner")
-        return cluster.execute(make, names, runner)
+        return cluster.execute(make, names, runner, more)
     if backend != "local":
         raise ValueError(f"runner.backend is {backend!r}: choose from local, ray.")
     check_keys(runner, set(), "runner")
     pipeline = make()
+    pipeline.check(names)
+    needs.tell(pipeline, names, more)
     pipeline.execute(names)
     return pipeline
 

@@ -386,18 +386,37 @@ def outline(spec: ModelSpec) -> LanguageModel:
     Raises:
         OSError: the model cannot be had, in one sentence.
     """
+    model = skeleton(spec)
     tokenizer = load_tokenizer(spec).tokenizer
     folder, arguments = _loading_arguments(spec)
     with _explained(spec):
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        config = AutoConfig.from_pretrained(folder, **arguments)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
         if "gguf_file" not in arguments:
             with contextlib.suppress(OSError):  # most models without this file are told by their configuration
                 model.generation_config = GenerationConfig.from_pretrained(folder, **arguments)
     return LanguageModel(model, tokenizer, spec)
+
+
+@functools.lru_cache(maxsize=4)
+def skeleton(spec: ModelSpec) -> Any:
+    """The model of transformers that a config.json describes, without weights and without tokenizer.
+
+    Raises:
+        OSError: it is not here and the hub does not give it; said at once, where transformers would try for a minute.
+    """
+    folder, arguments = _loading_arguments(spec)
+    with _explained(spec):
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if not Path(folder).exists():
+            cached = try_to_load_from_cache(folder, "config.json", revision=spec.revision)
+            if not isinstance(cached, str):
+                get_hf_file_metadata(hf_hub_url(folder, "config.json", revision=spec.revision))
+        config = AutoConfig.from_pretrained(folder, **arguments)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
 
 
 def safetensors(spec: ModelSpec) -> tuple[str, str | None]:

@@ -50,7 +50,8 @@ class Pipeline:
         run: the run folder.
         title: of the tables.
         tests: the splits that are reported on.
-        training_split: the split that probes are trained on; None cross-validates each of `tests`.
+        training_split: the split that probes are trained on; None cross-validates each of `tests`. Where it is itself one of
+            `tests`, its results say how the probes fit (the paper's Fig. 4), not what they earn.
         reward: the reward stage, of every split that brings none of its own.
         sampler: draws the candidates.
         greedy: the same model at temperature 0; None leaves the greedy row "not run".
@@ -115,6 +116,8 @@ class Pipeline:
             if self.training_split is None:
                 sweep.fold_of(len(pool.task_ids), self.settings.folds, self.seed, pool.clusters)
         self._beside()
+        learnt = self.training_pools[0]
+        self.settings = self.settings.counted(len(learnt.task_ids), learnt.clusters, self.training_split is None)
         if self.layer not in (None, BEST, *self.embedder.layers):
             raise ValueError(
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there, or "
@@ -239,7 +242,7 @@ class Pipeline:
             joined, scored, by_layer = self._scored(pool, (1.0, *self.settings.curve_shares), compare=True)
             results = evaluation.evaluate(
                 self.title,
-                self._protocol(),
+                self._protocol(pool.split),
                 pool.split.name,
                 joined,
                 self._greedy_rewards(pool.split, joined.task_ids),
@@ -312,7 +315,8 @@ class Pipeline:
 
     @property
     def splits(self) -> list[Split]:
-        return [*([self.training_split] if self.training_split else []), *self.tests]
+        learnt = self.training_split
+        return list(self.tests) if learnt is None else [learnt, *(split for split in self.tests if split is not learnt)]
 
     def reward_of(self, split: Split) -> Reward:
         return self.reward if split.reward is None else split.reward
@@ -438,9 +442,11 @@ class Pipeline:
         assert joined.task_ids == task_ids  # both pools are cut from the same split
         return joined.rewards
 
-    def _protocol(self) -> str:
+    def _protocol(self, split: Split) -> str:
         if self.training_split is None:
             return f"{self.settings.folds}-fold cross-validation over prompts"
+        if split is self.training_split:
+            return f"trained on {split.name} itself: how the probes fit, not what they earn"
         return f"trained on {self.training_split.name}, tested here"
 
     def _results_path(self, split: Split) -> Path:

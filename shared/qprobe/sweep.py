@@ -45,6 +45,8 @@ class EvaluationSettings:
             each of several seeds leaves a tenth out (LEFT_OUT): they would all be one probe, and their spread 0.
         curve_shares: shares of those, in (0, 1) and rising, that further probes learn from, for the learning curve; none
             leaves it out. Every share costs as many probes as the table itself.
+        curve_prompts: the same in numbers of prompts (clusters where there are any), 1 or more and rising; `counted` makes
+            shares of them.
         beta: temperature that every probe is measured at, >= 0; None: each at its own. 0 makes best-of-2 of preference pairs
             their accuracy.
         controls: names of CONTROLS, choices that need no probe, as rows of the same table. shuffled_labels trains; likelihood
@@ -59,6 +61,7 @@ class EvaluationSettings:
     k: int | None = None
     train_share: float = 1.0
     curve_shares: tuple[float, ...] = (0.25, 0.5)
+    curve_prompts: tuple[int, ...] = ()
     beta: float | None = None
     controls: tuple[str, ...] = ("length", "logprob", "random_direction")
     draws: int = 200
@@ -67,6 +70,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "curve_shares", tuple(self.curve_shares))
+        object.__setattr__(self, "curve_prompts", tuple(self.curve_prompts))
         object.__setattr__(self, "controls", tuple(self.controls))
         for name in self.losses:
             find_loss(name)
@@ -81,6 +85,10 @@ class EvaluationSettings:
             raise ValueError(
                 f"evaluation.curve_shares is {list(self.curve_shares)}: rising shares above 0 and below 1, such as [0.25, 0.5]."
             )
+        if [*self.curve_prompts] != sorted({count for count in self.curve_prompts if count >= 1}):
+            raise ValueError(
+                f"evaluation.curve_prompts is {list(self.curve_prompts)}: rising numbers of prompts, such as [5, 10, 20]."
+            )
         if self.k is not None and self.k < 1:
             raise ValueError(f"evaluation.k is {self.k}: a policy chooses from at least one candidate.")
         if unknown := [name for name in self.controls if name not in CONTROLS]:
@@ -94,6 +102,19 @@ class EvaluationSettings:
     def drawn_share(self) -> float:
         """Share of a training set's prompts that a seed learns from: never all of them where seeds should differ."""
         return min(self.train_share, 1 - LEFT_OUT) if self.seeds > 1 else self.train_share
+
+    def counted(self, prompts: int, clusters: np.ndarray | None, folded: bool) -> EvaluationSettings:
+        """The same with `curve_prompts` among the shares; numbers that would be all of the prompts are left out.
+
+        Args:
+            prompts: of the set that probes are trained on.
+            clusters: (P,) cluster of each, numbered from 0; None: each is its own.
+            folded: whether the set is cross-validated, so that a probe learns from all folds but one.
+        """
+        every = prompts if clusters is None else int(clusters.max()) + 1
+        learnt = every * (1 - 1 / self.folds if folded else self.drawn_share)
+        shares = {count / learnt for count in self.curve_prompts if count < round(learnt)}
+        return dataclasses.replace(self, curve_shares=tuple(sorted({*self.curve_shares, *shares})), curve_prompts=())
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class FewShot(Rival):
         return Split(split.name, [prompt for prompt, _ in shown], source, clusters=split.clusters)
 
     def _fit(self, prompt: Prompt, shots: list[Shot], room: int | None) -> tuple[Prompt, int]:
-        """The prompt with as many shots as there is room for; the last are those that stay."""
+        """The prompt with as many shots as there is room for, never itself among them; the last are those that stay."""
+        shots = [shot for shot in shots if shot.prompt.task_id != prompt.task_id]
         for count in range(len(shots), 0, -1):
             longer = with_shots(prompt, shots[len(shots) - count :])
             if room is None or len(self.sampler.render(longer)[1]) <= room:

@@ -35,11 +35,11 @@ class HFEmbedder(LocalEmbedder):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Counted from 0. A negative layer needs the model's number of layers, so the model is loaded for it."""
+        """Counted from 0. A negative layer needs the model's number of layers, which its configuration tells."""
         if all(layer >= 0 for layer in self._layers):
             return tuple(dict.fromkeys(self._layers))
-        language_model = models.load(self.model)
-        return tuple(dict.fromkeys(language_model.check_layer(layer) for layer in self._layers))
+        outline = models.outline(self.model)
+        return tuple(dict.fromkeys(outline.check_layer(layer) for layer in self._layers))
 
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]

@@ -88,7 +88,7 @@ class OpenAISampler:
         self.opening = opening
         self.logprobs = logprobs
         self.extra_body = dict(extra_body or {})
-        self._at_once = choices_per_call or settings.n
+        self.choices_per_call = choices_per_call or settings.n
         self._stop = sent_stop_texts(settings.stop, stop_limit)
         self._left_away: set[str] = set()
 
@@ -155,7 +155,7 @@ class OpenAISampler:
             calls = [functools.partial(self._call, job, requests[job.prompt], seeds[job.prompt]) for job in jobs]
             for job, choices in zip(jobs, self.client.each(calls), strict=True):
                 if len(choices) == 1 < len(job.samples):
-                    self._at_once = 1  # such servers take `n` and do not look at it
+                    self.choices_per_call = 1  # such servers take `n` and do not look at it
                 left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(choices) :]]
                 for sample, choice in zip(job.samples, choices, strict=False):
                     completion = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
@@ -173,7 +173,7 @@ class OpenAISampler:
             if (
                 last
                 and (last.prompt, last.samples[-1] + 1, last.stop) == (job.prompt, job.samples[0], job.stop)
-                and len(last.samples) < self._at_once
+                and len(last.samples) < self.choices_per_call
             ):
                 jobs[-1] = dataclasses.replace(last, samples=last.samples + job.samples)
             else:
@@ -205,7 +205,7 @@ class OpenAISampler:
             self._left_away.add(name)
             tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.", file=sys.stderr)
         if name == "n":
-            self._at_once = 1
+            self.choices_per_call = 1
 
     def _body(self, job: _Job, request: dict[str, Any], seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
         settings, length = self.settings, "max_tokens"
