@@ -236,9 +236,17 @@ def test_too_little_memory_halves_the_rows_at_once(
 
     monkeypatch.setattr(objectives.Imitation, "loss", short)
     halved = fine_tune(tiny_model, rows, settings, tmp_path / "halved", progress=False)
-    assert "2 completions at once from here" in capsys.readouterr().out
+    assert "ran out of memory on cpu; going on with 4 or fewer" in capsys.readouterr().out
     one, two = _weights(whole.folder), _weights(halved.folder)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    monkeypatch.undo()
+    tight = dataclasses.replace(tiny_model, memory_gib=1e-3)  # the estimate cuts before anything fails
+    cut = fine_tune(tight, rows, settings, tmp_path / "cut", progress=False)
+    assert not capsys.readouterr().out
+    three = _weights(cut.folder)
+    assert all(torch.allclose(one[name], three[name], atol=1e-5) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
     fits = 0
-    with pytest.raises(RuntimeError, match="does not fit the memory of cpu, one completion of up to"):
+    monkeypatch.setattr(objectives.Imitation, "loss", short)
+    with pytest.raises(RuntimeError, match=r"a single row with a prompt of .* does not fit the memory of cpu"):
         fine_tune(tiny_model, rows, settings, tmp_path / "none", progress=False)

@@ -7,8 +7,8 @@ Both minimise a mean: fine-tuning the cross-entropy of the completions' tokens a
 the binary cross-entropy between its logit at the last token and the reward. Easy prompts have most of the successes; so that
 they do not dominate, an epoch takes at most `per_prompt` rows of a prompt, drawn anew for every epoch.
 
-A finished epoch is on the disk, and a killed training continues there with the same result as without the interruption
-(bit for bit on a CPU). The folder appears whole, by rename. There is one process and one model; nothing is sharded.
+A finished epoch is on the disk, and a killed training continues there with the same result as without the interruption (bit
+for bit on a CPU, where as much memory is free). The folder appears whole, by rename. There is one process; nothing is sharded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective
 from qprobe.embedding import ReadsTokens, tokens_to_read
 from qprobe.files import write_whole
 from qprobe.models import LanguageModel, ModelSpec
+from qprobe.passes import Footprint, Passes
 from qprobe.store import fingerprint
 
 HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
@@ -58,7 +59,7 @@ class LoRASettings:
         target_modules: names of the layers that are adapted; None is every linear layer but the output.
         learning_rate: of AdamW at its highest.
         epochs: at most; fewer where held-out prompts say so.
-        batch_rows: completions a step; what does not fit the memory is done in parts.
+        batch_rows: completions a step; what does not fit the memory is done in passes (see `qprobe.passes`).
         per_prompt: completions of a prompt in an epoch, at most.
         max_tokens: of prompt and completion together; longer rows are left out and counted.
         held_out: share of the prompts, in [0, 1), that say when to stop; none where fewer than 20 are there to learn from.
@@ -231,7 +232,6 @@ class _Training:
         self.spec, self.settings, self.folder, self.seed, self.progress = model, settings, folder, seed, progress
         self.examples, self.empty = examples, empty
         self.work = folder.with_name(f".{folder.name}.training")
-        self.at_once = settings.batch_rows
 
     def run(self, objective: Objective) -> Trained:
         self.objective = objective
@@ -252,6 +252,7 @@ class _Training:
         # A copy of its own: the adapter is built into it, and samplers and embedders hold the other one.
         language_model = models.load.__wrapped__(self.spec)
         rows, trained_on, held_out = self._divided(language_model)
+        self.passes, self.footprint = Passes(language_model), Footprint(language_model, shared=True, tokens_per_pass=1)
         with _seeded(self.seed, language_model.device):
             modules = "all-linear" if self.settings.target_modules is None else list(self.settings.target_modules)
             config = peft.LoraConfig(
@@ -337,10 +338,9 @@ class _Training:
                     for batch in _batches(self._of_epoch(rows, state.epoch), self.settings.batch_rows):
                         for group in optimizer.param_groups:
                             group["lr"] = self.settings.learning_rate * _share(step, steps * self.settings.epochs)
-                        sums += self._step(batch, optimizer)
+                        sums += self._step(batch, optimizer, bar)
                         units += self.objective.units(batch)
                         step += 1
-                        bar.update(len(batch))
                         bar.set_postfix(loss=f"{sums / units:.3f}", refresh=False)
                 if not math.isfinite(sums):
                     raise RuntimeError(
@@ -355,49 +355,49 @@ class _Training:
                 self._keep(state, optimizer, best)
         return state, best
 
-    def _step(self, batch: Sequence[Example], optimizer: torch.optim.Optimizer) -> float:
-        """One step on a batch, in parts that fit the memory; returns the sum of its loss."""
-        units = self.objective.units(batch)
-        while True:
-            optimizer.zero_grad(set_to_none=True)
-            try:
-                total = 0.0
-                for part in _batches(batch, self.at_once):
-                    loss = self.objective.loss(self.model, part)
-                    (loss / units).backward()
-                    total += float(loss.detach())
-                break
-            except Exception as error:
-                self._halve(error, batch)
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+    def _step(self, batch: Sequence[Example], optimizer: torch.optim.Optimizer, bar: tqdm) -> float:
+        """One step on a batch, in passes that fit the memory; returns the sum of its loss."""
+        optimizer.zero_grad(set_to_none=True)
+        parameters, units = list(self.parameters.values()), self.objective.units(batch)
+        total = 0.0
+
+        def learn(chosen: list[int]) -> None:
+            nonlocal total
+            loss = self.objective.loss(self.model, [batch[row] for row in chosen])
+            # A pass that runs out of memory is done again, so nothing is added before all of it is there.
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(loss / units, parameters, materialize_grads=True), strict=True
+            ):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            total += float(loss.detach())
+            bar.update(len(chosen))
+
+        self._in_passes(batch, learn)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return total
 
+    @torch.no_grad()
     def _measure(self, rows: Sequence[Example]) -> float:
         self.model.eval()
-        while True:
-            try:
-                with torch.no_grad():
-                    sums = [float(self.objective.loss(self.model, part)) for part in _batches(rows, self.at_once)]
-                return sum(sums) / self.objective.units(rows)
-            except Exception as error:
-                self._halve(error, rows)
+        sums: list[float] = []
+        self._in_passes(
+            rows, lambda chosen: sums.append(float(self.objective.loss(self.model, [rows[row] for row in chosen])))
+        )
+        return sum(sums) / self.objective.units(rows)
 
-    def _halve(self, error: Exception, rows: Sequence[Example]) -> None:
-        """Go on with half as many rows at once where the memory ran out; raise everything else."""
-        if not models.is_out_of_memory(error):
-            raise error
-        where = f"the memory of {self.model.device}"
-        if self.at_once == 1:
-            raise RuntimeError(
-                f"Training {self.spec.name!r} does not fit {where}, one completion of up to {max(len(r.ids) for r in rows)} "
-                "tokens at a time: lower max_tokens or rank, use model.dtype=bfloat16, a smaller model or a larger "
-                "device."
-            ) from error
-        self.at_once = max(1, min(self.at_once, len(rows)) // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        tqdm.write(f"{self.objective.name}: {where} ran out; {self.at_once} completions at once from here.")
+    def _in_passes(self, rows: Sequence[Example], work: Callable[[list[int]], None]) -> None:
+        """Call `work` on the numbers of some rows at a time, by an estimate of what they keep for the backward pass."""
+        footprint, lengths = self.footprint, [len(row.ids) + 1 for row in rows]
+
+        def need(chosen: Sequence[int]) -> int:
+            # Dropout keeps a mask and a copy of what every adapted layer reads: about as much again.
+            kept = 2 * footprint.layers * footprint.activation
+            scored = max(lengths[row] for row in chosen) - min(len(rows[row].prompt_ids) for row in chosen) + 1
+            scores = scored * footprint.vocabulary * (footprint.bytes + 12)
+            return len(chosen) * (max(lengths[row] for row in chosen) * kept + scores)
+
+        self.passes.run(range(len(rows)), range(len(rows)), lengths, need, work)
 
     def _keep(self, state: _State, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
         """Write all that the next epoch needs, whole."""
