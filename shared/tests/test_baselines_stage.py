@@ -10,6 +10,7 @@ import pytest
 
 from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
+from qprobe.inspection import inspect
 from qprobe.pipeline import STAGES, Pipeline
 from qprobe.report.results import Results, Row
 from qprobe.store import StoreError
@@ -92,6 +93,14 @@ def test_rivals_stand_beside_greedy_and_rankers_among_the_controls(make: Make, f
             task, _, completion = shot.partition(": ")
             assert fakes.passes(task.replace("task ", "t-"), completion)
             assert int(task.removeprefix("task ")) < 12
+
+
+def test_inspect_calls_scores_no_rewards(make: Make) -> None:
+    pipeline = make()
+    pipeline.execute(WORK)
+    remarks = {state.path: state.remark for state in inspect(pipeline.run)}
+    assert remarks["rewards/test.sample/goodness"] == "a baseline's scores"
+    assert remarks["rewards/test.few_shot/passes"].startswith("mean reward")
 
 
 def test_what_was_not_run_is_a_row_that_says_so_until_it_is_run(make: Make) -> None:
