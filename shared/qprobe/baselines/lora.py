@@ -38,12 +38,14 @@ from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective
 from qprobe.embedding import ReadsTokens, tokens_to_read
 from qprobe.files import write_whole
 from qprobe.models import LanguageModel, ModelSpec
-from qprobe.passes import Footprint, Passes
+from qprobe.passes import GIB, Footprint, Passes
 from qprobe.store import fingerprint
 
 HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.
 FEWEST_TO_HOLD_OUT = 20
+# Bytes of a pass there: in larger ones fresh memory costs more time than it saves.
+MOST_ON_A_CPU = 2 * GIB
 # Steps that the learning rate rises for, as a share of all; it falls to 0 in the rest.
 WARM_UP = 0.05
 
@@ -253,6 +255,8 @@ class _Training:
         language_model = models.load.__wrapped__(self.spec)
         rows, trained_on, held_out = self._divided(language_model)
         self.passes, self.footprint = Passes(language_model), Footprint(language_model, shared=True, tokens_per_pass=1)
+        if language_model.device.type == "cpu":
+            self.passes.ceiling = MOST_ON_A_CPU
         with _seeded(self.seed, language_model.device):
             modules = "all-linear" if self.settings.target_modules is None else list(self.settings.target_modules)
             config = peft.LoraConfig(
@@ -391,8 +395,8 @@ class _Training:
         footprint, lengths = self.footprint, [len(row.ids) + 1 for row in rows]
 
         def need(chosen: Sequence[int]) -> int:
-            # Dropout keeps a mask and a copy of what every adapted layer reads: about as much again.
-            kept = 2 * footprint.layers * footprint.activation
+            # The adapter keeps what its layers read in float32, once more after dropout, and the mask of that.
+            kept = footprint.layers * (footprint.activation + 6 * footprint.activation // footprint.bytes)
             scored = max(lengths[row] for row in chosen) - min(len(rows[row].prompt_ids) for row in chosen) + 1
             scores = scored * footprint.vocabulary * (footprint.bytes + 12)
             return len(chosen) * (max(lengths[row] for row in chosen) * kept + scores)
