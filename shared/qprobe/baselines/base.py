@@ -10,6 +10,7 @@ from typing import Any
 
 from qprobe.prompts import Prompt
 from qprobe.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.store import StoreError, Table
 
 FENCE = "```"
 
@@ -54,9 +55,11 @@ class Lessons:
         """All rows, by task id, then sample.
 
         Raises:
-            StoreError: a table is unfinished; the message says how much is missing.
+            StoreError: a table is unfinished; the message says which stage is missing how much.
         """
         pool = self.pool
+        check_whole(pool, pool.completions, "sample")
+        check_whole(pool, pool.rewards(self.reward), "reward")
         rewards = pool.rewards(self.reward).read(pool.batches, [*KEY_COLUMNS, "reward"]).to_pylist()
         columns = [*KEY_COLUMNS, "completion", "token_ids", "finish_reason"]
         completions = pool.completions.read(pool.batches, columns).to_pylist()
@@ -75,6 +78,15 @@ class Lessons:
             )
             for row in completions
         ]
+
+
+def check_whole(pool: Pool, table: Table, stage: str) -> None:
+    """Raise StoreError where a stage has not made all rows of a pool's table."""
+    table.check_inputs()
+    if missing := sum(pool.rows(keys) for keys in pool.batches if not table.has(keys)):
+        raise StoreError(
+            f"The stage {stage} is missing {missing} of {pool.rows(tuple(pool.task_ids))} rows of {pool.name}: run it first."
+        )
 
 
 class Baseline(ABC):
