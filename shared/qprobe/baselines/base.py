@@ -24,6 +24,7 @@ class Lesson:
         rendered, prompt_token_ids: the prompt as the sampler's model read it.
         completion, token_ids: what the sampler drew; None where it gives no tokens.
         reward: what it earned.
+        finish_reason: why it ended; "length" where it was cut off.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class Lesson:
     completion: str
     token_ids: list[int] | None
     reward: float
+    finish_reason: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Lessons:
         check_whole(pool, pool.completions, "sample")
         check_whole(pool, pool.rewards(self.reward), "reward")
         rewards = pool.rewards(self.reward).read(pool.batches, [*KEY_COLUMNS, "reward"]).to_pylist()
-        completions = pool.completions.read(pool.batches, [*KEY_COLUMNS, "completion", "token_ids"]).to_pylist()
+        columns = [*KEY_COLUMNS, "completion", "token_ids", "finish_reason"]
+        completions = pool.completions.read(pool.batches, columns).to_pylist()
         rendered = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
         prompts = {prompt.task_id: prompt for prompt in pool.split.prompts}
         earned = {tuple(row[name] for name in KEY_COLUMNS): float(row["reward"]) for row in rewards}
@@ -71,6 +74,7 @@ class Lessons:
                 row["completion"],
                 row["token_ids"],
                 earned[row["task_id"], row["sample"]],
+                row["finish_reason"],
             )
             for row in completions
         ]
