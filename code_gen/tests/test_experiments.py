@@ -14,6 +14,7 @@ import qprobe_code_gen.__main__ as command
 from qprobe import composition
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import ModelSpec
+from qprobe.pipeline import STAGES
 from qprobe.sampling.vllm import VLLMSampler
 from qprobe.vllm_engine import EngineSettings
 
@@ -59,9 +60,24 @@ def few_mbpp_problems(folder: Path) -> str:
     return str(path)
 
 
-def shrunk(model: ModelSpec, folder: Path) -> list[str]:
+def few_questions(folder: Path, count: int) -> str:
+    """Problems of GSM-8K's shape."""
+    path = folder / f"gsm8k-{count}.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}.\n#### {i + 1}"} for i in range(count)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def local_data(experiment: str, folder: Path) -> list[str]:
+    """Files for what an experiment reads from the hub."""
+    if experiment.startswith("gsm8k"):
+        return [f"dataset.train_file={few_questions(folder, 11)}", f"dataset.test_file={few_questions(folder, 3)}"]
+    return [f"dataset.mbpp_file={few_mbpp_problems(folder)}"]
+
+
+def shrunk(model: ModelSpec, folder: Path, experiment: str = "demo") -> list[str]:
     return [
-        f"dataset.mbpp_file={few_mbpp_problems(folder)}",
+        *local_data(experiment, folder),
         "evaluation.k=2",
         *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "limit=2"),
         *("sampler.n=2", "sampler.max_new_tokens=5", "embedder.layers=[2]", f"paths.runs={folder}"),
@@ -77,13 +93,22 @@ def test_every_experiment_runs_shrunk(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path), "model.device_map=null"]
+    words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path, name), "model.device_map=null"]
     words += ["embedder.layers=[1,2]"] if name.endswith("_ours") else []
     if name in ON_API:
         server = make_server(tiny_code_model)
         words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
         embedding = [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny"]
         words += embedding if name.startswith("table4") else []
+    if name == "table1_few_shot":
+        command.run(composed([*words, "experiment=table1", "stages=[sample,reward]"][1:]))
+        capsys.readouterr()
+        # A model of random weights solves nothing.
+        words += [
+            f"dataset.shots={tmp_path}/table1-limit2",
+            "baselines.few_shot.shots=1",
+            "baselines.few_shot.success=0",
+        ]
     config = composed(words)
     config["evaluation"]["curve_shares"] = config["evaluation"]["curve_shares"][:1]
     command.run(config)
@@ -219,6 +244,77 @@ def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> Non
     ids = [prompt.task_id for prompt in pipeline.tests[0].prompts]
     assert len(ids) == 162
     assert not {"HumanEval/0", "HumanEval/5"} & set(ids)
+
+
+def test_worked_questions_are_the_first_and_left_out(tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path}", *local_data("gsm8k", tmp_path)]
+    pipeline = command.make_pipeline(composed(words))
+    assert pipeline.training_split is not None
+    assert [p.task_id for p in pipeline.training_split.prompts] == [f"gsm8k-train/{i}" for i in (8, 9, 10)]
+    [prompt, *others] = pipeline.tests[0].prompts
+    assert str(prompt.text).count("Question:") == 9
+    assert str(prompt.text).endswith("#### 8\n\nQuestion: What is 0 + 1?\nAnswer:")
+    assert len(others) == 2
+    assert pipeline.sampler.settings.stop == ("\nQuestion:",)
+    chat = [*words, "dataset.prompt_style=chat", "dataset.examples=[gsm8k-train/3]"]
+    prompt = command.make_pipeline(composed(chat)).tests[0].prompts[0]
+    assert [message["role"] for message in prompt.messages] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("dataset.examples=12", "dataset.examples is 12: gsm8k-train has 1 to 11 to show"),
+        ("dataset.examples=-1", "dataset.examples is -1"),
+        ("dataset.examples=[gsm8k-train/99]", "gsm8k-train has no problem gsm8k-train/99"),
+        ("dataset.examples=[]", "few_shot was given no examples"),
+        ("dataset.prompt_style=zero_shot", "'zero_shot' does not suit questions"),
+        ("+dataset.mbpp_file=x", "dataset has no key mbpp_file"),
+        ("dataset.test=[gsm8k-test,humaneval]", "are not all rewarded in the same way: run them apart"),
+        ("dataset.examples_from=mbpp-fewshot", "dataset.examples_from is 'mbpp-fewshot': choose from gsm8k-train"),
+    ],
+)
+def test_a_bad_value_for_questions_is_a_sentence(override: str, sentence: str, tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path / 'runs'}", *local_data("gsm8k", tmp_path), override]
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        command.make_pipeline(composed(words))
+
+
+def test_data_that_cannot_be_had_is_a_sentence_with_what_the_run_would_need(tmp_path: Path) -> None:
+    words = ["experiment=gsm8k", f"paths.runs={tmp_path}", "dataset.train_file=none.jsonl"]
+    with pytest.raises(OSError, match=r"no file none.jsonl.*draws 112,631 completions of 2,319 prompts"):
+        command.make_pipeline(composed(words))
+
+
+def test_every_baseline_that_can_be_named_has_a_row(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
+    names = [*composition.BASELINES]
+    words = ["experiment=mbpp", f"baselines.names=[{','.join(names)}]", "baselines.few_shot.success=0"]
+    quick = ["evaluation.curve_shares=[]", "stages=[sample,reward,embed,baselines,train,evaluate]"]
+    pipeline = command.make_pipeline(composed([*words, *shrunk(tiny_code_model, tmp_path), *quick]))
+    pipeline.execute(STAGES[:-1])
+    assert len(names) == len(pipeline.baselines) >= 3
+    for split in pipeline.tests:
+        rows = {row.method: row for row in pipeline.results(split).rows}
+        assert all(rows[baseline.method].value is not None for baseline in pipeline.baselines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["baselines.names=[few_shots]"], r"baselines.names has few_shots: choose from few_shot, prompt_rm"),
+        (["baselines.names=[few_shot]"], "The baselines few_shot learn from a training split and there is none"),
+        (["baselines.names=[few_shot]", "dataset.train=mbpp-train", "baselines.few_shot.shots=0"], "shots is 0"),
+        (["+baselines.sft2.rank=8"], "baselines has no key sft2"),
+        (["+baselines.prompt_rm.words=1", "baselines.names=[prompt_rm]"], "baselines.prompt_rm has no key words"),
+        (["dataset.shots=runs/none"], "dataset.train names none"),
+        (["dataset.shots=runs/none", "dataset.train=mbpp-train"], "holds no rewards of mbpp-train.sample"),
+    ],
+)
+def test_a_baseline_that_cannot_be_is_a_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    words = ["experiment=demo", f"dataset.mbpp_file={few_mbpp_problems(tmp_path)}", f"paths.runs={tmp_path}/runs"]
+    with pytest.raises(ValueError, match=sentence):
+        command.make_pipeline(composed([*words, *overrides]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_that_misses_its_inputs_says_which(tiny_code_model: ModelSpec, tmp_path: Path) -> None:

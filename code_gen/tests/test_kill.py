@@ -19,6 +19,7 @@ OUTPUTS = {
     "sample": ("prompts", "completions"),
     "reward": ("rewards",),
     "embed": ("features",),
+    "baselines": ("rewards/humaneval.sample/self_consistency",),
     "train": ("probes",),
     "evaluate": ("results",),
     "report": ("tables", "figures"),
@@ -36,6 +37,7 @@ def command(model: ModelSpec, run: Path, stage: str) -> list[str]:
             "sampler.batch_rows=16",
         ),
         *("embedder.layers=[2,3]", f"paths.run={run}", "probe.steps=400", f"stages=[{stage}]", "limit=40"),
+        "baselines.names=[self_consistency]",
     ]
 
 

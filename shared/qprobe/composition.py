@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import cluster, needs
+from qprobe import cluster, models, needs
+from qprobe.baselines import Baseline
+from qprobe.baselines.consistency import Agreement, SelfConsistency
+from qprobe.baselines.few_shot import FewShot, FewShotSettings
+from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
@@ -106,12 +111,14 @@ class BackEnds:
     """What draws and embeds completions.
 
     Args:
-        greedy: the sampler at temperature 0; None where it is not asked for.
+        greedy: the sampler at temperature 0; None where the row of greedy decoding is not asked for.
+        rival: the sampler at temperature 0, for baselines.
         batch_rows: completions that are drawn together.
     """
 
     sampler: Sampler
     greedy: Sampler | None
+    rival: Sampler
     embedder: Embedder
     batch_rows: int
 
@@ -136,9 +143,11 @@ def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None) -> B
     given = {} if stop is None else {"stop": tuple(stop)}
     settings = build(SamplingSettings, sampling, "sampler", **given)
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
+    rival = build(sampler, own, "sampler", model=model, settings=at_zero)
     return BackEnds(
         build(sampler, own, "sampler", model=model, settings=settings),
-        build(sampler, own, "sampler", model=model, settings=at_zero) if greedy else None,
+        rival if greedy else None,
+        rival,
         build(embedder, embedding, "embedder", model=model),
         batch_rows,
     )
@@ -148,6 +157,51 @@ def _back_end(known: dict[str, Any], name: str, where: str) -> Any:
     if name not in known:
         raise ValueError(f"{where}.backend is {name!r}: choose from {', '.join(known)}.")
     return known[name]
+
+
+def _few_shot(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _: Agreement | None) -> Baseline:
+    settings = build(FewShotSettings, values, "baselines.few_shot", seed=config["seed"])
+    return FewShot(ends.rival, settings, functools.partial(_room, config, ends))
+
+
+def _room(config: Mapping[str, Any], ends: BackEnds) -> int | None:
+    """How many tokens a prompt may have: what the context leaves beside the longest completion."""
+    if config["sampler"]["backend"] == "openai":
+        return None
+    context = models.outline(model_spec(config)).context_length
+    return None if context is None else context - ends.sampler.settings.max_new_tokens
+
+
+def _prompt_rm(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _: Agreement | None) -> Baseline:
+    own, spec = dict(values), model_spec(config)
+    name = own.pop("model")
+    if name is not None:
+        spec = dataclasses.replace(spec, name=name, revision=None)
+    return PromptRM(spec, build(PromptRMSettings, own, "baselines.prompt_rm"))
+
+
+def _self_consistency(
+    values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, agreement: Agreement | None
+) -> Baseline:
+    check_keys(values, set(), "baselines.self_consistency")
+    if agreement is None:
+        raise ValueError(
+            "baselines.names: what it means that two completions agree is not known here: leave self_consistency out."
+        )
+    return SelfConsistency(agreement)
+
+
+# What makes a baseline of its part of the configuration.
+BASELINES = {"few_shot": _few_shot, "prompt_rm": _prompt_rm, "self_consistency": _self_consistency}
+
+
+def _baselines(config: Mapping[str, Any], ends: BackEnds, agreement: Agreement | None) -> list[Baseline]:
+    values = dict(config.get("baselines", {}))
+    names = values.pop("names", [])
+    check_keys(values, set(BASELINES), "baselines")
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise ValueError(f"baselines.names has {', '.join(map(str, unknown))}: choose from {', '.join(BASELINES)}.")
+    return [BASELINES[name](values.get(name, {}), config, ends, agreement) for name in names]
 
 
 def pipeline(
@@ -161,12 +215,14 @@ def pipeline(
     stop: Sequence[str] | None = None,
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
+    agreement: Agreement | None = None,
     outputs: Path | None = None,
 ) -> Pipeline:
     """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
 
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
+        agreement: when two completions say the same, for self-consistency.
         outputs: where probes, results, tables and figures go; None: the run folder.
 
     Raises:
@@ -183,6 +239,7 @@ def pipeline(
         sampler=ends.sampler,
         greedy=ends.greedy,
         embedder=ends.embedder,
+        baselines=_baselines(config, ends, agreement),
         likelihood=Likelihood(model_spec(config)) if "likelihood" in settings.controls else None,
         layer=config["layer"],
         training=build(TrainingSettings, config["probe"], "probe"),

@@ -57,6 +57,7 @@ def evaluate(
     *,
     k: int,
     seed: int,
+    rivals: Mapping[str, np.ndarray | None] | None = None,
     controls: Mapping[str, np.ndarray | None] | None = None,
     by_layer: Mapping[int, dict[str, Scored]] | None = None,
     paper: dict[str, float] | None = None,
@@ -68,13 +69,14 @@ def evaluate(
         greedy: (P,) rewards of greedy decoding, prompts as in `joined`; None where it was not run.
         scored: share of the training prompts -> loss -> scores; the table is about the share 1.
         k: candidates at use.
+        rivals: method -> (P,) rewards of another policy's one completion a prompt, a row of the table each; None: not run.
         controls: method -> (S, N) scores that no probe made, a row of the table each; None: not run.
         by_layer: layer -> loss -> scores, where probes could choose among layers.
         paper: published values by method, only where the set-up is the paper's.
         made_from: identity of the inputs, kept with the results.
     """
     evaluation = _Evaluation(joined, greedy, settings, k, seed, paper or {})
-    return evaluation.results(title, protocol, pool, scored, controls or {}, by_layer or {}, made_from)
+    return evaluation.results(title, protocol, pool, scored, rivals or {}, controls or {}, by_layer or {}, made_from)
 
 
 class _Evaluation:
@@ -148,6 +150,7 @@ class _Evaluation:
         protocol: str,
         pool: str,
         scored: dict[float, dict[str, Scored]],
+        rivals: Mapping[str, np.ndarray | None],
         controls: Mapping[str, np.ndarray | None],
         by_layer: Mapping[int, dict[str, Scored]],
         made_from: str,
@@ -158,7 +161,8 @@ class _Evaluation:
         )
         at_k = self.ks.index(self.k)
         rows = [self.row("pass@1", self.base, samples)]
-        rows.append(self.row("greedy", self.greedy, 1) if self.greedy is not None else Row(method="greedy"))
+        for name, rewards in {"greedy": self.greedy, **rivals}.items():
+            rows.append(Row(method=name) if rewards is None else self.row(name, rewards, 1))
         by_control = {name: None if q is None else self.best_of(q) for name, q in controls.items()}
         rows += [self.control(name, by_control[name], controls[name]) for name in controls]
         curves, trade_offs, prompt_scores = {}, {}, {}

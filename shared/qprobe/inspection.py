@@ -96,6 +96,8 @@ def _usage(table: Table) -> str:
 def _reward_remark(table: Table) -> str:
     if not table.parts():
         return ""
+    if "ranker" in table.inputs.get("reward", {}):
+        return "a baseline's scores"
     rows = table.read()
     rewards = rows["reward"].to_numpy()
     groups = np.unique(rows["task_id"].to_pylist(), return_inverse=True)[1]

@@ -23,7 +23,7 @@ from qprobe.store import COMPLETIONS, fingerprint, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
 PROMPTS, TEST = "prompts", "test"
-KEYS = composition.KEYS | {"title", "prompts"}
+KEYS = composition.KEYS | {"title", "prompts", "baselines"}
 # Share of completions cut at their longest from which it is said.
 CUT_SHARE = 0.1
 

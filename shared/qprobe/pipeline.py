@@ -1,6 +1,6 @@
 """The one-screen main: prompts, a reward and back ends in; completions, rewards, features, probes, tables, figures out.
 
-    sample -> reward -> embed -> train -> evaluate -> report
+    sample -> reward -> embed -> baselines -> train -> evaluate -> report
 
 Every stage reads its tables from the run folder and writes its own, does what is left to do and nothing twice, and can be
 called alone. With one set of prompts the probes are cross-validated; with a training set they train there and are tested
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from qprobe import candidates, controls, evaluation, layers, stages, sweep
+from qprobe.baselines import Baseline, Baselines, Lessons
 from qprobe.embedding import Embedder
 from qprobe.evaluation import Example
 from qprobe.joined import Joined, join, with_layer
 from qprobe.likelihood import Likelihood
-from qprobe.probe import CARD_FILE, EmbeddingSource, QProbe
+from qprobe.probe import EmbeddingSource, QProbe, is_saved
 from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
@@ -36,7 +37,7 @@ from qprobe.store import fingerprint
 from qprobe.sweep import EvaluationSettings, Maker, SweepProbe
 from qprobe.training import TrainingSettings
 
-STAGES = ("sample", "reward", "embed", "train", "evaluate", "report")
+STAGES = ("sample", "reward", "embed", "baselines", "train", "evaluate", "report")
 BEST = "best"  # the layer of every probe by its held-out prompts
 SHARDED = STAGES[:3]  # what a shard can make by itself
 
@@ -55,6 +56,7 @@ class Pipeline:
         sampler: draws the candidates.
         greedy: the same model at temperature 0; None leaves the greedy row "not run".
         embedder: makes the features.
+        baselines: rivals and rankers, rows of the table beside the probes.
         likelihood: the base model, which reads the completions that splits bring along; None leaves their likelihoods unknown.
         layer: which of the embedder's layers the probes read; None takes the highest; "best" trains at each of them, and every
             probe takes the one where its loss on held-out prompts is lowest.
@@ -69,7 +71,8 @@ class Pipeline:
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a k larger than the pool, a layer that is not embedded, greedy decoding of recorded completions.
+        ValueError: a k larger than the pool, a layer that is not embedded, greedy decoding of recorded completions, a
+            baseline with nothing to learn from.
     """
 
     run: Path
@@ -80,6 +83,7 @@ class Pipeline:
     greedy: Sampler | None
     embedder: Embedder
     training_split: Split | None = None
+    baselines: Sequence[Baseline] = ()
     likelihood: Likelihood | None = None
     layer: int | str | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -104,32 +108,20 @@ class Pipeline:
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
         for pool in self.test_pools:
-            self._check_size(pool)
+            pool.check_size(self.settings.k)
+            if pool.split.recorded is not None and self.greedy is not None:
+                raise ValueError(
+                    f"The completions of {pool.split.name} are there already: greedy decoding cannot join them."
+                )
             if self.training_split is None:
                 sweep.fold_of(len(pool.task_ids), self.settings.folds, self.seed, pool.clusters)
+        self._beside()
         learnt = self.training_pools[0]
         self.settings = self.settings.counted(len(learnt.task_ids), learnt.clusters, self.training_split is None)
         if self.layer not in (None, BEST, *self.embedder.layers):
             raise ValueError(
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there, or "
                 f"say {BEST} to try them all."
-            )
-
-    def _check_size(self, pool: Pool) -> None:
-        k, recorded = self.settings.k, pool.split.recorded is not None
-        if k is not None and k > pool.smallest:
-            if recorded:
-                raise ValueError(
-                    f"evaluation.k is {k}, but a prompt of {pool.split.name} has {pool.smallest} candidates: lower k or leave "
-                    "such prompts out."
-                )
-            raise ValueError(
-                f"evaluation.k is {k}, but only n={pool.smallest} completions are sampled for a prompt: lower k or raise "
-                "sampler.n."
-            )
-        if recorded and self.greedy is not None:
-            raise ValueError(
-                f"The completions of {pool.split.name} are there already: greedy decoding cannot join them."
             )
 
     def execute(self, names: Sequence[str] = STAGES) -> None:
@@ -145,6 +137,7 @@ class Pipeline:
             "sample": self.sample,
             "reward": self.reward_completions,
             "embed": self.embed,
+            "baselines": self.run_baselines,
             "train": self.train,
             "evaluate": self.evaluate,
             "report": self.write_report,
@@ -170,6 +163,8 @@ class Pipeline:
         if "reward" in names:
             for reward in {id(reward): reward for reward in map(self.reward_of, self.splits)}.values():
                 reward.check()
+        if "baselines" in names:
+            self._beside().check()
         for pool in self.pools if "sample" in names else []:
             pool.prompts.check_inputs()
             pool.completions.check_inputs()
@@ -231,6 +226,9 @@ class Pipeline:
         for back_end in holders.get(name, []):
             stages.give_back(back_end)
 
+    def run_baselines(self) -> None:
+        self._beside().run([(pool, self.reward_of(pool.split)) for pool in self.test_pools], self.progress)
+
     def train(self) -> None:
         for pool in self.training_pools:
             self.sweep(pool)
@@ -252,7 +250,8 @@ class Pipeline:
                 self.settings,
                 k=self.k,
                 seed=self.seed,
-                controls=self._controls(pool),
+                rivals=self._beside().rivals(pool, reward),
+                controls=self._controls(pool) | self._beside().rankings(pool),
                 by_layer=by_layer,
                 paper=self.paper.get(pool.split.name),
                 made_from=self._results_identity(pool),
@@ -366,7 +365,7 @@ class Pipeline:
         folder = self.outputs_at / "probes" / pool.split.name
         inputs = self._sweep_inputs(pool)
         losses = self.settings.losses
-        if all(_made_from(folder / loss, inputs, self.use) for loss in losses):
+        if all(is_saved(folder / loss, inputs, self.use) for loss in losses):
             return
         at = functools.partial(self._at, pool)
         made = layers.final_probes(at, self.probe_layers, losses, self.training, k=self.k, seed=self.seed)
@@ -376,6 +375,12 @@ class Pipeline:
             probe = QProbe.of(trained, loss, source, inputs, **options)
             probe.use = self.use
             probe.save_pretrained(folder / loss)
+
+    def _beside(self) -> Baselines:
+        """The baselines, with what they may learn from."""
+        split = self.training_split
+        lessons = None if split is None else Lessons(self.training_pools[0], self.reward_of(split))
+        return Baselines(self.baselines, self.run, lessons)
 
     @property
     def _make_sweep(self) -> Maker:
@@ -469,6 +474,8 @@ class Pipeline:
         }
         if model := self._reads(pool):
             inputs["likelihoods"] = pool.likelihoods(model).identity
+        if self.baselines:
+            inputs["baselines"] = self._beside().identity(pool, self.reward_of(pool.split))
         return fingerprint(inputs | _clusters_of(pool))
 
     def _trained_on(self, pool: Pool) -> Pool:
@@ -481,14 +488,6 @@ class Pipeline:
         at = functools.partial(self._at, pool)
         scored = layers.score_over(probes, at, self.probe_layers, self.settings, self.seed, compare=compare)
         return self._join(pool), *scored
-
-
-def _made_from(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
-    """Whether a saved probe is there that was trained on these inputs and is meant for this use."""
-    if not (folder / CARD_FILE).exists():
-        return False
-    probe = QProbe.from_pretrained(folder)
-    return probe.data_ == inputs and probe.use == use
 
 
 def _clusters_of(pool: Pool) -> dict[str, str]:

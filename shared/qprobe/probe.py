@@ -342,3 +342,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"Probe {name!r} is neither a folder here nor to be had from the hub: check the name."
         ) from error
+
+
+def is_saved(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
+    """Whether a folder holds a probe that was trained on these inputs and is meant for this use."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    probe = QProbe.from_pretrained(folder)
+    return probe.data_ == inputs and probe.use == use

@@ -33,6 +33,7 @@ from qprobe.store import Table
 Keys = tuple[str, ...]
 
 KEY_COLUMNS = ("task_id", "sample")
+OF_SPLIT = ("sample", "greedy")  # kinds of pools that answer the split's prompts as they are, by the run's own model
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,19 @@ class Pool:
         """Completions of the prompt that has fewest."""
         return min(map(self.samples, self.task_ids))
 
+    def check_size(self, k: int | None) -> None:
+        """Raise ValueError where a prompt has fewer than k completions."""
+        if k is not None and k > self.smallest:
+            if self.split.recorded is not None:
+                raise ValueError(
+                    f"evaluation.k is {k}, but a prompt of {self.split.name} has {self.smallest} candidates: lower k or leave "
+                    "such prompts out."
+                )
+            raise ValueError(
+                f"evaluation.k is {k}, but only n={self.smallest} completions are sampled for a prompt: lower k or raise "
+                "sampler.n."
+            )
+
     @property
     def clusters(self) -> np.ndarray | None:
         """(P,) int64 cluster of every task id, numbered in their order; None where each is its own."""
@@ -208,7 +222,9 @@ class Pool:
             "prompts": len(self.split.prompts),
             "model": self.sampler.prompt_identity(),
         }
-        return store.open_table(self.run, "prompts", self.split.name, inputs=inputs, schema=store.PROMPTS)
+        # A split's own prompts are shared; who puts them in another way, or to another model, has a table of its own.
+        name = self.split.name if self.kind in OF_SPLIT else self.name
+        return store.open_table(self.run, "prompts", name, inputs=inputs, schema=store.PROMPTS)
 
     @property
     def completions(self) -> Table:

@@ -11,14 +11,16 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qprobe import baselines
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings
-from qprobe.stages import RewardBatch, RewardRow, Split
+from qprobe.stages import Pool, RewardBatch, RewardRow, Split
 
 WIDTH = 6
 PROMPT_MARK = 1  # what the embedder's own encoding puts before a prompt, as a tokenizer puts BOS
@@ -171,3 +173,40 @@ class Reward:
             self.calls.append(len(batch.keys))
             time.sleep(self.seconds)
             yield batch, self.rows(batch)
+
+
+class Ranker(baselines.Ranker):
+    """Scores a candidate by its goodness times what it learnt, the best reward of the lessons. Learning may fail half-way."""
+
+    name = "goodness"
+    method = "Goodness"
+
+    def __init__(self, *, learns: bool = True, fails: bool = False, seconds: float = 0.0) -> None:
+        self.learns = learns
+        self.fails = fails
+        self.seconds = seconds
+        self.learnt = 0
+        self.checked = 0
+        self.calls: list[int] = []  # prompts in each batch
+
+    def identity(self) -> dict[str, Any]:
+        return {"ranker": "goodness"}
+
+    def check(self) -> None:
+        self.checked += 1
+
+    def learn(self, lessons: baselines.Lessons, folder: Path) -> None:
+        self.learnt += 1
+        (folder / "weight").write_text(str(max(lesson.reward for lesson in lessons.read())))
+        if self.fails:
+            raise RuntimeError("out of memory")
+
+    def scores(
+        self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
+    ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        weight = float((folder / "weight").read_text()) if self.learns else 1.0
+        for batch in batches:
+            self.calls.append(len(batch.keys))
+            time.sleep(self.seconds)
+            texts = [completion for _, _, completion in batch.rows]
+            yield batch, [RewardRow(weight * int(text.removeprefix("answer "))) for text in texts]

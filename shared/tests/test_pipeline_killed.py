@@ -34,6 +34,7 @@ def work(run):
         run=run, title="Numbers", tests=[fakes.split("numbers", 30)], reward=fakes.Reward(seconds=0.01),
         sampler=fakes.Sampler(seconds=0.01), greedy=fakes.Sampler(1, temperature=0.0, seconds=0.01),
         embedder=fakes.Embedder((1, 2), seconds=0.01), batch_rows=4, progress=False,
+        baselines=[fakes.Ranker(learns=False, seconds=0.01)],
         training=TrainingSettings(steps=150, learning_rate=0.05, minimum_mixed=2),
         settings=EvaluationSettings(seeds=2, folds=3, draws=50, bootstrap=2000),
     )
@@ -127,7 +128,9 @@ def test_killed_at_random_moments_of_every_stage_it_ends_as_if_undisturbed(tmp_p
         for file in files:
             assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
     manifests = sorted(path.parent.relative_to(whole) for path in whole.rglob("manifest.json"))
-    assert len(manifests) == 7  # prompts; completions and rewards of two pools; features of two layers
+    assert (
+        len(manifests) == 8
+    )  # prompts; completions and rewards of two pools; a ranker's scores; features of two layers
     for folder in manifests:
         parts = [sorted(path.name for path in (run / folder).glob("*")) for run in (whole, killed)]
         assert parts[0] == parts[1]  # none more, none less, nothing half written

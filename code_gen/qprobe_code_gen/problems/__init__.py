@@ -1,4 +1,4 @@
-"""Programming problems with unit tests: one module a data set."""
+"""Problems, one module a data set: programs with unit tests, questions with a number."""
 
 from qprobe_code_gen.problems.base import Problem, ProblemSet
 

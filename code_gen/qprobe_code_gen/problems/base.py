@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from qprobe.store import fingerprint
 
@@ -42,13 +42,29 @@ class Problem:
         """The problem as code to be continued: header, signature, docstring."""
         return self.header + self.signature + self.docstring
 
+    def content(self) -> list[str]:
+        """What decides prompt and reward."""
+        return [self.task_id, self.description, self.code_prompt, self.tests]
+
+
+class HasContent(Protocol):
+    """What a set needs of its problems, programs or not."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    def content(self) -> list[str]: ...
+
+
+AnyProblem = TypeVar("AnyProblem", bound=HasContent)
+
 
 @dataclass(frozen=True)
-class ProblemSet:
+class ProblemSet(Generic[AnyProblem]):
     """The problems of one split of a data set, in order, and where they are from."""
 
     name: str
-    problems: Sequence[Problem]
+    problems: Sequence[AnyProblem]
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,5 +76,5 @@ class ProblemSet:
 
     def identity(self) -> dict[str, Any]:
         """What decides prompts and rewards: the source and the content of every problem."""
-        content = fingerprint([[p.task_id, p.description, p.code_prompt, p.tests] for p in self.problems])
+        content = fingerprint([p.content() for p in self.problems])
         return {"name": self.name, "problems": len(self.problems), "content": content, **self.source}

@@ -9,7 +9,7 @@ from typing import Any
 from qprobe_code_gen.problems.base import Problem, ProblemSet
 
 
-def load() -> ProblemSet:
+def load() -> ProblemSet[Problem]:
     """All 164 problems.
 
     Raises:

@@ -6,21 +6,19 @@ training and validation together, 374 + 90 problems.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from qprobe_code_gen.problems import rows
 from qprobe_code_gen.problems.base import Problem, ProblemSet
 
 HUB_ID = "google-research-datasets/mbpp"
 SPLITS = {"mbpp-fewshot": range(1, 11), "mbpp-test": range(11, 511), "mbpp-train": range(511, 975)}
+COLUMNS = {"task_id", "text", "code", "test_list", "test_setup_code"}
 REQUEST = "Your code should pass these tests:"
 
 
-def load(split: str, file: str | None = None) -> ProblemSet:
+def load(split: str, file: str | None = None) -> ProblemSet[Problem]:
     """One split.
 
     Args:
@@ -31,8 +29,11 @@ def load(split: str, file: str | None = None) -> ProblemSet:
         OSError: no such file, or the hub cannot be reached.
         ValueError: a line that is no problem of MBPP, a file without problems of this split.
     """
-    rows = _from_hub() if file is None else _from_file(Path(file).expanduser())
-    problems = [problem_from_row(row) for row in rows if int(row["task_id"]) in SPLITS[split]]
+    if file is None:
+        found = rows.from_hub(HUB_ID, "full", None, "MBPP", "mbpp_file")
+    else:
+        found = rows.from_file(file, COLUMNS, "MBPP", "mbpp_file")
+    problems = [problem_from_row(row) for _, row in found if int(row["task_id"]) in SPLITS[split]]
     if not problems:
         raise ValueError(f"{file or HUB_ID} has no problem of the split {split} (task ids {SPLITS[split]}).")
     return ProblemSet(split, sorted(problems, key=lambda p: p.task_id), {"data": "mbpp"})
@@ -57,39 +58,3 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
         tests=f"{setup}\n{tests}" if setup and tests else tests,
         solution=docstring + code,
     )
-
-
-def _from_file(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"MBPP: there is no file {path}; give dataset.mbpp_file=FILE, or null for the hub.")
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
-    for number, line in enumerate(raw.decode().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = {"task_id", "text", "code", "test_list", "test_setup_code"} - set(row)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-        if missing:
-            raise ValueError(f"{path}, line {number} is no problem of MBPP: it has no {', '.join(sorted(missing))}.")
-        yield row
-
-
-def _from_hub() -> Iterable[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-
-        splits = load_dataset(HUB_ID, "full")
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(
-            f"MBPP could not be had from the hub as {HUB_ID} ({first}): check the network, or give a local JSON-lines file by "
-            "dataset.mbpp_file=FILE."
-        ) from error
-    return [row for split in splits.values() for row in split]

@@ -1,0 +1,71 @@
+"""Rows of a data set: from a local JSON-lines file, plain or gzipped, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
+
+
+def from_file(file: str, columns: set[str], name: str, key: str) -> Iterator[Row]:
+    """Rows of a local file.
+
+    Args:
+        columns: those that every row must have.
+        name: of the data set, for messages.
+        key: of the configuration that names the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a damaged file, or a line that is no row of this data set.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}; give dataset.{key}=FILE, or null for the hub.")
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            missing = columns - set(row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where} is not JSON ({error}).") from error
+        if missing:
+            raise ValueError(f"{where} is no problem of {name}: it has no {', '.join(sorted(missing))}.")
+        yield where, row
+
+
+def from_hub(hub_id: str, config: str, split: str | None, name: str, key: str) -> Iterator[Row]:
+    """Rows of the hub's data set.
+
+    Args:
+        split: the hub's name of a split; None takes all.
+        name, key: as for a file.
+
+    Raises:
+        OSError: the hub cannot be reached, or refuses.
+    """
+    try:
+        from datasets import load_dataset
+
+        splits = load_dataset(hub_id, config)
+        chosen = list(splits) if split is None else [split]
+        rows = [(f"{hub_id}, {at} row {i}", dict(row)) for at in chosen for i, row in enumerate(splits[at])]
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"{name} could not be had from the hub as {hub_id} ({first}): check the network, or give a local JSON-lines file by "
+            f"dataset.{key}=FILE."
+        ) from error
+    yield from rows

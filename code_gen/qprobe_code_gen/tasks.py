@@ -1,0 +1,187 @@
+"""What a configuration's data sets bring to the pipeline: prompts, what ends a completion, what rewards it, when two agree.
+
+There are two kinds: programs, rewarded by unit tests (HumanEval, MBPP), and questions, rewarded by their final number (GSM-8K).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from qprobe import needs
+from qprobe.baselines.consistency import Agreement
+from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
+from qprobe.prompts import Prompt
+from qprobe.settings import accepted, build, check_keys
+from qprobe.stages import Reward, Split
+from qprobe_code_gen.agreement import OutputsAgree
+from qprobe_code_gen.problems import Problem, ProblemSet, gsm8k, humaneval, mbpp
+from qprobe_code_gen.problems.base import AnyProblem
+from qprobe_code_gen.prompts import PromptStyle
+from qprobe_code_gen.questions import FinalNumberReward, QuestionStyle, SameNumber
+from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.sandbox import Limits
+from qprobe_code_gen.shots import shots_of
+
+PROGRAMS, QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
+# What a set holds, known without it.
+SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
+KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots"}
+AnyStyled = TypeVar("AnyStyled", contravariant=True)
+
+
+class Style(Protocol[AnyStyled]):
+    """How problems of one kind are put to the model: a dataclass, so that what decides the prompts is known."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def prompt(self, problem: AnyStyled, /) -> Prompt: ...
+
+    def stop(self, problems: Sequence[AnyStyled], /) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the pipeline is given.
+
+    Args:
+        splits: by name, those of the configuration's `train` and `test`.
+        stop: texts that end a completion.
+        reward: what completions earn.
+        agreement: when two completions say the same.
+    """
+
+    splits: dict[str, Split]
+    stop: tuple[str, ...]
+    reward: Reward
+    agreement: Agreement
+
+
+def make(config: Mapping[str, Any], limit: int | None) -> Task:
+    """The task of a composed configuration.
+
+    Args:
+        limit: only the first so many problems of each set; None takes all.
+
+    Raises:
+        ValueError: an unknown key or set, or a value that cannot be; before any work.
+    """
+    names = _names(config["dataset"])
+    if unknown := [name for name in names if name not in PROGRAMS + QUESTIONS]:
+        raise ValueError(
+            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(PROGRAMS + QUESTIONS)}."
+        )
+    if len({name in QUESTIONS for name in names}) > 1:
+        raise ValueError(f"dataset: {', '.join(names)} are not all rewarded in the same way: run them apart.")
+    sandbox = dict(config["sandbox"])
+    check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
+    try:
+        return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
+    except OSError as error:
+        limits = config["dataset"]["limits"]
+        sizes = {name: min(filter(None, (SIZES[name], limit, limits.get(name)))) for name in names}
+        tested = sum(sizes[name] for name in config["dataset"]["test"])
+        raise OSError(f"{error} {needs.expected(sum(sizes.values()), config['sampler'], tested)}") from error
+
+
+def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, Any]) -> Task:
+    dataset = config["dataset"]
+    check_keys(dataset, KEYS | {"mbpp_file"}, "dataset")
+
+    def load(name: str) -> ProblemSet[Problem]:
+        return humaneval.load() if name == "humaneval" else mbpp.load(name, dataset["mbpp_file"])
+
+    style = PromptStyle(dataset["prompt_style"], examples=_examples(dataset, load))
+    problems, splits = _splits(config, limit, load, style, UnitTestReward.name)
+    workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
+    reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
+    return Task(splits, style.stop(problems), reward, OutputsAgree(reward))
+
+
+def _questions(config: Mapping[str, Any], limit: int | None) -> Task:
+    dataset = config["dataset"]
+    check_keys(dataset, KEYS | {"train_file", "test_file"}, "dataset")
+
+    def load(name: str) -> ProblemSet[gsm8k.Question]:
+        return gsm8k.load(name, dataset[f"{gsm8k.SPLITS[name]}_file"])
+
+    style = QuestionStyle(dataset["prompt_style"], examples=_examples(dataset, load))
+    questions, splits = _splits(config, limit, load, style, FinalNumberReward.name)
+    return Task(splits, style.stop(questions), FinalNumberReward(questions), SameNumber())
+
+
+def _names(dataset: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys([*([dataset["train"]] if dataset["train"] else []), *dataset["test"]]))
+
+
+def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyProblem]]) -> list[AnyProblem]:
+    """The worked examples of the prompts, looked up in `examples_from`: by their ids, or the first so many."""
+    wanted, source = dataset["examples"], dataset["examples_from"]
+    if not wanted:
+        return []
+    sets = QUESTIONS if dataset["test"][0] in QUESTIONS else PROGRAMS
+    if source not in sets:
+        raise ValueError(f"dataset.examples_from is {source!r}: choose from {', '.join(sets)}.")
+    known = {problem.task_id: problem for problem in load(source).problems}
+    if type(wanted) is int:
+        if not 0 < wanted <= len(known):
+            raise ValueError(f"dataset.examples is {wanted}: {source} has 1 to {len(known)} to show.")
+        return list(known.values())[:wanted]
+    if missing := [task_id for task_id in wanted if task_id not in known]:
+        raise ValueError(f"dataset.examples: {source} has no problem {', '.join(missing)}.")
+    return [known[task_id] for task_id in wanted]
+
+
+def _splits(
+    config: Mapping[str, Any],
+    limit: int | None,
+    load: Callable[[str], ProblemSet[AnyProblem]],
+    style: Style[AnyProblem],
+    reward: str,
+) -> tuple[list[AnyProblem], dict[str, Split]]:
+    """The problems that are put to the model, without those that its prompts show, and their splits."""
+    dataset = config["dataset"]
+    names = _names(dataset)
+    check_keys(dataset["limits"], set(names), "dataset.limits")
+    shots = _shots(config, load, style, reward)
+    put = dataclasses.asdict(style)
+    shown = {"shots": [dataclasses.asdict(shot) for shot in shots]} if shots else {}
+    left_out = {*(example["task_id"] for example in put["examples"]), *(shot.prompt.task_id for shot in shots)}
+    problems: list[AnyProblem] = []
+    splits = {}
+    for name in names:
+        limits = [limit, checked_limit(dataset["limits"].get(name), f"dataset.limits.{name}")]
+        fewest = min((x for x in limits if x is not None), default=None)
+        whole = load(name)
+        kept = [problem for problem in whole.problems if problem.task_id not in left_out][:fewest]
+        source = {**dataclasses.replace(whole, problems=kept).identity(), "style": put, **shown}
+        splits[name] = Split(name, [with_shots(style.prompt(problem), shots) for problem in kept], source)
+        problems += kept
+    return problems, splits
+
+
+def _shots(
+    config: Mapping[str, Any],
+    load: Callable[[str], ProblemSet[AnyProblem]],
+    style: Style[AnyProblem],
+    reward: str,
+) -> list[Shot]:
+    """The successes of a finished run that stand before every prompt; none where none are asked for."""
+    dataset = config["dataset"]
+    if dataset["shots"] is None:
+        return []
+    if not dataset["train"]:
+        raise ValueError("dataset.shots takes successes of a training set, and dataset.train names none.")
+    settings = build(FewShotSettings, config["baselines"]["few_shot"], "baselines.few_shot", seed=config["seed"])
+    prompts = [style.prompt(problem) for problem in load(dataset["train"]).problems]
+    return shots_of(Path(dataset["shots"]), dataset["train"], prompts, dataclasses.asdict(style), reward, settings)
+
+
+def checked_limit(value: Any, where: str) -> int | None:
+    """A number of problems, at least 1, or None for all."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{where} is {value!r}: a number of problems, at least 1, or null for all.")
+    return value

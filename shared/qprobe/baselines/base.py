@@ -1,0 +1,147 @@
+"""What a baseline is: a rival policy or a ranker of candidates, and what it may learn from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.prompts import Prompt
+from qprobe.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A rewarded completion of the training split.
+
+    Args:
+        prompt: as it was put.
+        rendered, prompt_token_ids: the prompt as the sampler's model read it.
+        completion, token_ids: what the sampler drew; None where it gives no tokens.
+        reward: what it earned.
+    """
+
+    prompt: Prompt
+    rendered: str
+    prompt_token_ids: list[int]
+    completion: str
+    token_ids: list[int] | None
+    reward: float
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a baseline may learn from: the training split's completions and what they earned.
+
+    Args:
+        pool: the training split's sample pool; its sampler's tokenizer made the tokens.
+        reward: the stage that rewarded it.
+    """
+
+    pool: Pool
+    reward: Reward
+
+    def identity(self) -> dict[str, Any]:
+        return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).identity}
+
+    def read(self) -> list[Lesson]:
+        """All rows, by task id, then sample.
+
+        Raises:
+            StoreError: a table is unfinished; the message says how much is missing.
+        """
+        pool = self.pool
+        rewards = pool.rewards(self.reward).read(pool.batches, [*KEY_COLUMNS, "reward"]).to_pylist()
+        completions = pool.completions.read(pool.batches, [*KEY_COLUMNS, "completion", "token_ids"]).to_pylist()
+        rendered = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
+        prompts = {prompt.task_id: prompt for prompt in pool.split.prompts}
+        earned = {tuple(row[name] for name in KEY_COLUMNS): float(row["reward"]) for row in rewards}
+        return [
+            Lesson(
+                prompts[row["task_id"]],
+                rendered[row["task_id"]]["prompt"],
+                rendered[row["task_id"]]["prompt_token_ids"],
+                row["completion"],
+                row["token_ids"],
+                earned[row["task_id"], row["sample"]],
+            )
+            for row in completions
+        ]
+
+
+class Baseline(ABC):
+    """A row of the table that no probe made.
+
+    Attributes:
+        name: short, in the configuration and in paths.
+        method: of its row.
+        learns: whether it needs a training split.
+    """
+
+    name: str
+    method: str
+    learns: bool
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides it besides what it learns from; cheap."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise, in a sentence, what can be known to fail before any work."""
+
+    @abstractmethod
+    def learn(self, lessons: Lessons, folder: Path) -> None:
+        """Learn, into a folder that is its own; not called again once it has returned. A killed one is begun again.
+
+        Raises:
+            ValueError: there is nothing to learn from, such as no success.
+        """
+
+
+class Rival(Baseline):
+    """Another policy, whose one greedy completion a prompt is rewarded; its row stands beside greedy decoding."""
+
+    @abstractmethod
+    def pool(self, tested: Pool, folder: Path) -> Pool:
+        """Its completions of a test pool's prompts, before they are drawn.
+
+        Args:
+            tested: the sample pool.
+            folder: what it learnt.
+
+        Returns: a pool of the same task ids, of kind `name`, one completion a prompt.
+        """
+
+
+class Ranker(Baseline):
+    """A score a candidate; its row is the best of k, as a control's. Scores rank and never train."""
+
+    @abstractmethod
+    def scores(
+        self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
+    ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        """Every batch with its candidates' scores as rewards, in any order of batches.
+
+        Args:
+            tested: the pool that the candidates are of.
+            folder: what it learnt.
+            batches: whole prompts.
+        """
+
+
+def answer(prompt: Prompt, completion: str) -> str:
+    """What the model says to a prompt, from the opening that was put into its mouth to the end of a fence that is open."""
+    text = prompt.opening + completion
+    return text if text.count(FENCE) % 2 == 0 else f"{text.rstrip()}\n{FENCE}"
+
+
+def question(prompt: Prompt) -> str:
+    """A prompt as plain text: what is to be continued, or what was said so far."""
+    if prompt.text is not None:
+        return prompt.text
+    return "\n\n".join(message["content"] for message in prompt.messages)

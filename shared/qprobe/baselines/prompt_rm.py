@@ -1,0 +1,122 @@
+"""Prompt RM: a language model is asked whether a candidate is right; its score is log p(Yes) - log p(No).
+
+Every candidate is a prompt of its own, problem first: so both words are read off one pass and their difference is exact. With
+the problem shared among its candidates, each of these would have to be read twice, once before either word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe import models
+from qprobe.baselines.base import Lessons, Ranker, answer, question
+from qprobe.likelihood import Likelihood
+from qprobe.models import ModelSpec
+from qprobe.prompts import Prompt
+from qprobe.stages import Pool, RewardBatch, RewardRow
+
+PLACES = ("{problem}", "{candidate}")
+CUT = 8  # a problem that is too long loses an eighth of itself at a time
+
+
+@dataclass(frozen=True)
+class PromptRMSettings:
+    """What the judge is asked.
+
+    Args:
+        template: holds {problem} and {candidate}, each once, the problem first.
+        good, bad: the words whose probabilities are compared.
+    """
+
+    template: str
+    good: str = "Yes"
+    bad: str = "No"
+
+    def __post_init__(self) -> None:
+        at = [self.template.find(place) for place in PLACES]
+        if not 0 <= at[0] < at[1] or any(self.template.count(place) != 1 for place in PLACES):
+            raise ValueError(
+                "baselines.prompt_rm.template must hold {problem} and then {candidate}, each of them once."
+            )
+        if not self.good.strip() or not self.bad.strip() or self.good == self.bad:
+            raise ValueError(
+                f"baselines.prompt_rm compares the words {self.good!r} and {self.bad!r}: give two that differ, neither empty."
+            )
+
+    def asked(self, problem: str, candidate: str) -> str:
+        before, _, rest = self.template.partition(PLACES[0])
+        between, _, after = rest.partition(PLACES[1])
+        return before + problem + between + candidate + after
+
+
+class PromptRM(Ranker):
+    """A language model as it stands, asked about every candidate.
+
+    Args:
+        model: the judge.
+        settings: what it is asked.
+    """
+
+    name = "prompt_rm"
+    method = "Prompt RM"
+    learns = False
+
+    def __init__(self, model: ModelSpec, settings: PromptRMSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self.likelihood = Likelihood(model)
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": self.model.identity(), **dataclasses.asdict(self.settings)}
+
+    def check(self) -> None:
+        self.model.source()  # a file or package that is missing
+
+    def learn(self, lessons: Lessons, folder: Path) -> None:
+        """The judge is asked as it stands."""
+
+    def scores(
+        self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
+    ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
+        prompts = {prompt.task_id: prompt for prompt in tested.split.prompts}
+        for batch in batches:
+            asked = [self.ask(prompts[task_id], completion) for task_id, _, completion in batch.rows]
+            found = self.likelihood.log_likelihood(asked, [self.words] * len(asked))
+            yield batch, [RewardRow(good - bad) for good, bad in found]
+
+    @property
+    def words(self) -> list[list[int]]:
+        """The token ids of both words, as the judge's tokenizer cuts them where an answer begins."""
+        tokenizer = models.load_tokenizer(self.model)
+        space = "" if tokenizer.has_chat_template else " "
+        return [tokenizer.encode_completion(space + word.strip()) for word in (self.settings.good, self.settings.bad)]
+
+    def ask(self, prompt: Prompt, completion: str) -> list[int]:
+        """The judge's prompt, token ids. A problem that is too long is cut from its beginning; a candidate never is.
+
+        Raises:
+            ValueError: the candidate alone does not fit the judge's context.
+        """
+        tokenizer, candidate, problem = models.load_tokenizer(self.model), answer(prompt, completion), question(prompt)
+        context = models.outline(self.model).context_length
+        longest = max(map(len, self.words))
+        while True:
+            text = self.settings.asked(problem, candidate)
+            put = (
+                Prompt(prompt.task_id, messages=({"role": "user", "content": text},))
+                if tokenizer.has_chat_template
+                else Prompt(prompt.task_id, text=f"{text}\nReply:")
+            )
+            ids = tokenizer.render_prompt(put)[1]
+            if context is None or len(ids) + longest <= context:
+                return ids
+            if not problem:
+                raise ValueError(
+                    f"A candidate of {prompt.task_id} makes a prompt of {len(ids)} tokens for {self.model.name}, which reads "
+                    f"{context}: name a judge with a longer context, or lower sampler.max_new_tokens."
+                )
+            problem = problem[len(problem) // CUT + 1 :]
