@@ -273,4 +273,4 @@ def test_a_judge_without_a_key_ends_a_run_that_has_said_what_it_needs(
     config["judge"] = composed(["experiment=table3", "judge.api.model=m"])["judge"]
     with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
         command.run(config)
-    assert "Judge m: at most" in capsys.readouterr().err
+    assert "Judge judge-m: at most 29 comparisons (58 calls" in capsys.readouterr().err

@@ -19,7 +19,10 @@ from qprobe import cluster, models, needs
 from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement, SelfConsistency
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
+from qprobe.baselines.finetune_rm import FinetuneRM
+from qprobe.baselines.lora import LoRASettings
 from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
+from qprobe.baselines.sft import SFT
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
@@ -191,8 +194,34 @@ def _self_consistency(
     return SelfConsistency(agreement)
 
 
+def _sft(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _: Agreement | None) -> Baseline:
+    if config["sampler"]["backend"] == "openai":
+        raise ValueError(
+            "baselines.names: an API's model cannot be fine-tuned here: leave sft out, or sample with hf or vllm."
+        )
+    own = dict(values)
+    success, stop = own.pop("success"), ends.rival.settings.stop
+
+    def adapted(folder: Path) -> Sampler:
+        sampling = {key: value for key, value in config["sampler"].items() if key != "stop"}
+        model = {**config["model"], "adapter": str(folder)}
+        return back_ends({**config, "sampler": sampling, "model": model}, stop).rival
+
+    return SFT(model_spec(config), build(LoRASettings, own, "baselines.sft"), adapted, success, config["seed"])
+
+
+def _finetune_rm(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _: Agreement | None) -> Baseline:
+    return FinetuneRM(model_spec(config), build(LoRASettings, values, "baselines.finetune_rm"), config["seed"])
+
+
 # What makes a baseline of its part of the configuration.
-BASELINES = {"few_shot": _few_shot, "prompt_rm": _prompt_rm, "self_consistency": _self_consistency}
+BASELINES = {
+    "few_shot": _few_shot,
+    "sft": _sft,
+    "prompt_rm": _prompt_rm,
+    "finetune_rm": _finetune_rm,
+    "self_consistency": _self_consistency,
+}
 
 
 def _baselines(config: Mapping[str, Any], ends: BackEnds, agreement: Agreement | None) -> list[Baseline]:

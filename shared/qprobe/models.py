@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from qprobe import adapters
 from qprobe.prompts import Prompt
 
 EMBEDDED = "embedded"
@@ -47,6 +48,7 @@ class ModelSpec:
         device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
         memory_gib: GiB beside the weights that sampling and embedding plan with, above 0; None is a share of what is free
             (see `qprobe.passes`).
+        adapter: a folder with a LoRA adapter (safetensors), merged into the weights when they are loaded; None: none.
     """
 
     name: str = EMBEDDED
@@ -55,6 +57,7 @@ class ModelSpec:
     device: str = "auto"
     device_map: str | None = None
     memory_gib: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -110,12 +113,13 @@ class ModelSpec:
             content = _file_digest(Path(folder) / gguf)
         elif Path(folder).is_dir():
             content = _folder_digest(Path(folder))
-        return {
+        identity = {
             "name": EMBEDDED_FILE if self.name == EMBEDDED else self.name,
             "revision": self.revision,
             "content": content,
             "dtype": str(self.resolved_dtype()).removeprefix("torch."),
         }
+        return identity if self.adapter is None else {**identity, "adapter": adapters.digest(self.adapter)}
 
 
 def _file_digest(path: Path) -> str:
@@ -345,8 +349,8 @@ def load(spec: ModelSpec) -> LanguageModel:
 
     Raises:
         OSError: the model cannot be had or lacks weights, in one sentence.
-        ValueError: a GPU is asked for and there is none.
-        ModuleNotFoundError: transformers, gguf or the embedded model's package is missing.
+        ValueError: a GPU is asked for and there is none, or an adapter belongs to another model.
+        ModuleNotFoundError: transformers, peft, gguf or the embedded model's package is missing.
     """
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -370,6 +374,8 @@ def load(spec: ModelSpec) -> LanguageModel:
             raise ValueError(f"it lacks {len(missing)} weights, {missing[0]} among them")
         if spec.device_map is None:
             model = model.to(spec.resolved_device())
+    if spec.adapter is not None:
+        model = adapters.merge(model, spec.adapter, dataclasses.replace(spec, adapter=None).identity())
     return LanguageModel(model, tokenizer, spec)
 
 
@@ -414,7 +420,7 @@ def skeleton(spec: ModelSpec) -> Any:
 
 
 def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
-    """(folder or hub id, revision) for programs that read no GGUF: such a file is converted once, into the cache.
+    """(folder or hub id, revision) for programs that read no GGUF and merge no adapter: those are converted once, into the cache.
 
     The cache is `$QPROBE_CACHE`, or else `~/.cache/qprobe`; a converted model may be deleted at any time.
 
@@ -422,11 +428,15 @@ def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
         OSError: the model cannot be had or the cache cannot be written, in one sentence.
     """
     folder, gguf = spec.source()
-    if gguf is None:
+    if gguf is None and spec.adapter is None:
         return folder, spec.revision
     cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
     dtype = str(spec.resolved_dtype()).removeprefix("torch.")
-    made = cache / "converted" / f"{Path(gguf).stem}-{_file_digest(Path(folder) / gguf)}-{dtype}"
+    identity = spec.identity()
+    if identity["content"] is not None:
+        del identity["name"]  # it may lie anywhere
+    known_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    made = cache / "converted" / f"{Path(gguf or folder).stem}-{known_by}-{dtype}"
     if not made.is_dir():
         # Not kept as `load` keeps models: its memory is the other program's.
         converted = load.__wrapped__(dataclasses.replace(spec, device="cpu", device_map=None, dtype=dtype))
@@ -445,7 +455,7 @@ def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
 
 
 def _save_dense(language_model: LanguageModel, folder: Path) -> None:
-    """Write a model that was unpacked from GGUF; nothing may say that it is still packed."""
+    """Write a model that was unpacked from GGUF or has an adapter merged; nothing may say that it is still packed."""
     model = language_model.model
     with contextlib.suppress(AttributeError):
         del model.config.quantization_config

@@ -315,7 +315,7 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
         def reward_batches() -> Iterator[RewardBatch]:
             for keys in batches:
                 waiting[keys] = keys
-                rows = _completions_of(pool, keys)
+                rows = completions_of(pool, keys)
                 yield RewardBatch(keys, [(r["task_id"], r["sample"], r["completion"]) for r in rows])
 
         for batch, rewarded in reward_stage(reward_batches()):
@@ -356,8 +356,8 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
         nonlocal said_exact
         for keys in batches:
-            rows = _completions_of(pool, keys)
-            states = _embed_once(embedder, *_tokens_of(pool, keys, rows, prompts, embedder))
+            rows = completions_of(pool, keys)
+            states = _embed_once(embedder, *tokens_of(pool, keys, rows, prompts, embedder))
             task_ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
             parts = {}
             for layer in tables:
@@ -401,8 +401,8 @@ def likelihood(pool: Pool, model: Likelihood, progress: bool = True) -> None:
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
         for keys in batches:
-            rows = _completions_of(pool, keys)
-            prompt_ids, completion_ids = _tokens_of(pool, keys, rows, prompts, model)
+            rows = completions_of(pool, keys)
+            prompt_ids, completion_ids = tokens_of(pool, keys, rows, prompts, model)
             found = model.log_likelihood(prompt_ids, completion_ids)
             columns = {
                 "task_id": [row["task_id"] for row in rows],
@@ -415,7 +415,7 @@ def likelihood(pool: Pool, model: Likelihood, progress: bool = True) -> None:
     _run(pool, f"read {pool.kind}", table, stage, progress)
 
 
-def _tokens_of(
+def tokens_of(
     pool: Pool,
     keys: Keys,
     rows: Sequence[dict[str, Any]],
@@ -464,7 +464,7 @@ def _metered(back_end: Any, table: Table, stage: Any) -> Any:
     return metered
 
 
-def _completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:
+def completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pool.completions.read([keys]).to_pylist()
     return rows
 

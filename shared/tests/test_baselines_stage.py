@@ -180,8 +180,13 @@ def test_what_cannot_be_is_a_sentence(make: Make, fakes: ModuleType) -> None:
     with pytest.raises(ValueError, match="The baselines are goodness, goodness: name each of them once"):
         make(baselines=[fakes.Ranker(), fakes.Ranker()])
     make().execute(["sample"])
-    with pytest.raises(StoreError, match=r"rewards/training.sample/passes is missing 4 of 4 parts: run the stage"):
+    with pytest.raises(
+        StoreError, match=r"The stage reward is missing 48 of 48 rows of training\.sample: run it first"
+    ):
         make().execute(["baselines"])
+    next((make().run / "completions" / "test.sample").glob("part-*")).unlink()
+    with pytest.raises(StoreError, match=r"The stage sample is missing \d+ of 32 rows of test\.sample: run it first"):
+        make(baselines=[fakes.Ranker(learns=False)]).execute(["baselines"])
     make().execute(WORK)
     greedy = fakes.Sampler(1, temperature=0.0)
     other = make(baselines=[FewShot(greedy, FewShotSettings(shots=3), lambda: None)])

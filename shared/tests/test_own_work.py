@@ -27,7 +27,7 @@ def wrong(prompt, completion):
     return 2 if "3" in prompt else 1
 """
 QUICK = ("evaluation.seeds=2", "evaluation.folds=2", "evaluation.bootstrap=100", "evaluation.draws=5", "probe.steps=5")
-WORK = "stages=[sample,reward,embed,train,evaluate]"  # all but the report, whose figures take a second
+WORK = "stages=[sample,reward,embed,baselines,train,evaluate]"  # all but the report, whose figures take a second
 
 Call = Callable[..., int]
 
@@ -167,6 +167,13 @@ def test_with_test_prompts_the_probes_train_on_the_others(call: Call, capsys: py
         json.loads(Path("runs/prompts/results/test.json").read_text())["protocol"] == "trained on prompts, tested here"
     )
     assert Path("runs/prompts/probes/prompts/policy_gradient/probe.json").exists()
+    baselines = "baselines.names=[few_shot,prompt_rm]", "baselines.few_shot.shots=1"
+    words = ["--test", "test.jsonl", "--reward", "own_reward.py:whole", "--batched", WORK, *baselines]
+    assert call("run", "prompts.jsonl", *words) == 0
+    found = {
+        row["method"]: row["value"] for row in json.loads(Path("runs/prompts/results/test.json").read_text())["rows"]
+    }
+    assert None not in (found["few-shot (1 success)"], found["Prompt RM"])
     write("test.jsonl", {"prompt": "Say 3.", "number": 1})
     assert (
         call("run", "prompts.jsonl", "--test", "test.jsonl", "--reward", "own_reward.py:reward", "--run", "other") == 1

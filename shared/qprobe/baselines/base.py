@@ -10,6 +10,7 @@ from typing import Any
 
 from qprobe.prompts import Prompt
 from qprobe.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.store import StoreError, Table
 
 FENCE = "```"
 
@@ -23,6 +24,7 @@ class Lesson:
         rendered, prompt_token_ids: the prompt as the sampler's model read it.
         completion, token_ids: what the sampler drew; None where it gives no tokens.
         reward: what it earned.
+        finish_reason: why it ended; "length" where it was cut off.
     """
 
     prompt: Prompt
@@ -31,6 +33,7 @@ class Lesson:
     completion: str
     token_ids: list[int] | None
     reward: float
+    finish_reason: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,14 @@ class Lessons:
         """All rows, by task id, then sample.
 
         Raises:
-            StoreError: a table is unfinished; the message says how much is missing.
+            StoreError: a table is unfinished; the message says which stage is missing how much.
         """
         pool = self.pool
+        check_whole(pool, pool.completions, "sample")
+        check_whole(pool, pool.rewards(self.reward), "reward")
         rewards = pool.rewards(self.reward).read(pool.batches, [*KEY_COLUMNS, "reward"]).to_pylist()
-        completions = pool.completions.read(pool.batches, [*KEY_COLUMNS, "completion", "token_ids"]).to_pylist()
+        columns = [*KEY_COLUMNS, "completion", "token_ids", "finish_reason"]
+        completions = pool.completions.read(pool.batches, columns).to_pylist()
         rendered = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
         prompts = {prompt.task_id: prompt for prompt in pool.split.prompts}
         earned = {tuple(row[name] for name in KEY_COLUMNS): float(row["reward"]) for row in rewards}
@@ -68,9 +74,19 @@ class Lessons:
                 row["completion"],
                 row["token_ids"],
                 earned[row["task_id"], row["sample"]],
+                row["finish_reason"],
             )
             for row in completions
         ]
+
+
+def check_whole(pool: Pool, table: Table, stage: str) -> None:
+    """Raise StoreError where a stage has not made all rows of a pool's table."""
+    table.check_inputs()
+    if missing := sum(pool.rows(keys) for keys in pool.batches if not table.has(keys)):
+        raise StoreError(
+            f"The stage {stage} is missing {missing} of {pool.rows(tuple(pool.task_ids))} rows of {pool.name}: run it first."
+        )
 
 
 class Baseline(ABC):

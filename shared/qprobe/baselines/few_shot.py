@@ -109,7 +109,7 @@ class FewShot(Rival):
         self.sampler = sampler
         self.settings = settings
         self.room = room
-        self.method = f"few-shot ({settings.shots} successes)"
+        self.method = f"few-shot ({settings.shots} success{'' if settings.shots == 1 else 'es'})"
         self._fitted: dict[tuple[str, str], Split] = {}
 
     def identity(self) -> dict[str, Any]:

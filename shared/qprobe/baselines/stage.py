@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qprobe import stages, store
-from qprobe.baselines.base import Baseline, Lessons, Ranker, Rival
+from qprobe.baselines.base import Baseline, Lessons, Ranker, Rival, check_whole
 from qprobe.files import write_whole
 from qprobe.joined import join
 from qprobe.stages import Pool, Reward, RewardBatch, RewardRow
@@ -91,6 +91,7 @@ class Baselines:
                     stages.give_back(rival.sampler)
                     stages.reward(rival, reward, progress)
                 elif isinstance(member, Ranker):
+                    check_whole(pool, pool.completions, "sample")
                     stages.reward(pool, self._ranking(member, pool), progress)
 
     def rivals(self, pool: Pool, reward: Reward) -> dict[str, np.ndarray | None]:

@@ -1,0 +1,496 @@
+"""Training a LoRA adapter of a language model: on completions to imitate, or as a reward model.
+
+    fine_tune(model, examples, settings, folder)             # then ModelSpec(..., adapter=folder) samples from it
+    train_reward_model(model, examples, settings, folder)    # then FinetuneRM scores with it
+
+Both minimise a mean: fine-tuning the cross-entropy of the completions' tokens and of the token that ends them, a reward model
+the binary cross-entropy between its logit at the last token and the reward. Easy prompts have most of the successes; so that
+they do not dominate, an epoch takes at most `per_prompt` rows of a prompt, drawn anew for every epoch.
+
+A finished epoch is on the disk, and a killed training continues there with the same result as without the interruption (bit
+for bit on a CPU, where as much memory is free). The folder appears whole, by rename. There is one process; nothing is sharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qprobe import adapters, models
+from qprobe.baselines.base import Lessons
+from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective, check_targets, digest_of
+from qprobe.embedding import ReadsTokens, tokens_to_read
+from qprobe.files import write_whole
+from qprobe.models import LanguageModel, ModelSpec
+from qprobe.passes import GIB, Footprint, Passes
+from qprobe.store import fingerprint
+
+HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
+# As for the probes: with fewer prompts, what is held out tells too little and costs too much.
+FEWEST_TO_HOLD_OUT = 20
+# Bytes of a pass there: in larger ones fresh memory costs more time than it saves.
+MOST_ON_A_CPU = 2 * GIB
+# Steps that the learning rate rises for, as a share of all; it falls to 0 in the rest.
+WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """How an adapter is trained. The paper publishes none of these numbers; they are the field's usual ones.
+
+    Args:
+        rank: of the two factors, at least 1.
+        alpha: their product is multiplied by alpha / rank.
+        dropout: share of the adapter's inputs that are dropped while training, in [0, 1).
+        target_modules: names of the layers that are adapted; None is every linear layer but the output.
+        learning_rate: of AdamW at its highest.
+        epochs: at most; fewer where held-out prompts say so.
+        batch_rows: completions a step; what does not fit the memory is done in passes (see `qprobe.passes`).
+        per_prompt: completions of a prompt in an epoch, at most.
+        max_tokens: of prompt and completion together; longer rows are left out and counted.
+        held_out: share of the prompts, in [0, 1), that say when to stop; none where fewer than 20 are there to learn from.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | None = None
+    learning_rate: float = 2e-4
+    epochs: int = 3
+    batch_rows: int = 16
+    per_prompt: int = 4
+    max_tokens: int = 1024
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "epochs", "batch_rows", "per_prompt", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: it is at least 1.")
+        if not (self.alpha > 0 and self.learning_rate > 0):
+            raise ValueError(f"LoRA's alpha is {self.alpha}, its learning_rate {self.learning_rate}: both are above 0.")
+        for name in ("dropout", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: a share is at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training.
+
+    Args:
+        folder: holds the adapter.
+        rows: completions that were there to learn from, by prompts' cap or not.
+        prompts: that they belong to.
+        empty: completions left out because they have no tokens.
+        too_long: left out because of `max_tokens` or the model's context.
+        train_loss: mean loss of every epoch.
+        held_out_loss: after every epoch; empty where nothing was held out.
+        kept_epoch: whose weights were kept, from 1.
+    """
+
+    folder: Path
+    rows: int
+    prompts: int
+    empty: int
+    too_long: int
+    train_loss: list[float]
+    held_out_loss: list[float]
+    kept_epoch: int
+
+    def sentence(self, name: str) -> str:
+        """What was learnt from, for the user."""
+        loss = f"loss {self.train_loss[0]:.3f} in the first epoch, {self.train_loss[self.kept_epoch - 1]:.3f} in the one kept"
+        kept = f"{self.kept_epoch} of {len(self.train_loss)}"
+        why = "by held-out prompts" if self.held_out_loss else "nothing held out"
+        return (
+            f"{name}: learnt from {self.rows} completions of {self.prompts} prompts; left out: {self.empty} empty, "
+            f"{self.too_long} too long; {loss} ({kept}, {why})."
+        )
+
+
+def check_base(model: ModelSpec) -> None:
+    """Raise, in a sentence, what can be known to fail before an adapter is trained on a model."""
+    adapters.peft()
+    model.source()  # a file or package that is missing
+    if model.adapter is not None:
+        raise ValueError(
+            f"The model has the adapter {model.adapter} already, and a second one would be trained on top of it: merge the "
+            "first into a model of its own, or leave out the baselines that train one."
+        )
+
+
+def fine_tune(
+    model: ModelSpec,
+    examples: Sequence[Example],
+    settings: LoRASettings,
+    folder: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trained:
+    """Teach a model completions, such as those of its own that earned a reward; a finished folder is not trained again.
+
+    Args:
+        examples: what to imitate; `target` is not looked at.
+        folder: where the adapter is written.
+
+    Raises:
+        ValueError: there is nothing to learn from, or `folder` holds an adapter made from other inputs.
+        RuntimeError: a single row does not fit the memory.
+        ModuleNotFoundError: peft is missing.
+    """
+    taught = [example for example in examples if example.completion_ids]
+    if not taught:
+        raise ValueError(
+            "There are no successes to learn from: no completion of the training prompts was rewarded. Draw more completions, "
+            "take more prompts or a stronger model."
+        )
+    return _Training(model, taught, settings, folder, seed, progress, len(examples) - len(taught)).run(Imitation())
+
+
+def train_reward_model(
+    model: ModelSpec,
+    examples: Sequence[Example],
+    settings: LoRASettings,
+    folder: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trained:
+    """Train a model with an adapter and a linear head to tell the rewards of completions; as `fine_tune` in all else.
+
+    Args:
+        examples: completions with rewards in [0, 1], an empty one too.
+
+    Raises:
+        ValueError: as `fine_tune`; and rewards outside of [0, 1], or all the same.
+    """
+    check_targets(examples)
+    return _Training(model, examples, settings, folder, seed, progress, 0).run(Judgement())
+
+
+def examples_of(lessons: Lessons, reader: ReadsTokens, least: float = -math.inf) -> list[Example]:
+    """The training completions that earned at least so much, as tokens of the model that learns from them.
+
+    Args:
+        reader: has the tokenizer of that model.
+    """
+    pool, sampled_by = lessons.pool, lessons.pool.sampler.tokenizer_fingerprint()
+    together = pool.split.clusters or {}
+    examples = []
+    for lesson in lessons.read():
+        if lesson.reward >= least:
+            name, prompt = lesson.prompt.task_id, (lesson.rendered, lesson.prompt_token_ids)
+            completion = (lesson.completion, lesson.token_ids)
+            templated = bool(lesson.prompt.messages)
+            prompt_ids, (ids,) = tokens_to_read(reader, sampled_by, prompt, [completion], templated=templated)
+            ended = lesson.finish_reason != "length"
+            examples.append(Example(together.get(name, name), prompt_ids, ids, lesson.reward, ended))
+    return examples
+
+
+@dataclass
+class _State:
+    """Of a training between two epochs."""
+
+    epoch: int = 0
+    train_loss: list[float] = dataclasses.field(default_factory=list)
+    held_out_loss: list[float] = dataclasses.field(default_factory=list)
+    kept_epoch: int = 0
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last epoch was worse on held-out prompts than one before."""
+        return self.kept_epoch < self.epoch
+
+
+class _Training:
+    """One training from its rows to the folder of its adapter."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        examples: Sequence[Example],
+        settings: LoRASettings,
+        folder: Path,
+        seed: int,
+        progress: bool,
+        empty: int,
+    ) -> None:
+        self.spec, self.settings, self.folder, self.seed, self.progress = model, settings, folder, seed, progress
+        self.examples, self.empty = examples, empty
+        self.work = folder.with_name(f".{folder.name}.training")
+
+    def run(self, objective: Objective) -> Trained:
+        self.objective = objective
+        base = self.spec.identity()
+        self.inputs = fingerprint(
+            {
+                "objective": objective.name,
+                "base": base,
+                "settings": dataclasses.asdict(self.settings),
+                "examples": digest_of(self.examples),
+                "seed": self.seed,
+            }
+        )
+        if (done := self._done()) is not None:
+            return done
+        check_base(self.spec)
+        peft = adapters.peft()
+        # A copy of its own: the adapter is built into it, and samplers and embedders hold the other one.
+        language_model = models.load.__wrapped__(self.spec)
+        rows, trained_on, held_out = self._divided(language_model)
+        self.passes, self.footprint = Passes(language_model), Footprint(language_model, shared=True, tokens_per_pass=1)
+        if language_model.device.type == "cpu":
+            self.passes.ceiling = MOST_ON_A_CPU
+        with _seeded(self.seed, language_model.device):
+            modules = "all-linear" if self.settings.target_modules is None else list(self.settings.target_modules)
+            config = peft.LoraConfig(
+                r=self.settings.rank,
+                lora_alpha=self.settings.alpha,
+                lora_dropout=self.settings.dropout,
+                target_modules=modules,
+                task_type="CAUSAL_LM",
+            )
+            try:
+                self.model = peft.get_peft_model(language_model.model, config)
+            except ValueError as error:
+                raise ValueError(f"LoRA's target_modules {modules} cannot be adapted ({error}).") from error
+            head = objective.prepare(language_model, trained_on)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if head is not None:
+            self.parameters |= {f"head.{name}": p for name, p in head.named_parameters()}
+        state, best = self._train(trained_on, held_out)
+        with torch.no_grad():
+            for name, values in best.items():
+                self.parameters[name].copy_(values)
+        trained = Trained(
+            self.folder,
+            len(rows),
+            len({row.prompt for row in rows}),
+            self.empty,
+            len(self.examples) - len(rows),
+            state.train_loss,
+            state.held_out_loss,
+            state.kept_epoch,
+        )
+        self._write(base, head, trained)
+        del self.model, self.parameters
+        gc.collect()  # peft's modules know each other; their memory is the next stage's
+        return trained
+
+    def _divided(self, language_model: LanguageModel) -> tuple[list[Example], list[Example], list[Example]]:
+        """The rows that fit the model, and of these what is trained on and what is held out."""
+        limit = min(self.settings.max_tokens, language_model.context_length or self.settings.max_tokens)
+        rows = [example for example in self.examples if len(example.ids) < limit]  # one token more may end it
+        if not rows:
+            raise ValueError(
+                f"All {len(self.examples)} completions to learn from are longer than {limit} tokens with their prompts: raise "
+                "max_tokens or take a model of longer context."
+            )
+        names = sorted({row.prompt for row in rows})
+        count = round(self.settings.held_out * len(names)) if len(names) >= FEWEST_TO_HOLD_OUT else 0
+        chosen = set(np.random.default_rng([self.seed, 0]).permutation(names)[:count].tolist())
+        trained_on = [row for row in rows if row.prompt not in chosen]
+        held_out = [row for row in rows if row.prompt in chosen]
+        return rows, trained_on, self._of_epoch(held_out, 0)
+
+    def _of_epoch(self, rows: Sequence[Example], epoch: int) -> list[Example]:
+        """At most `per_prompt` rows of each prompt, in random order; the same for the same epoch."""
+        generator = np.random.default_rng([self.seed, 1, epoch])
+        by_prompt: dict[str, list[Example]] = defaultdict(list)
+        for place in generator.permutation(len(rows)):
+            of_prompt = by_prompt[rows[place].prompt]
+            if len(of_prompt) < self.settings.per_prompt:
+                of_prompt.append(rows[place])
+        taken = [row for of_prompt in by_prompt.values() for row in of_prompt]
+        return [taken[place] for place in generator.permutation(len(taken))]
+
+    def _train(self, rows: Sequence[Example], held_out: Sequence[Example]) -> tuple[_State, dict[str, Tensor]]:
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
+        state, best = self._continue(optimizer)
+        an_epoch = len(self._of_epoch(rows, 1))
+        steps = math.ceil(an_epoch / self.settings.batch_rows)
+        bar = tqdm(
+            total=an_epoch * self.settings.epochs,
+            initial=an_epoch * state.epoch,
+            desc=self.objective.name,
+            unit="row",
+            disable=not self.progress,
+        )
+        with bar:
+            while state.epoch < self.settings.epochs and not state.failing:
+                state.epoch += 1
+                step = (state.epoch - 1) * steps
+                sums, units = 0.0, 0
+                with _seeded(self.seed * 1000 + state.epoch, self.model.device):  # of the dropout
+                    self.model.train()
+                    for batch in _batches(self._of_epoch(rows, state.epoch), self.settings.batch_rows):
+                        for group in optimizer.param_groups:
+                            group["lr"] = self.settings.learning_rate * _share(step, steps * self.settings.epochs)
+                        sums += self._step(batch, optimizer, bar)
+                        units += self.objective.units(batch)
+                        step += 1
+                        bar.set_postfix(loss=f"{sums / units:.3f}", refresh=False)
+                if not math.isfinite(sums):
+                    raise RuntimeError(
+                        f"The loss of {self.objective.name} became {sums}: lower its learning_rate, or use model.dtype=float32."
+                    )
+                state.train_loss.append(sums / units)
+                if held_out:
+                    state.held_out_loss.append(self._measure(held_out))
+                if not held_out or state.held_out_loss[-1] == min(state.held_out_loss):
+                    state.kept_epoch = state.epoch
+                    best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+                self._keep(state, optimizer, best)
+        return state, best
+
+    def _step(self, batch: Sequence[Example], optimizer: torch.optim.Optimizer, bar: tqdm) -> float:
+        """One step on a batch, in passes that fit the memory; returns the sum of its loss."""
+        optimizer.zero_grad(set_to_none=True)
+        parameters, units = list(self.parameters.values()), self.objective.units(batch)
+        total = 0.0
+
+        def learn(chosen: list[int]) -> None:
+            nonlocal total
+            loss = self.objective.loss(self.model, [batch[row] for row in chosen])
+            # A pass that runs out of memory is done again, so nothing is added before all of it is there.
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(loss / units, parameters, materialize_grads=True), strict=True
+            ):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            total += float(loss.detach())
+            bar.update(len(chosen))
+
+        self._in_passes(batch, learn)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return total
+
+    @torch.no_grad()
+    def _measure(self, rows: Sequence[Example]) -> float:
+        self.model.eval()
+        sums: list[float] = []
+        self._in_passes(
+            rows, lambda chosen: sums.append(float(self.objective.loss(self.model, [rows[row] for row in chosen])))
+        )
+        return sum(sums) / self.objective.units(rows)
+
+    def _in_passes(self, rows: Sequence[Example], work: Callable[[list[int]], None]) -> None:
+        """Call `work` on the numbers of some rows at a time, by an estimate of what they keep for the backward pass."""
+        footprint, lengths = self.footprint, [len(row.ids) + 1 for row in rows]
+
+        def need(chosen: Sequence[int]) -> int:
+            # The adapter keeps what its layers read in float32, once more after dropout, and the mask of that.
+            kept = footprint.layers * (footprint.activation + 6 * footprint.activation // footprint.bytes)
+            scored = max(lengths[row] for row in chosen) - min(len(rows[row].prompt_ids) for row in chosen) + 1
+            scores = scored * footprint.vocabulary * (footprint.bytes + 12)
+            return len(chosen) * (max(lengths[row] for row in chosen) * kept + scores)
+
+        self.passes.run(range(len(rows)), range(len(rows)), lengths, need, work)
+
+    def _keep(self, state: _State, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
+        """Write all that the next epoch needs, whole."""
+        tensors = {f"now.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"best.{name}": values for name, values in best.items()}
+        for place, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{place}.{key}": value for key, value in values.items()}
+        plain = {name: values.contiguous().cpu() for name, values in tensors.items()}
+        metadata = {"inputs": self.inputs, "state": json.dumps(dataclasses.asdict(state))}
+        write_whole(self.work / CHECKPOINT, tensors_to_bytes(plain, metadata))
+
+    def _continue(self, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
+        """Where a training of the same inputs was interrupted, or its beginning."""
+        if not (self.work / CHECKPOINT).is_file():
+            return _State(), {}
+        from safetensors import safe_open
+
+        with safe_open(self.work / CHECKPOINT, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["inputs"] != self.inputs:
+                return _State(), {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        adam: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        best = {}
+        with torch.no_grad():
+            for name, values in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "now":
+                    self.parameters[rest].copy_(values)
+                elif kind == "best":
+                    best[rest] = values
+                else:
+                    place, _, key = rest.partition(".")
+                    adam[int(place)][key] = values
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(adam)})
+        return _State(**json.loads(metadata["state"])), best
+
+    def _done(self) -> Trained | None:
+        """What a finished folder says; None where there is none."""
+        path = self.folder / adapters.BASE_FILE
+        if not path.is_file():
+            return None
+        said = json.loads(path.read_text())
+        if said["inputs"] != self.inputs:
+            raise ValueError(
+                f"{self.folder} holds an adapter made from other completions, settings or another model: name another folder, "
+                "or delete that one to train anew."
+            )
+        return Trained(folder=self.folder, **said["trained"])
+
+    def _write(self, base: Mapping[str, Any], head: nn.Module | None, trained: Trained) -> None:
+        """Write the adapter's folder, whole."""
+        said = dataclasses.asdict(trained)
+        del said["folder"]
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".making-") as made:
+                making = Path(made) / "adapter"
+                self.model.save_pretrained(making, save_embedding_layers=False)
+                if head is not None:
+                    plain = {name: p.detach().cpu().contiguous() for name, p in head.named_parameters()}
+                    (making / HEAD_FILE).write_bytes(tensors_to_bytes(plain))
+                settings = dataclasses.asdict(self.settings)
+                adapters.write_base(
+                    making, base, {"inputs": self.inputs, "seed": self.seed, "settings": settings, "trained": said}
+                )
+                making.replace(self.folder)
+        except OSError as error:
+            raise OSError(
+                f"The adapter {self.folder} could not be written ({error.strerror or error}): make room and start the same "
+                "command again, which continues after the last epoch."
+            ) from error
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a seed inside, the process's own untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the highest learning rate: up in the first twentieth of the steps, then down to 0."""
+    rising = max(1, round(WARM_UP * steps))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
