@@ -116,6 +116,7 @@ def test_every_experiment_runs_shrunk(
     assert "This run needs: " in printed.err
     assert "2 prompts x 2 samples" in printed.out
     assert "Q-probe L_PG" in printed.out
+    assert ("self-consistency" in printed.out) == ("self_consistency" in config["baselines"]["names"])
     # The model is not the paper's.
     assert not [path for path in tmp_path.rglob("*.md") if "paper" in path.read_text()]
     assert str(tmp_path / f"{name}-limit2" / "tables") in printed.out

@@ -276,7 +276,7 @@ def _memory_fault(spec: ModelSpec, size: Size, devices: Sequence[torch.device]) 
     gpu = "" if torch.cuda.is_available() else " and no GPU"
     return (
         f"{name} takes {_bytes(size.weights)} for its weights alone, and here are {_bytes(free)} of free memory{gpu}: use a "
-        "smaller model or a larger machine, or spread it by model.device_map=auto."
+        f"smaller model or a larger machine{', or spread it by model.device_map=auto' if spec.device_map is None else ''}."
     )
 
 
