@@ -116,6 +116,11 @@ def test_what_was_not_run_is_a_row_that_says_so_until_it_is_run(make: Make) -> N
     later.execute(["evaluate"])
     assert rows(later)[FEW_SHOT].value is not None
     assert rows(later)[GOODNESS].value is not None
+    next((later.run / "rewards" / "test.sample" / "goodness").glob("part-*")).unlink()
+    torn = make()
+    torn.execute(["evaluate"])
+    assert rows(torn)[FEW_SHOT].value is not None
+    assert rows(torn)[GOODNESS] == Row(method=GOODNESS)  # not all candidates are scored
 
 
 def test_probes_and_their_rows_are_the_same_with_and_without_baselines(make: Make, tmp_path: Path) -> None:
