@@ -88,7 +88,13 @@ def shrunk(model: ModelSpec, folder: Path, experiment: str = "demo") -> list[str
     ]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def weighed(name: str) -> Any:
+    """Variants of another experiment, and those that fine-tune, are for CI."""
+    heavy = name == "table1" or name.endswith(("_ours", "_mlp", "_few_shot"))
+    return pytest.param(name, marks=pytest.mark.slow) if heavy else name
+
+
+@pytest.mark.parametrize("name", map(weighed, EXPERIMENTS))
 def test_every_experiment_runs_shrunk(
     name: str,
     make_server: Callable[[ModelSpec], Any],
