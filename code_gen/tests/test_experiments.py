@@ -94,7 +94,7 @@ def weighed(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if heavy else name
 
 
-@pytest.mark.parametrize("name", map(weighed, EXPERIMENTS))
+@pytest.mark.parametrize("name", [weighed(name) for name in EXPERIMENTS])
 def test_every_experiment_runs_shrunk(
     name: str,
     make_server: Callable[[ModelSpec], Any],
@@ -368,6 +368,9 @@ def test_a_full_experiment_says_what_it_needs_and_stops_where_that_is_missing(
     )
     assert f"This run needs: {drawn:,} completions of {prompts:,} prompts to draw" in printed
     assert (name in ON_API) == ("API m: at least" in printed)
+    answers = sum(164 if test == "humaneval" else 5 for test in config["dataset"]["test"])
+    beside = f"Baselines, beside these hours: few-shot (5 successes) ({answers} answers)"
+    assert bool(config["baselines"]["names"]) == (beside in printed)
 
 
 def test_a_data_set_that_cannot_be_had_is_a_sentence_with_what_it_is_for(tmp_path: Path) -> None:
