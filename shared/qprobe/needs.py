@@ -19,6 +19,7 @@ import torch
 
 from qprobe import models, passes
 from qprobe.api import Metered
+from qprobe.baselines import Baselines, Lessons, Rival
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe.prompts import Prompt
@@ -138,9 +139,10 @@ def of(pipeline: Pipeline, names: Sequence[str], here: bool = True) -> Needs:
         here: whether this machine does the work; workers elsewhere have a memory of their own.
     """
     work = count(pipeline, names)
-    if not work.drawn and not work.read and not work.rewarded:
+    beside = _baselines(pipeline) if "baselines" in names else []
+    if not work.drawn and not work.read and not work.rewarded and not beside:
         return Needs()
-    lines, faults = [f"This run needs: {counted(work)}."], []
+    lines, faults = [f"This run needs: {counted(work) or 'only what its baselines do'}."], []
     sampler: Any = pipeline.sampler  # what a back end has besides its protocol is asked for by name
     embedder: Any = pipeline.embedder
     drawing, reading = isinstance(sampler, Metered), isinstance(embedder, Metered)
@@ -171,6 +173,7 @@ def of(pipeline: Pipeline, names: Sequence[str], here: bool = True) -> Needs:
         lines.append(f"{size.words(spec)}{_hours_in_words(spec, time, DRAWING[back_end])}.")
         if here and (fault := _memory_fault(spec, size, _devices(spec, pipeline))):
             faults.append(fault)
+    lines += beside
     disk = work.drawn_tokens * BYTES_PER_TOKEN + (features_bytes(work.features, width) if width else 0)
     free = shutil.disk_usage(_existing(pipeline.run)).free
     lines[0] += f" On disk: at most {_bytes(disk)}{'' if width or not work.features else ' and the features'}."
@@ -288,6 +291,26 @@ def _devices(spec: ModelSpec, pipeline: Pipeline) -> list[torch.device]:
     engines = [getattr(back_end, "engine", None) for back_end in (pipeline.sampler, pipeline.embedder)]
     spread = max((engine.tensor_parallel_size for engine in engines if engine is not None), default=1)
     return gpus[:spread] if spread > 1 and gpus else [torch.device(spec.resolved_device())]
+
+
+def _baselines(pipeline: Pipeline) -> list[str]:
+    """What is left of the baselines, in words. What they learn is counted in nobody's hours."""
+    if not pipeline.baselines:
+        return []
+    split, tested = pipeline.training_split, pipeline.test_pools
+    lessons = None if split is None else Lessons(pipeline.training_pools[0], pipeline.reward_of(split))
+    every = Baselines(pipeline.baselines, pipeline.run, lessons)
+    found = [every.identity(pool, pipeline.reward_of(pool.split)) for pool in tested]
+    parts = []
+    for member in pipeline.baselines:
+        pools = [pool for pool, of_pool in zip(tested, found, strict=True) if of_pool[member.name] is None]
+        if pools and isinstance(member, Rival):
+            parts.append(f"{member.method} ({sum(len(pool.task_ids) for pool in pools):,} answers)")
+        elif pools:
+            parts.append(
+                f"{member.method} ({sum(pool.rows(tuple(pool.task_ids)) for pool in pools):,} candidates to judge)"
+            )
+    return [f"Baselines, beside these hours: {', '.join(parts)}."] if parts else []
 
 
 def _specs(pipeline: Pipeline, work: Work) -> list[ModelSpec]:

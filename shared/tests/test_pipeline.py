@@ -387,3 +387,39 @@ def test_probes_read_the_highest_layer_unless_another_is_asked_for(make: Make, f
     probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
     assert probe.source is not None
     assert probe.source.layer == 1
+
+
+def test_a_training_split_that_is_tested_as_well_says_how_its_probes_fit(make: Make, fakes: ModuleType) -> None:
+    learnt = fakes.split("train", 12)
+    pipeline = make(training_split=learnt, tests=[learnt])
+    pipeline.execute(STAGES[:-1])
+    # One pool of samples, drawn once, and its greedy answers.
+    assert [pool.name for pool in pipeline.pools] == ["train.sample", "train.greedy"]
+    results = pipeline.results(learnt)
+    assert "trained on train itself" in results.protocol
+    assert results.scores_per_prompt is not None
+    assert all(len(points) == 12 for points in results.scores_per_prompt.series.values())
+    with pytest.raises(ValueError, match="each with a name of its own"):
+        make(training_split=learnt, tests=[fakes.split("train", 12)])
+
+
+def test_the_learning_curve_counts_prompts_where_it_is_told_to(make: Make, fakes: ModuleType) -> None:
+    settings = EvaluationSettings(seeds=2, curve_shares=(), curve_prompts=(2, 5, 9, 40), bootstrap=100, draws=5)
+    pipeline = make(
+        training_split=fakes.split("train", 10), tests=[fakes.split("test", 8, start=100)], settings=settings
+    )
+    pipeline.execute(STAGES[:-1])
+    curve = pipeline.results(pipeline.tests[0]).reward_against_prompts
+    assert curve is not None
+    # Two seeds leave a tenth of the ten prompts out: nine are all that there are, and forty are not there.
+    assert curve.prompts == [2, 5, 9]
+    assert dataclasses.replace(pipeline).settings == pipeline.settings
+    # By three folds over ten prompts a probe learns from six or seven.
+    folded = EvaluationSettings(folds=3, curve_shares=(0.5,), curve_prompts=(2, 7)).counted(10, None, folded=True)
+    assert folded.curve_shares == pytest.approx((2 / (20 / 3), 0.5))
+    clusters = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    assert EvaluationSettings(seeds=1, curve_shares=(), curve_prompts=(1,)).counted(
+        10, clusters, False
+    ).curve_shares == (0.2,)
+    with pytest.raises(ValueError, match=r"curve_prompts is \[5, 2\]: rising numbers"):
+        EvaluationSettings(curve_prompts=(5, 2))
