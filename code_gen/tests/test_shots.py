@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from qprobe import stages
-from qprobe.baselines.few_shot import FewShotSettings
+from qprobe.baselines.few_shot import FewShotSettings, Shot
 from qprobe.stages import Pool, Split
 from qprobe_code_gen.problems import ProblemSet, mbpp
 from qprobe_code_gen.prompts import PromptStyle
@@ -46,22 +46,29 @@ def run(fakes: ModuleType, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def shots(run: Path, problems: ProblemSet = PROBLEMS, style: PromptStyle = STYLE, count: int = 5) -> list[Shot]:
+    prompts = [style.prompt(problem) for problem in problems.problems]
+    return shots_of(
+        run, problems.name, prompts, dataclasses.asdict(style), UnitTestReward.name, FewShotSettings(shots=count)
+    )
+
+
 def test_the_successes_are_found_with_their_prompts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (shot,) = shots_of(run, PROBLEMS, STYLE, FewShotSettings(shots=2))
+    (shot,) = shots(run, count=2)
     assert (shot.prompt, shot.completion) == (STYLE.prompt(PROBLEMS.problems[1]), RIGHT)
     assert "only 1 training prompts have a success" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_be_used_is_a_sentence(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no rewards of mbpp-train.sample: run the stages sample and reward"):
-        shots_of(tmp_path / "none", PROBLEMS, STYLE, FewShotSettings())
+        shots(tmp_path / "none")
     with pytest.raises(ValueError, match=r"are put in another way: take the same dataset.prompt_style"):
-        shots_of(run, PROBLEMS, PromptStyle("chat"), FewShotSettings())
+        shots(run, style=PromptStyle("chat"))
     fewer = dataclasses.replace(PROBLEMS, problems=PROBLEMS.problems[:2])
     with pytest.raises(ValueError, match=r"has completions of MBPP/603, which is no problem of mbpp-train"):
-        shots_of(run, fewer, STYLE, FewShotSettings())
+        shots(run, fewer)
     next((run / "rewards").rglob("part-*")).unlink()
     with pytest.raises(
         ValueError, match=r"the stage reward is missing 2 of 6 rows of mbpp-train\.sample in .*: run it"
     ):
-        shots_of(run, PROBLEMS, STYLE, FewShotSettings())
+        shots(run)

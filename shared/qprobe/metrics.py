@@ -155,6 +155,46 @@ def reward_grid(
     return RewardGrid(values, errors, prompts)
 
 
+def partition_reward(
+    scores: ArrayLike,
+    rewards: ArrayLike,
+    groups: ArrayLike,
+    k: int,
+    beta: ArrayLike,
+    *,
+    rng: np.random.Generator,
+) -> Floats:
+    """Expected reward of the softmax policy on one random partition of every prompt's samples into sets of k: the paper's
+    estimate. What is left over is not used. `reward_grid` is its expectation, without the noise of the partition.
+
+    Args:
+        scores, rewards: (N,) float.
+        groups: (N,) int, prompt ids.
+        k: candidates, at least 1 and at most the samples of any prompt.
+        beta: temperature >= 0 of every prompt, (P,), or one for all; 0 is argmax, ties shared.
+        rng: source of the partitions.
+
+    Returns: (P,) float64, prompts in sorted order.
+
+    Raises:
+        ValueError: lengths differ, a value is NaN, k is out of its range, or a temperature is negative.
+    """
+    scores, rewards = _columns(scores=scores, rewards=rewards)
+    prompts, rows = _rows_by_prompt(groups, len(scores))
+    betas = np.broadcast_to(np.asarray(beta, dtype=np.float64), len(prompts))
+    if not 1 <= k <= min(map(len, rows)):
+        raise ValueError(f"k is {k}: between 1 and {min(map(len, rows))}, the samples of the prompt that has fewest")
+    if not np.all(betas >= 0):
+        raise ValueError("a temperature is negative: 0 (argmax) or more")
+    values = np.empty(len(prompts))
+    for place, (own, temperature) in enumerate(zip(rows, betas, strict=True)):
+        sets = rng.permutation(own)[: len(own) // k * k].reshape(-1, k)
+        below = scores[sets] - scores[sets].max(axis=1, keepdims=True)
+        weights = np.exp(below / temperature) if temperature > 0 else (below == 0).astype(float)
+        values[place] = ((weights * rewards[sets]).sum(axis=1) / weights.sum(axis=1)).mean()
+    return values
+
+
 def choice_law(
     scores: ArrayLike, groups: ArrayLike, k: int, beta: ArrayLike, *, draws: int, rng: np.random.Generator
 ) -> Floats:

@@ -49,6 +49,8 @@ class EvaluationSettings:
             shares of them.
         beta: temperature that every probe is measured at, >= 0; None: each at its own. 0 makes best-of-2 of preference pairs
             their accuracy.
+        partition: measure on one random partition of every prompt's samples into sets of k, as the paper does, instead of
+            exactly.
         controls: names of CONTROLS, choices that need no probe, as rows of the same table. shuffled_labels trains; likelihood
             is logprob also for completions that were brought along, which the base model then reads.
         draws: random subsets a prompt where no closed form exists.
@@ -63,6 +65,7 @@ class EvaluationSettings:
     curve_shares: tuple[float, ...] = (0.25, 0.5)
     curve_prompts: tuple[int, ...] = ()
     beta: float | None = None
+    partition: bool = False
     controls: tuple[str, ...] = ("length", "logprob", "random_direction")
     draws: int = 200
     bootstrap: int = 10_000
