@@ -32,7 +32,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from qprobe import models, vllm_engine
+from qprobe import cluster, models, vllm_engine
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
@@ -98,7 +98,7 @@ def pass_rates(folder: Path, problems: int, samples: int) -> dict[str, Any]:
     found = {}
     for name in BACK_ENDS:
         made, seconds = pipeline(name, folder, problems, samples), 0.0
-        if made.batches_left(["sample"]):
+        if cluster.batches_left(made, ["sample"]):
             start = time.perf_counter()
             if name == "openai":
                 with Served(SPEC) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qprobe import needs
+from qprobe import needs, stages
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.runners.ray import Item, Step, run_steps
 from qprobe.settings import build
@@ -42,9 +43,38 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequ
         build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(_worker, make, name, Path.cwd()))
         for name in on_ray
     ]
-    run_steps(pipeline.batches_left(on_ray), steps, runner["address"], pipeline.progress)
+    run_steps(batches_left(pipeline, on_ray), steps, runner["address"], pipeline.progress)
     pipeline.execute([name for name in names if name not in on_ray])
     return pipeline
+
+
+def batches_left(pipeline: Pipeline, names: Sequence[str]) -> list[Item]:
+    """(pool, number of the batch) wherever a stage that works batch by batch has something left to do."""
+    left = []
+    for pool in pipeline.pools:
+        tables = [pool.completions] if "sample" in names else []
+        tables += [pool.rewards(pipeline.reward_of(pool.split))] if "reward" in names else []
+        if "embed" in names and pool.kind == "sample":
+            tables += [pool.features(pipeline.embedder, layer) for layer in pipeline.embedder.layers]
+            if model := pipeline.reads(pool):
+                tables.append(pool.likelihoods(model))
+        keys = enumerate(pool.batches, start=1)
+        left += [(pool.name, number) for number, k in keys if not all(table.has(k) for table in tables)]
+    return left
+
+
+def make_batch(pipeline: Pipeline, name: str, pool_name: str, number: int) -> None:
+    """Do one stage's work on one batch, if it is not done yet."""
+    pool = next(pool for pool in pipeline.pools if pool.name == pool_name)
+    one = dataclasses.replace(pool, shard=(number, len(pool.batches)))
+    if name == "sample":
+        stages.sample(one, progress=False)
+    elif name == "reward":
+        stages.reward(one, pipeline.reward_of(pool.split), progress=False)
+    elif pool.kind == "sample":  # greedy completions are not embedded
+        stages.embed(one, pipeline.embedder, progress=False)
+        if model := pipeline.reads(pool):
+            stages.likelihood(one, model, progress=False)
 
 
 def _worker(make: Make, stage: str, directory: Path) -> Callable[[Item], None]:
@@ -53,7 +83,7 @@ def _worker(make: Make, stage: str, directory: Path) -> Callable[[Item], None]:
 
     def work(item: Item) -> None:
         pool, number = item
-        pipeline.make_batch(stage, pool, number)
+        make_batch(pipeline, stage, pool, number)
 
     # An engine stays from batch to batch. It ends when Ray lets go of the actor; a killed actor's ends by its guard.
     weakref.finalize(work, pipeline.give_back, stage)

@@ -39,13 +39,13 @@ from qprobe.sampling.vllm import VLLMSampler
 from qprobe.serving import Policy
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
-from qprobe.sweep import EvaluationSettings
+from qprobe.sweep import EvaluationSettings, Procedure
 from qprobe.training import TrainingSettings
 
 SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
 EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "recorded": RecordedEmbedder, "vllm": VLLMEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
-KEYS = {"stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
+KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What an application needs besides a probe.
 USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
@@ -280,6 +280,22 @@ def pipeline(
         paper=paper or {},
         use=use or {},
         outputs=outputs,
+        authors=_authors(config),
+    )
+
+
+def _authors(config: Mapping[str, Any]) -> Procedure | None:
+    """The paper's procedure where it is asked for beside ours: its own keys on top of the configuration's."""
+    changes = config.get("authors")
+    if not changes:
+        return None
+    check_keys(changes, {"probe", "evaluation", "layer"}, "authors")
+    both = {name: {**config[name], **changes[name]} for name in ("probe", "evaluation")}
+    both["evaluation"] |= {"curve_shares": [], "curve_prompts": []}  # rows of the table are all that is asked of it
+    return Procedure(
+        build(TrainingSettings, both["probe"], "authors.probe"),
+        build(EvaluationSettings, both["evaluation"], "authors.evaluation"),
+        changes["layer"],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qprobe import policy
+from qprobe import comparisons, policy
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
 from qprobe.metrics import (
@@ -19,6 +20,7 @@ from qprobe.metrics import (
     bootstrap_mean,
     mixed_prompts,
     paired_difference,
+    partition_reward,
     reward_grid,
     within_prompt_auc,
 )
@@ -46,6 +48,19 @@ KL_DRAWS = 100
 FEW_MIXED = 20
 
 
+@dataclass(frozen=True)
+class Authors:
+    """Probes of the paper's procedure: rows beside ours.
+
+    Args:
+        scored: loss -> scores.
+        settings: how they are measured.
+    """
+
+    scored: dict[str, Scored]
+    settings: EvaluationSettings
+
+
 def evaluate(
     title: str,
     protocol: str,
@@ -60,6 +75,7 @@ def evaluate(
     rivals: Mapping[str, np.ndarray | None] | None = None,
     controls: Mapping[str, np.ndarray | None] | None = None,
     by_layer: Mapping[int, dict[str, Scored]] | None = None,
+    authors: Authors | None = None,
     paper: dict[str, float] | None = None,
     made_from: str = "",
 ) -> Results:
@@ -72,11 +88,14 @@ def evaluate(
         rivals: method -> (P,) rewards of another policy's one completion a prompt, a row of the table each; None: not run.
         controls: method -> (S, N) scores that no probe made, a row of the table each; None: not run.
         by_layer: layer -> loss -> scores, where probes could choose among layers.
+        authors: probes of the paper's procedure, beside ours.
         paper: published values by method, only where the set-up is the paper's.
         made_from: identity of the inputs, kept with the results.
     """
     evaluation = _Evaluation(joined, greedy, settings, k, seed, paper or {})
-    return evaluation.results(title, protocol, pool, scored, rivals or {}, controls or {}, by_layer or {}, made_from)
+    return evaluation.results(
+        title, protocol, pool, scored, rivals or {}, controls or {}, by_layer or {}, authors, made_from
+    )
 
 
 class _Evaluation:
@@ -139,9 +158,13 @@ class _Evaluation:
             **more,
         )
 
+    def difference(self, a: np.ndarray, b: np.ndarray) -> Interval:
+        """The paired difference a - b over prompts, or over clusters where there are any."""
+        return paired_difference(a, b, self.joined.clusters, draws=self.settings.bootstrap, rng=self.rng())
+
     def paired(self, a: np.ndarray, b: np.ndarray, name: str = "difference") -> dict[str, Any]:
-        """The paired difference a - b and its interval, as fields of a row."""
-        found = paired_difference(a, b, self.joined.clusters, draws=self.settings.bootstrap, rng=self.rng())
+        """The same as fields of a row."""
+        found = self.difference(a, b)
         return {name: found.value, f"{name}_low": _finite(found.low), f"{name}_high": _finite(found.high)}
 
     def results(
@@ -153,6 +176,7 @@ class _Evaluation:
         rivals: Mapping[str, np.ndarray | None],
         controls: Mapping[str, np.ndarray | None],
         by_layer: Mapping[int, dict[str, Scored]],
+        authors: Authors | None,
         made_from: str,
     ) -> Results:
         samples = max(len(rows) for rows in self.by_prompt)
@@ -168,27 +192,22 @@ class _Evaluation:
         curves, trade_offs, prompt_scores = {}, {}, {}
         at_use: dict[str, dict[float, np.ndarray]] = {}
         for loss, scores in scored[1.0].items():
-            method = f"Q-probe {find_loss(loss).symbol}"
-            earned, errors = self.earned(scores, self.ks)  # (S, K, P)
-            spread = float(earned[:, at_k].mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None
-            rows.append(
-                self.row(
-                    method,
-                    earned[:, at_k].mean(axis=0),
-                    self.k,
-                    seeds=self.settings.seeds,
-                    seed_spread=spread,
-                    beta=float(np.median(scores.beta)),
-                    simulation_error=float(np.sqrt((errors[:, at_k] ** 2).sum()) / errors[:, at_k].size),
-                    **self.auc(scores.q),
-                )
-            )
+            method = _method(loss)
+            earned, errors = self.earned(scores, self.ks, self.settings)  # (S, K, P)
+            rows.append(self.probe(method, scores, earned[:, at_k], errors[:, at_k]))
             curves[method] = self.band(earned.mean(axis=0))
             trade_offs[method] = self.trade_off(scores)
             prompt_scores[method] = self.prompt_scores(scores)
             at_use[method] = {1.0: earned[:, at_k].mean(axis=0)}
             for share in sorted(set(scored) - {1.0}):
-                at_use[method][share] = self.earned(scored[share][loss], [self.k])[0][:, 0].mean(axis=0)
+                at_use[method][share] = self.earned(scored[share][loss], [self.k], self.settings)[0][:, 0].mean(axis=0)
+        theirs = {}
+        their_scores, their_settings = (authors.scored, authors.settings) if authors else ({}, self.settings)
+        for loss, scores in their_scores.items():
+            earned, errors = self.earned(scores, [self.k], their_settings)
+            method = f"{_method(loss)}, paper's procedure"
+            rows.append(self.probe(method, scores, earned[:, 0], errors[:, 0], self.paper.get(_method(loss))))
+            theirs[method] = earned[:, 0].mean(axis=0)
         rows.append(self.row(f"skyline pass@{self.k}", skyline[at_k], self.k))
         curves["skyline pass@k"] = self.band(skyline)
         return Results(
@@ -207,16 +226,38 @@ class _Evaluation:
             reward_against_prompts=self.learning_curve(scored, at_use) if len(scored) > 1 else None,
             reward_against_layer=self.layer_curve(scored[1.0], by_layer) if by_layer else None,
             scores_per_prompt=PromptScores(series=prompt_scores),
-            notes=self.notes(scored[1.0], rows, at_use, by_control) + _layer_notes(scored[1.0], by_layer),
+            notes=self.notes(scored[1.0], rows, at_use, by_control, theirs) + comparisons.layers(scored[1.0], by_layer),
             made_from=made_from,
         )
 
-    def earned(self, scores: Scored, ks: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def probe(
+        self, method: str, scores: Scored, earned: np.ndarray, errors: np.ndarray, paper: float | None = None
+    ) -> Row:
+        """The row of a loss's probes from (S, P) rewards at use and their simulation errors."""
+        row = self.row(
+            method,
+            earned.mean(axis=0),
+            self.k,
+            seeds=self.settings.seeds,
+            seed_spread=float(earned.mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None,
+            beta=float(np.median(scores.beta)),
+            simulation_error=float(np.sqrt((errors**2).sum()) / errors.size),
+            **self.auc(scores.q),
+        )
+        return row if paper is None else dataclasses.replace(row, paper=paper)
+
+    def earned(self, scores: Scored, ks: list[int], settings: EvaluationSettings) -> tuple[np.ndarray, np.ndarray]:
         """(S, K, P) expected reward at every k, each prompt at its own probe's temperature, and its simulation error."""
         values, errors = [], []
-        for q, beta in zip(scores.q, scores.beta, strict=True):
+        rewards, groups = self.joined.rewards, self.joined.groups
+        for seed, (q, beta) in enumerate(zip(scores.q, scores.beta, strict=True)):
+            if settings.partition:
+                # Every seed draws a partition of its own for every k, whichever others are asked for.
+                lots = {k: np.random.default_rng([self.seed, seed, k, len(self.base)]) for k in ks}
+                values.append(np.stack([partition_reward(q, rewards, groups, k, beta, rng=lots[k]) for k in ks]))
+                errors.append(np.zeros_like(values[-1]))
+                continue
             betas = sorted(set(beta.tolist()))
-            rewards, groups = self.joined.rewards, self.joined.groups
             grid = reward_grid(q, rewards, groups, ks, betas, draws=self.settings.draws, rng=self.rng())
             own = (slice(None), np.searchsorted(betas, beta), np.arange(len(self.base)))
             values.append(grid.values[own])
@@ -227,8 +268,11 @@ class _Evaluation:
         """Reward at use by layer, and how many probes of the table took each."""
         series, taken = {}, {}
         for loss, scores in scored.items():
-            method = f"Q-probe {find_loss(loss).symbol}"
-            own = [self.earned(of_layer[loss], [self.k])[0][:, 0].mean(axis=0) for of_layer in by_layer.values()]
+            method = _method(loss)
+            own = [
+                self.earned(of_layer[loss], [self.k], self.settings)[0][:, 0].mean(axis=0)
+                for of_layer in by_layer.values()
+            ]
             series[method] = self.band(np.stack(own))
             taken[method] = [sum(probe.layer == layer for probe in scores.probes) for layer in by_layer]
         return LayerCurve(layers=list(by_layer), series=series, taken=taken)
@@ -332,6 +376,7 @@ class _Evaluation:
         rows: list[Row],
         at_use: dict[str, dict[float, np.ndarray]],
         controls: Mapping[str, np.ndarray | None],
+        theirs: Mapping[str, np.ndarray],
     ) -> list[str]:
         """What a reader must know before believing the table, and why a probe does not help where it does not."""
         mixed = int(self.mixed.sum())
@@ -361,8 +406,13 @@ class _Evaluation:
                 notes.append(
                     f"{row.method}: its within-prompt AUC cannot be told from chance (0.5) on {mixed} prompts."
                 )
-        notes += self.against_controls({method: own[1.0] for method, own in at_use.items()}, controls) if mixed else []
-        notes += [note for method in at_use for note in self.more_prompts(method, at_use[method])]
+        ours = {method: own[1.0] for method, own in at_use.items()}
+        if mixed:
+            notes += comparisons.against_controls(ours, controls, self.difference)
+            notes += comparisons.ordering(ours, self.difference)
+            notes += comparisons.ordering(theirs, self.difference)
+            notes += comparisons.procedures(ours, theirs, self.difference) if theirs else []
+        notes += [note for m in at_use for note in comparisons.more_prompts(m, at_use[m], self.difference)]
         worst = max((row.simulation_error or 0.0 for row in rows), default=0.0)
         if worst > 0:
             notes.append(
@@ -371,60 +421,9 @@ class _Evaluation:
         notes.append(f"The figure of reward against KL is for k={self.curve_k} candidates.")
         return notes
 
-    def against_controls(
-        self, at_use: Mapping[str, np.ndarray], controls: Mapping[str, np.ndarray | None]
-    ) -> list[str]:
-        """Which probes are not better than the best choice that needs no probe."""
-        run = {name: earned.mean(axis=0) for name, earned in controls.items() if earned is not None}
-        if not run:
-            return []
-        best = max(run, key=lambda name: float(run[name].mean()))
-        notes = []
-        for method, earned in at_use.items():
-            gain = self.paired(earned, run[best])
-            low, high = gain["difference_low"], gain["difference_high"]
-            if low is not None and low <= 0:
-                notes.append(
-                    f"{method} does not beat the best control ({best}): it earns {gain['difference']:+.3f} [{low:+.3f}, "
-                    f"{high:+.3f}] against it."
-                )
-        return notes
 
-    def more_prompts(self, method: str, by_share: dict[float, np.ndarray]) -> list[str]:
-        """Whether more training prompts would help: what the last step of the learning curve brought."""
-        if len(by_share) < 2:
-            return []
-        share = sorted(by_share)[-2]
-        gain = self.paired(by_share[1.0], by_share[share])
-        low, high = gain["difference_low"], gain["difference_high"]
-        if low is None or high is None:
-            return []
-        verdict = (
-            "more prompts would help"
-            if low > 0
-            else "more prompts do harm, which is a sign of noise"
-            if high < 0
-            else "whether more prompts would help cannot be told"
-        )
-        return [
-            f"{method}: all training prompts earn {gain['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {share:.0%} of "
-            f"them: {verdict}."
-        ]
-
-
-def _layer_notes(scored: dict[str, Scored], by_layer: Mapping[int, dict[str, Scored]]) -> list[str]:
-    if not by_layer:
-        return []
-    notes = [
-        "Rewards by layer are those on the tested prompts, for information: every probe took its layer by its loss on prompts "
-        "that were held out of its training."
-    ]
-    probes = [probe for scores in scored.values() for probe in scores.probes]
-    if blind := sum(probe.trained.held_out_loss is None for probe in probes):
-        notes.append(
-            f"{blind} of {len(probes)} probes read the highest layer, {max(by_layer)}: no prompts could be held out to choose on."
-        )
-    return notes
+def _method(loss: str) -> str:
+    return f"Q-probe {find_loss(loss).symbol}"
 
 
 def _finite(end: float) -> float | None:

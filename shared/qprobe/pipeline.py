@@ -24,7 +24,7 @@ import numpy as np
 from qprobe import candidates, controls, evaluation, layers, stages, sweep
 from qprobe.baselines import Baseline, Baselines, Lessons
 from qprobe.embedding import Embedder
-from qprobe.evaluation import Example
+from qprobe.evaluation import Authors, Example
 from qprobe.joined import Joined, join, with_layer
 from qprobe.likelihood import Likelihood
 from qprobe.probe import EmbeddingSource, QProbe, is_saved
@@ -34,7 +34,7 @@ from qprobe.sampling import Sampler
 from qprobe.scoring import Scored
 from qprobe.stages import Pool, Reward, Split
 from qprobe.store import fingerprint
-from qprobe.sweep import EvaluationSettings, Maker, SweepProbe
+from qprobe.sweep import EvaluationSettings, Maker, Procedure, SweepProbe
 from qprobe.training import TrainingSettings
 
 STAGES = ("sample", "reward", "embed", "baselines", "train", "evaluate", "report")
@@ -67,6 +67,7 @@ class Pipeline:
         shard: (number, count): make only the batches of one shard, up to their features; parts of all shards meet in the run
             folder. What needs all of them is left to a run without shards.
         outputs: where probes, results, tables and figures go, so that several settings can read one run's features; None: `run`.
+        authors: the paper's procedure, whose probes are rows beside ours; None leaves them out.
         use: what an application needs besides a probe (sampler, style of the prompts, ...); saved in the probes' cards.
         progress: whether to show progress bars.
 
@@ -93,6 +94,7 @@ class Pipeline:
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     shard: tuple[int, int] = (1, 1)
     outputs: Path | None = None
+    authors: Procedure | None = None
     use: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     _joined: dict[str, Joined] = field(default_factory=dict, init=False, repr=False)
@@ -173,35 +175,8 @@ class Pipeline:
         for pool in self.sample_pools if "embed" in names else []:
             for layer in self.embedder.layers:
                 pool.features(self.embedder, layer).check_inputs()
-            if model := self._reads(pool):
+            if model := self.reads(pool):
                 pool.likelihoods(model).check_inputs()
-
-    def batches_left(self, names: Sequence[str]) -> list[tuple[str, int]]:
-        """(pool, number of the batch) wherever a stage that works batch by batch has something left to do."""
-        left = []
-        for pool in self.pools:
-            tables = [pool.completions] if "sample" in names else []
-            tables += [pool.rewards(self.reward_of(pool.split))] if "reward" in names else []
-            if "embed" in names and pool.kind == "sample":
-                tables += [pool.features(self.embedder, layer) for layer in self.embedder.layers]
-                if model := self._reads(pool):
-                    tables.append(pool.likelihoods(model))
-            keys = enumerate(pool.batches, start=1)
-            left += [(pool.name, number) for number, k in keys if not all(table.has(k) for table in tables)]
-        return left
-
-    def make_batch(self, name: str, pool_name: str, number: int) -> None:
-        """Do one stage's work on one batch, if it is not done yet: what a worker of a cluster is asked for."""
-        pool = next(pool for pool in self.pools if pool.name == pool_name)
-        one = dataclasses.replace(pool, shard=(number, len(pool.batches)))
-        if name == "sample":
-            stages.sample(one, progress=False)
-        elif name == "reward":
-            stages.reward(one, self.reward_of(pool.split), progress=False)
-        elif pool.kind == "sample":  # greedy completions are not embedded
-            stages.embed(one, self.embedder, progress=False)
-            if model := self._reads(pool):
-                stages.likelihood(one, model, progress=False)
 
     def sample(self) -> None:
         for pool in self.pools:
@@ -217,7 +192,7 @@ class Pipeline:
             stages.embed(pool, self.embedder, self.progress)
         self.give_back("embed")
         for pool in self.test_pools:
-            if model := self._reads(pool):
+            if model := self.reads(pool):
                 stages.likelihood(pool, model, self.progress)
 
     def give_back(self, name: str) -> None:
@@ -230,9 +205,12 @@ class Pipeline:
         self._beside().run([(pool, self.reward_of(pool.split)) for pool in self.test_pools], self.progress)
 
     def train(self) -> None:
+        theirs = self._by_authors()
         for pool in self.training_pools:
             self.sweep(pool)
             self.save_final_probes(pool)
+            if theirs:
+                theirs.sweep(pool)
 
     def evaluate(self) -> None:
         for pool in self.test_pools:
@@ -240,6 +218,7 @@ class Pipeline:
             if self._found_results(pool) is not None and candidates.path_of(path).exists():
                 continue
             joined, scored, by_layer = self._scored(pool, (1.0, *self.settings.curve_shares), compare=True)
+            theirs = self._by_authors()
             results = evaluation.evaluate(
                 self.title,
                 self._protocol(pool.split),
@@ -253,6 +232,7 @@ class Pipeline:
                 rivals=self._beside().rivals(pool, reward),
                 controls=self._controls(pool) | self._beside().rankings(pool),
                 by_layer=by_layer,
+                authors=Authors(theirs._scored(pool, (1.0,))[1][1.0], theirs.settings) if theirs else None,
                 paper=self.paper.get(pool.split.name),
                 made_from=self._results_identity(pool),
             )
@@ -376,6 +356,16 @@ class Pipeline:
             probe.use = self.use
             probe.save_pretrained(folder / loss)
 
+    def _by_authors(self) -> Pipeline | None:
+        """The same run by the paper's procedure, with a fixed layer; it keeps its probes in a folder of its own."""
+        if self.authors is None:
+            return None
+        changes = {**vars(self.authors), "layer": self.authors.layer or self.probe_layer, "authors": None}
+        theirs = dataclasses.replace(self, **changes, outputs=self.outputs_at / "authors", baselines=())
+        if theirs.probe_layer == self.probe_layer:
+            theirs._joined = self._joined  # the same rows with the same features, read once
+        return theirs
+
     def _beside(self) -> Baselines:
         """The baselines, with what they may learn from."""
         split = self.training_split
@@ -413,7 +403,7 @@ class Pipeline:
         plain: dict[str, Any] = json.loads(json.dumps(inputs))  # as a card gives them back: tuples are lists
         return plain
 
-    def _reads(self, pool: Pool) -> Likelihood | None:
+    def reads(self, pool: Pool) -> Likelihood | None:
         """The model that reads a pool's completions, where they are tested and were not drawn from it here."""
         recorded = pool.split.recorded is not None and pool.split in self.tests
         return self.likelihood if recorded else None
@@ -421,7 +411,7 @@ class Pipeline:
     def _join(self, pool: Pool) -> Joined:
         if pool.name not in self._joined:
             self._joined[pool.name] = join(
-                pool, self.reward_of(pool.split), self.embedder, self.probe_layer, self._reads(pool)
+                pool, self.reward_of(pool.split), self.embedder, self.probe_layer, self.reads(pool)
             )
         return self._joined[pool.name]
 
@@ -472,8 +462,10 @@ class Pipeline:
             "paper": self.paper.get(pool.split.name),
             "version": importlib.metadata.version("qprobe"),
         }
-        if model := self._reads(pool):
+        if model := self.reads(pool):
             inputs["likelihoods"] = pool.likelihoods(model).identity
+        if theirs := self._by_authors():
+            inputs["authors"] = [theirs._sweep_inputs(self._trained_on(pool)), dataclasses.asdict(theirs.settings)]
         if self.baselines:
             inputs["baselines"] = self._beside().identity(pool, self.reward_of(pool.split))
         return fingerprint(inputs | _clusters_of(pool))

@@ -121,6 +121,15 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class Procedure:
+    """How probes are trained and measured, and which layer they read; None: the highest that others may."""
+
+    training: TrainingSettings
+    settings: EvaluationSettings
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
 class SweepProbe:
     """One probe of a sweep.
 

@@ -166,7 +166,9 @@ def test_the_rows_are_argmax_at_k_and_paired_and_the_notes_say_what_does_not_bea
     assert not any("best control" in note for note in results.notes)  # a perfect probe beats them
     poor = np.where(np.arange(40) % 4 < 2, rewards.ravel(), 1 - rewards.ravel())[None]  # right in every other prompt
     (note,) = [note for note in evaluate(joined, poor, made, k=2).notes if "best control" in note]
-    assert note.startswith("Q-probe L_Q does not beat the best control (longest (tokens)): it earns -0.250 [")
+    assert note.startswith(
+        "Q-probe L_Q does not beat the best control (longest (tokens), the best of 3 on these very prompts): it earns -0.250 ["
+    )
     same = evaluate(joined, longest[None].astype(float), made, k=2)
     assert any("it earns +0.000 [+0.000, +0.000] against it" in note for note in same.notes)
 

@@ -109,7 +109,7 @@ def test_a_killed_worker_costs_its_batch_and_the_tables_are_the_local_runners(si
     pipeline = cluster.execute(make_slow, STAGES, {"address": None, "sample": TWO, "reward": TWO, "embed": ONE})
     killer.join()
     assert len(killed) == 1
-    assert pipeline.batches_left(STAGES) == []
+    assert cluster.batches_left(pipeline, STAGES) == []
     assert sum(pipeline.sampler.calls) == 0  # type: ignore[attr-defined] - the actors did it all
     for table in (local.run / "tables").iterdir():
         assert (run / "tables" / table.name).read_bytes() == table.read_bytes()

@@ -1,0 +1,164 @@
+"""The paper's procedure beside ours: its settings, its estimate on one partition, its rows, and what is said of the two."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qprobe import comparisons, composition
+from qprobe.metrics import Interval, best_of_k, partition_reward, reward_grid
+from qprobe.pipeline import Pipeline
+from qprobe.sweep import EvaluationSettings, Procedure
+from qprobe.training import TrainingSettings
+
+OURS = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
+THEIRS = TrainingSettings(steps=None, epochs=20, held_out=0.0, standardize=False, learning_rate=0.01)
+SETTINGS = EvaluationSettings(losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, draws=5, bootstrap=100, k=2)
+PARTITION = EvaluationSettings(
+    losses=SETTINGS.losses, seeds=2, folds=3, draws=5, bootstrap=100, k=2, beta=0.1, partition=True, curve_shares=()
+)
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def make(fakes: ModuleType, tmp_path: Path) -> Make:
+    def made(**changes: Any) -> Pipeline:
+        values: dict[str, Any] = {
+            "run": tmp_path / "run",
+            "title": "Numbers",
+            "tests": [fakes.split("numbers", 12)],
+            "reward": fakes.Reward(),
+            "sampler": fakes.Sampler(),
+            "greedy": fakes.Sampler(1, temperature=0.0),
+            "embedder": fakes.Embedder(layers=(1, 2)),
+            "training": OURS,
+            "settings": SETTINGS,
+            "batch_rows": 12,
+            "progress": False,
+        }
+        return Pipeline(**values | changes)
+
+    return made
+
+
+def partitions_in_two(rows: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    if not rows:
+        return [[]]
+    first, rest = rows[0], rows[1:]
+    return [
+        [(first, other), *more]
+        for other in rest
+        for more in partitions_in_two(tuple(row for row in rest if row != other))
+    ]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_one_partition_is_one_of_all_and_their_mean_is_the_exact_reward(beta: float) -> None:
+    scores, rewards = np.array([0.1, 0.4, 0.4, -0.2]), np.array([0.0, 1.0, 0.0, 1.0])
+
+    def earned(chosen: tuple[int, int]) -> float:
+        q, r = scores[list(chosen)], rewards[list(chosen)]
+        law = (q == q.max()) / (q == q.max()).sum() if beta == 0 else np.exp(q / beta) / np.exp(q / beta).sum()
+        return float(law @ r)
+
+    every = [np.mean([earned(pair) for pair in found]) for found in partitions_in_two((0, 1, 2, 3))]
+    groups = np.zeros(4, dtype=np.int64)
+    drawn = [
+        partition_reward(scores, rewards, groups, 2, beta, rng=np.random.default_rng(seed))[0] for seed in range(300)
+    ]
+    assert {round(float(value), 9) for value in drawn} == {round(float(value), 9) for value in every}
+    exact = np.mean([earned(pair) for pair in itertools.combinations(range(4), 2)])
+    assert np.mean(every) == pytest.approx(exact)
+    if beta == 0:
+        assert exact == pytest.approx(best_of_k(scores, rewards, [2])[0])
+
+
+def test_of_as_many_candidates_as_there_are_the_partition_is_exact_and_a_rest_is_not_used() -> None:
+    rng = np.random.default_rng(0)
+    scores, rewards, groups = rng.normal(size=10), rng.random(10), np.repeat([0, 1], 5)
+    found = partition_reward(scores, rewards, groups, 5, [0.2, 0.0], rng=rng)
+    grid = reward_grid(scores, rewards, groups, [5], [0.2, 0.0], draws=2, rng=rng).values[0]
+    np.testing.assert_allclose(found, [grid[0, 0], grid[1, 1]])
+    # Of five samples in sets of two, the best one is left over now and then.
+    rewards = np.array([0.0, 0.0, 0.0, 0.0, 1.0])
+    left = [partition_reward(rewards, rewards, np.zeros(5, int), 2, 0.0, rng=rng)[0] for _ in range(50)]
+    assert set(left) == {0.0, 0.5}
+    with pytest.raises(ValueError, match="k is 6: between 1 and 5"):
+        partition_reward(rewards, rewards, np.zeros(5, int), 6, 0.0, rng=rng)
+    with pytest.raises(ValueError, match="a temperature is negative"):
+        partition_reward(rewards, rewards, np.zeros(5, int), 2, -1.0, rng=rng)
+
+
+def test_the_papers_settings() -> None:
+    config = composition.composed("run", ["procedure=paper"])
+    probe = config["probe"]
+    assert (probe["learning_rate"], probe["steps"], probe["epochs"]) == (5e-5, None, 150)
+    assert probe["chunks_per_batch"] * probe["chunk"] == 1000
+    assert (probe["training_beta"], probe["held_out"], probe["standardize"]) == (1.0, 0.0, False)
+    assert (config["evaluation"]["beta"], config["evaluation"]["partition"]) == (0.1, True)
+    both = composition.composed("run", ["procedure=both", "probe.weight_decay=0.5", "authors.layer=3"])
+    assert both["probe"]["steps"] == 500
+    authors = composition._authors(both)
+    assert authors is not None
+    assert (authors.training.epochs, authors.training.steps, authors.training.weight_decay) == (150, None, 0.5)
+    assert (authors.settings.beta, authors.settings.partition, authors.layer) == (0.1, True, 3)
+    assert composition._authors(composition.composed("run", [])) is None
+
+
+def rows_of(pipeline: Pipeline) -> dict[str, Any]:
+    return {row.method: row for row in pipeline.results(pipeline.tests[0]).rows}
+
+
+def test_both_stand_in_one_table_and_neither_changes_the_other(make: Make, tmp_path: Path) -> None:
+    ours = make(outputs=tmp_path / "ours", layer=2)
+    theirs = make(outputs=tmp_path / "theirs", layer=1, training=THEIRS, settings=PARTITION)
+    both = make(outputs=tmp_path / "both", layer=2, authors=Procedure(THEIRS, PARTITION, layer=1))
+    for pipeline in (ours, theirs, both):
+        pipeline.execute()
+    alone, published, table = rows_of(ours), rows_of(theirs), rows_of(both)
+    suffix = ", paper's procedure"
+    assert set(table) == set(alone) | {f"Q-probe {loss}{suffix}" for loss in ("L_Q", "L_PG")}
+    for method, row in alone.items():
+        assert table[method] == row
+    for loss in ("Q-probe L_Q", "Q-probe L_PG"):
+        row = table[f"{loss}{suffix}"]
+        assert (row.value, row.auc, row.beta) == (published[loss].value, published[loss].auc, 0.1)
+    notes = both.results(both.tests[0]).notes
+    assert sum("our procedure earns" in note for note in notes) == 2
+    assert sum(" against Q-probe L_Q" in note for note in notes) == 2  # by each procedure
+    # The final probes are ours.
+    folder = tmp_path / "both" / "probes" / "numbers" / "policy_gradient"
+    assert (folder / "model.safetensors").read_bytes() == (
+        tmp_path / "ours" / "probes" / "numbers" / "policy_gradient" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_results_of_one_procedure_are_not_those_of_both(make: Make) -> None:
+    make().execute(["sample", "reward", "embed", "train", "evaluate"])
+    with pytest.raises(FileNotFoundError, match="was made with other settings"):
+        make(authors=Procedure(THEIRS, PARTITION)).results(make().tests[0])
+
+
+def test_the_sentences_say_what_can_be_told() -> None:
+    def paired(a: np.ndarray, b: np.ndarray) -> Interval:
+        value = float((a - b).mean())
+        return Interval(value, value - 0.1, value + 0.1)
+
+    q, ce, pg = (np.full(4, value) for value in (0.2, 0.25, 0.5))
+    assert comparisons.ordering({"L_Q": q, "L_CE": ce, "L_PG": pg}, paired) == [
+        "L_CE against L_Q: +0.050 [-0.050, +0.150]: not told apart.",
+        "L_PG against L_CE: +0.250 [+0.150, +0.350]: better.",
+    ]
+    assert comparisons.procedures({"L_Q": q}, {"L_Q, paper's procedure": pg}, paired) == [
+        "L_Q: our procedure earns -0.300 [-0.400, -0.200] over the paper's: worse."
+    ]
+    controls = {"shortest": ce[None], "longest": q[None], "likeliest": None}
+    assert comparisons.against_controls({"L_Q": q, "L_PG": pg}, controls, paired) == [
+        "L_Q does not beat the best control (shortest, the best of 2 on these very prompts): it earns -0.050 [-0.150, +0.050] "
+        "against it."
+    ]
