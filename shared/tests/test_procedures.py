@@ -132,10 +132,8 @@ def test_both_stand_in_one_table_and_neither_changes_the_other(make: Make, tmp_p
     assert sum("our procedure earns" in note for note in notes) == 2
     assert sum(" against Q-probe L_Q" in note for note in notes) == 2  # by each procedure
     # The final probes are ours.
-    folder = tmp_path / "both" / "probes" / "numbers" / "policy_gradient"
-    assert (folder / "model.safetensors").read_bytes() == (
-        tmp_path / "ours" / "probes" / "numbers" / "policy_gradient" / "model.safetensors"
-    ).read_bytes()
+    weights = [pipeline.final_probe() / "network.safetensors" for pipeline in (ours, both)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_results_of_one_procedure_are_not_those_of_both(make: Make) -> None:
