@@ -187,7 +187,7 @@ def test_every_key_of_every_configuration_has_a_comment() -> None:
     files = [path for folder in (CONF, CORE) for path in folder.rglob("*.yaml")]
     assert len(files) > 8
     for path in files:
-        # An experiment or a procedure overrides keys that are commented where they are defined; its own first lines say what it is.
+        # Experiments and procedures override keys that are commented where they are defined; their first lines say what they are.
         lines = path.read_text().splitlines()
         assert lines[0].startswith("#"), path
         if path.parent.name in ("experiment", "procedure"):
