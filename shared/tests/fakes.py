@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qprobe import baselines
+from qprobe.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings
 from qprobe.stages import Pool, RewardBatch, RewardRow, Split
@@ -210,3 +211,19 @@ class Ranker(baselines.Ranker):
             time.sleep(self.seconds)
             texts = [completion for _, _, completion in batch.rows]
             yield batch, [RewardRow(weight * int(text.removeprefix("answer "))) for text in texts]
+
+
+def pipeline(run: Path, **changes: Any) -> Pipeline:
+    """A pipeline of fresh fakes, cross-validated over 12 prompts with 4 samples and a greedy one each."""
+    values: dict[str, Any] = {
+        "run": run,
+        "title": "Numbers",
+        "tests": [split("numbers", 12)],
+        "reward": Reward(),
+        "sampler": Sampler(),
+        "greedy": Sampler(1, temperature=0.0),
+        "embedder": Embedder(),
+        "batch_rows": 12,
+        "progress": False,
+    }
+    return Pipeline(**values | changes)

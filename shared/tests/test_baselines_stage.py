@@ -29,24 +29,18 @@ def make(fakes: ModuleType, tmp_path: Path) -> Make:
 
     def made(**changes: Any) -> Pipeline:
         greedy = fakes.Sampler(1, temperature=0.0)
-        values: dict[str, Any] = {
-            "run": tmp_path / "run",
-            "title": "Numbers",
+        settled: dict[str, Any] = {
             "tests": [fakes.split("test", 8, 100)],
             "training_split": fakes.split("training", 12),
-            "reward": fakes.Reward(),
-            "sampler": fakes.Sampler(),
             "greedy": greedy,
-            "embedder": fakes.Embedder(),
             "baselines": [FewShot(greedy, FewShotSettings(shots=2), lambda: None), fakes.Ranker()],
             "training": TrainingSettings(steps=5, minimum_mixed=2, check_every=5),
             "settings": EvaluationSettings(
                 losses=("policy_gradient",), seeds=1, curve_shares=(), bootstrap=100, controls=("length",)
             ),
-            "batch_rows": 12,
-            "progress": False,
         }
-        return Pipeline(**values | changes)
+        piped: Pipeline = fakes.pipeline(**{"run": tmp_path / "run"} | settled | changes)
+        return piped
 
     return made
 

@@ -44,20 +44,15 @@ def make(fakes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Make:
             return states
 
     def made(own: str = "best", **changes: Any) -> Pipeline:
-        values: dict[str, Any] = {
-            "run": folder / own,
-            "title": "Numbers",
+        settled = {
             "tests": [fakes.split("numbers", 30)],
-            "reward": fakes.Reward(),
-            "sampler": fakes.Sampler(),
             "greedy": None,
             "embedder": Layered((3, 1, 2)),
-            "layer": "best",
-            "training": TRAINING,
-            "settings": SETTINGS,
-            "progress": False,
+            "batch_rows": 64,
         }
-        return Pipeline(**values | changes)
+        settled |= {"layer": "best", "training": TRAINING, "settings": SETTINGS} | changes
+        piped: Pipeline = fakes.pipeline(folder / own, **settled)
+        return piped
 
     return made
 

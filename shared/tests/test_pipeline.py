@@ -32,20 +32,9 @@ def make(fakes: ModuleType, tmp_path: Path) -> Make:
     """Pipelines over one run folder, with fresh fakes each: 12 prompts x 4 samples, cross-validated."""
 
     def made(**changes: Any) -> Pipeline:
-        values: dict[str, Any] = {
-            "run": tmp_path / "run",
-            "title": "Numbers",
-            "tests": [fakes.split("numbers", 12)],
-            "reward": fakes.Reward(),
-            "sampler": fakes.Sampler(),
-            "greedy": fakes.Sampler(1, temperature=0.0),
-            "embedder": fakes.Embedder(),
-            "training": TRAINING,
-            "settings": SETTINGS,
-            "batch_rows": 12,
-            "progress": False,
-        }
-        return Pipeline(**values | changes)
+        settled = {"training": TRAINING, "settings": SETTINGS} | changes
+        piped: Pipeline = fakes.pipeline(**{"run": tmp_path / "run"} | settled)
+        return piped
 
     return made
 

@@ -31,20 +31,9 @@ Make = Callable[..., Pipeline]
 @pytest.fixture
 def make(fakes: ModuleType, tmp_path: Path) -> Make:
     def made(name: str, **changes: Any) -> Pipeline:
-        values: dict[str, Any] = {
-            "run": tmp_path / name,
-            "title": "Numbers",
-            "tests": [fakes.split("numbers", 12)],
-            "reward": fakes.Reward(),
-            "sampler": fakes.Sampler(),
-            "greedy": fakes.Sampler(1, temperature=0.0),
-            "embedder": fakes.Embedder([1, 2]),
-            "training": TRAINING,
-            "settings": SETTINGS,
-            "batch_rows": 12,
-            "progress": False,
-        }
-        return Pipeline(**values | changes)
+        settled = {"training": TRAINING, "settings": SETTINGS, "embedder": fakes.Embedder((1, 2))} | changes
+        piped: Pipeline = fakes.pipeline(tmp_path / name, **settled)
+        return piped
 
     return made
 
