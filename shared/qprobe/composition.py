@@ -29,7 +29,7 @@ from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.likelihood import Likelihood
 from qprobe.models import ModelSpec
-from qprobe.pipeline import SHARDED, Pipeline
+from qprobe.pipeline import BEST, SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.recording import RecordedEmbedder, RecordedSampler
 from qprobe.sampling import Sampler, SamplingSettings
@@ -259,7 +259,7 @@ def pipeline(
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
     ends = back_ends(config, stop)
-    settings = build(EvaluationSettings, config["evaluation"], "evaluation")
+    procedure, authors = _procedures(config)
     return Pipeline(
         run=run,
         title=title,
@@ -270,33 +270,44 @@ def pipeline(
         greedy=ends.greedy,
         embedder=ends.embedder,
         baselines=_baselines(config, ends, agreement),
-        likelihood=Likelihood(model_spec(config)) if "likelihood" in settings.controls else None,
-        layer=config["layer"],
-        training=build(TrainingSettings, config["probe"], "probe"),
-        settings=settings,
+        likelihood=Likelihood(model_spec(config)) if "likelihood" in procedure.settings.controls else None,
+        layer=procedure.layer,
+        training=procedure.training,
+        settings=procedure.settings,
         seed=config["seed"],
         batch_rows=ends.batch_rows,
         shard=_shard(config["shard"]),
         paper=paper or {},
         use=use or {},
         outputs=outputs,
-        authors=_authors(config),
+        authors=authors,
     )
 
 
-def _authors(config: Mapping[str, Any]) -> Procedure | None:
-    """The paper's procedure where it is asked for beside ours: its own keys on top of the configuration's."""
-    changes = config.get("authors")
-    if not changes:
-        return None
-    check_keys(changes, {"probe", "evaluation", "layer"}, "authors")
-    both = {name: {**config[name], **changes[name]} for name in ("probe", "evaluation")}
-    both["evaluation"] |= {"curve_shares": [], "curve_prompts": []}  # rows of the table are all that is asked of it
-    return Procedure(
-        build(TrainingSettings, both["probe"], "authors.probe"),
-        build(EvaluationSettings, both["evaluation"], "authors.evaluation"),
-        changes["layer"],
+def _procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
+    """The procedure of the table's rows, and the paper's where it stands beside it: its keys on top of the configuration's."""
+    ours = Procedure(
+        build(TrainingSettings, config["probe"], "probe"),
+        build(EvaluationSettings, config["evaluation"], "evaluation"),
+        config["layer"],
     )
+    changes = dict(config.get("authors") or {})
+    layer = changes.pop("layer", None)
+    if not changes:  # an experiment may say which layer the paper's probes would read
+        return ours, None
+    check_keys(changes, {"alone", "probe", "evaluation"}, "authors")
+    evaluation = {**config["evaluation"], **changes["evaluation"]}
+    if not changes["alone"]:  # rows of the table are all that is asked of it
+        evaluation |= {"curve_shares": [], "curve_prompts": []}
+    theirs = Procedure(
+        build(TrainingSettings, {**config["probe"], **changes["probe"]}, "authors.probe"),
+        build(EvaluationSettings, evaluation, "authors.evaluation"),
+        layer,
+    )
+    if not changes["alone"]:
+        return ours, theirs
+    # It chooses no layer: null is the highest.
+    return dataclasses.replace(theirs, layer=layer or (None if ours.layer == BEST else ours.layer)), None
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:

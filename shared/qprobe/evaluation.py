@@ -194,7 +194,9 @@ class _Evaluation:
         for loss, scores in scored[1.0].items():
             method = _method(loss)
             earned, errors = self.earned(scores, self.ks, self.settings)  # (S, K, P)
-            rows.append(self.probe(method, scores, earned[:, at_k], errors[:, at_k]))
+            # Where the paper's procedure has rows of its own, its values stand beside those.
+            published = None if authors else self.paper.get(method)
+            rows.append(self.probe(method, scores, earned[:, at_k], errors[:, at_k], published))
             curves[method] = self.band(earned.mean(axis=0))
             trade_offs[method] = self.trade_off(scores)
             prompt_scores[method] = self.prompt_scores(scores)
@@ -230,9 +232,7 @@ class _Evaluation:
             made_from=made_from,
         )
 
-    def probe(
-        self, method: str, scores: Scored, earned: np.ndarray, errors: np.ndarray, paper: float | None = None
-    ) -> Row:
+    def probe(self, method: str, scores: Scored, earned: np.ndarray, errors: np.ndarray, paper: float | None) -> Row:
         """The row of a loss's probes from (S, P) rewards at use and their simulation errors."""
         row = self.row(
             method,
@@ -244,7 +244,7 @@ class _Evaluation:
             simulation_error=float(np.sqrt((errors**2).sum()) / errors.size),
             **self.auc(scores.q),
         )
-        return row if paper is None else dataclasses.replace(row, paper=paper)
+        return dataclasses.replace(row, paper=paper)
 
     def earned(self, scores: Scored, ks: list[int], settings: EvaluationSettings) -> tuple[np.ndarray, np.ndarray]:
         """(S, K, P) expected reward at every k, each prompt at its own probe's temperature, and its simulation error."""

@@ -165,7 +165,8 @@ def partition_reward(
     rng: np.random.Generator,
 ) -> Floats:
     """Expected reward of the softmax policy on one random partition of every prompt's samples into sets of k: the paper's
-    estimate. What is left over is not used. `reward_grid` is its expectation, without the noise of the partition.
+    estimate. What is left over is not used. `reward_grid` is its expectation, without the noise of the partition. (Whether the
+    authors drew one completion of a set or took its expectation, as here, is not known; it changes no mean.)
 
     Args:
         scores, rewards: (N,) float.

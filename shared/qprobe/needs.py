@@ -23,6 +23,7 @@ from qprobe.baselines import Baselines, Lessons, Rival
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
 from qprobe.prompts import Prompt
+from qprobe.recording import RecordedEmbedder, RecordedSampler
 from qprobe.stages import Keys, Pool
 from qprobe.store import Table
 
@@ -105,7 +106,7 @@ def count(pipeline: Pipeline, names: Sequence[str]) -> Work:
     prompts: set[tuple[str, str]] = set()
     for pool in pipeline.pools:
         by_id = {prompt.task_id: _tokens_of(prompt) for prompt in pool.split.prompts}
-        if "sample" in names and pool.split.recorded is None:
+        if "sample" in names and pool.split.recorded is None and not isinstance(pool.sampler, RecordedSampler):
             left = _left(pool, [pool.completions])
             choices = getattr(pool.sampler, "choices_per_call", pool.sampler.settings.n)
             rows = pool.rows(left)
@@ -116,7 +117,7 @@ def count(pipeline: Pipeline, names: Sequence[str]) -> Work:
             found["calls"] += len(left) * math.ceil(pool.sampler.settings.n / choices)
         if "reward" in names:
             found["rewarded"] += pool.rows(_left(pool, [pool.rewards(pipeline.reward_of(pool.split))]))
-        if "embed" in names and pool.kind == "sample":
+        if "embed" in names and pool.kind == "sample" and not isinstance(pipeline.embedder, RecordedEmbedder):
             layers = pipeline.embedder.layers
             left = _left(pool, [pool.features(pipeline.embedder, layer) for layer in layers])
             read = [left]

@@ -122,11 +122,11 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Procedure:
-    """How probes are trained and measured, and which layer they read; None: the highest that others may."""
+    """How probes are trained and measured, and which layer they read: a number, "best", or None for the highest."""
 
     training: TrainingSettings
     settings: EvaluationSettings
-    layer: int | None = None
+    layer: int | str | None = None
 
 
 @dataclass(frozen=True)

@@ -84,19 +84,35 @@ def test_of_as_many_candidates_as_there_are_the_partition_is_exact_and_a_rest_is
 
 
 def test_the_papers_settings() -> None:
-    config = composition.composed("run", ["procedure=paper"])
-    probe = config["probe"]
-    assert (probe["learning_rate"], probe["steps"], probe["epochs"]) == (5e-5, None, 150)
-    assert probe["chunks_per_batch"] * probe["chunk"] == 1000
-    assert (probe["training_beta"], probe["held_out"], probe["standardize"]) == (1.0, 0.0, False)
-    assert (config["evaluation"]["beta"], config["evaluation"]["partition"]) == (0.1, True)
-    both = composition.composed("run", ["procedure=both", "probe.weight_decay=0.5", "authors.layer=3"])
-    assert both["probe"]["steps"] == 500
-    authors = composition._authors(both)
-    assert authors is not None
-    assert (authors.training.epochs, authors.training.steps, authors.training.weight_decay) == (150, None, 0.5)
-    assert (authors.settings.beta, authors.settings.partition, authors.layer) == (0.1, True, 3)
-    assert composition._authors(composition.composed("run", [])) is None
+    paper, beside = composition._procedures(composition.composed("run", ["procedure=paper", "probe.held_out=0.5"]))
+    training = paper.training
+    assert beside is None
+    assert (training.learning_rate, training.steps, training.epochs) == (5e-5, None, 150)
+    assert training.chunks_per_batch * training.chunk == 1000
+    assert (training.training_beta, training.held_out, training.standardize) == (1.0, 0.0, False)
+    assert (paper.settings.beta, paper.settings.partition, paper.settings.curve_shares) == (0.1, True, (0.25, 0.5))
+    words = ["probe.weight_decay=0.5", "probe.hidden=[8]", "layer=best"]
+    ours, theirs = composition._procedures(composition.composed("run", ["procedure=both", "+authors.layer=3", *words]))
+    assert (ours.training.steps, ours.training.weight_decay, ours.layer) == (500, 0.5, "best")
+    assert theirs is not None
+    assert (theirs.training.hidden, theirs.training.steps, theirs.training.weight_decay) == ((8,), None, 0.01)
+    assert (theirs.settings.beta, theirs.settings.partition, theirs.layer) == (0.1, True, 3)
+    # An experiment's layer alone asks for nothing; the paper's procedure chooses none.
+    alone = composition._procedures(composition.composed("run", ["++authors={layer: 3}", "layer=best"]))
+    assert (alone[0].layer, alone[1]) == ("best", None)
+    chosen = composition._procedures(composition.composed("run", ["procedure=paper", "layer=best"]))
+    assert (chosen[0].layer, chosen[1]) == (None, None)
+
+
+def test_published_values_stand_beside_the_procedure_that_they_are_of(make: Make, tmp_path: Path) -> None:
+    paper = {"numbers": {"Q-probe L_Q": 0.25, "pass@1": 0.5}}
+    for name, authors in (("one", None), ("both", Procedure(THEIRS, PARTITION))):
+        pipeline = make(outputs=tmp_path / name, paper=paper, authors=authors)
+        pipeline.execute(["sample", "reward", "embed", "train", "evaluate"])
+        rows = {row.method: row.paper for row in pipeline.results(pipeline.tests[0]).rows}
+        assert rows["pass@1"] == 0.5
+        beside = "Q-probe L_Q" if authors is None else "Q-probe L_Q, paper's procedure"
+        assert [method for method, value in rows.items() if value == 0.25] == [beside]
 
 
 def rows_of(pipeline: Pipeline) -> dict[str, Any]:
