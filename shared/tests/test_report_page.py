@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.report import page
+from qprobe.report import figures, page
 from qprobe.report.explored import Explored, ScoredPrompt
 from qprobe.report.results import Curve, Results, Row
 
@@ -48,6 +48,10 @@ def split(*prompts: ScoredPrompt, **changes: Any) -> Explored:
         "notes": ["A note on L_PG."],
     }
     return Explored(Results(**values | changes), list(prompts))
+
+
+def test_every_figure_has_a_caption() -> None:
+    assert list(page._FIGURES) == list(figures.FIGURES)
 
 
 class Elements(HTMLParser):

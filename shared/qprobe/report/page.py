@@ -32,6 +32,7 @@ _FIGURES = {
     "reward_against_k": "Expected reward against the number of candidates that a probe chooses from.",
     "reward_against_kl": "Expected reward against the distance from the base model (KL divergence), over temperatures.",
     "reward_against_prompts": "Expected reward against the number of training prompts.",
+    "reward_against_layer": "Expected reward against the hidden layer that a probe reads.",
     "scores_per_prompt": "Each prompt's mean score against how often the base model solves it.",
 }
 
