@@ -425,17 +425,22 @@ def test_papers_settings_are_the_papers_and_ours_are_the_defaults() -> None:
     defaults = composed(["experiment=mbpp", "model.name=m"])
     for name in (name for name in EXPERIMENTS if name.startswith(("table", "fig"))):
         config = composed(said(name))
-        probe = config["probe"]
         law = [config["sampler"][key] for key in ("temperature", "top_p", "max_new_tokens")]
         assert law == [0.8, 0.95, 300], name
-        assert (config["evaluation"]["k"], config["evaluation"]["seeds"]) == (48, 10), name
-        assert len(config["evaluation"]["losses"]) == 3, name
+        first, beside = composition.procedures(config)
+        assert (first.settings.k, first.settings.seeds, len(first.settings.losses)) == (48, 10, 3), name
         if name.endswith("_ours"):
-            assert (probe, config["evaluation"]["beta"]) == (defaults["probe"], None), name
+            assert (config["probe"], first.settings.beta) == (defaults["probe"], None), name
+        # A table has both, so that the difference has a sentence; a figure has one.
+        assert (beside is not None) == (name.startswith("table") and name.endswith("_ours")), name
+        if name.startswith("fig") and name.endswith("_ours"):
             continue
-        assert (probe["learning_rate"], probe["steps"], probe["epochs"]) == (5e-5, None, 150), name
-        assert (probe["chunks_per_batch"], probe["chunk"], probe["training_beta"]) == (100, 10, 1.0), name
-        assert (probe["standardize"], probe["held_out"], config["evaluation"]["beta"]) == (False, 0.0, 0.1), name
+        papers = beside or first
+        assert papers.layer in (None, *config["embedder"]["layers"]), name
+        training, beta = papers.training, papers.settings.beta
+        assert (training.learning_rate, training.steps, training.epochs) == (5e-5, None, 150), name
+        assert (training.chunks_per_batch, training.chunk, training.training_beta) == (100, 10, 1.0), name
+        assert (training.standardize, training.held_out, beta) == (False, 0.0, 0.1), name
     assert composed(["experiment=table1"])["embedder"]["layers"] == [26]
     assert composed(["experiment=table1"])["sampler"]["n"] == 200
     assert composed(["experiment=fig2"])["evaluation"]["curve_prompts"] == [5, 10, 20, 50, 100, 200]

@@ -259,7 +259,7 @@ def pipeline(
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
     ends = back_ends(config, stop)
-    procedure, authors = _procedures(config)
+    procedure, authors = procedures(config)
     return Pipeline(
         run=run,
         title=title,
@@ -284,7 +284,7 @@ def pipeline(
     )
 
 
-def _procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
+def procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
     """The procedure of the table's rows, and the paper's where it stands beside it: its keys on top of the configuration's."""
     ours = Procedure(
         build(TrainingSettings, config["probe"], "probe"),

@@ -84,7 +84,7 @@ def test_of_as_many_candidates_as_there_are_the_partition_is_exact_and_a_rest_is
 
 
 def test_the_papers_settings() -> None:
-    paper, beside = composition._procedures(composition.composed("run", ["procedure=paper", "probe.held_out=0.5"]))
+    paper, beside = composition.procedures(composition.composed("run", ["procedure=paper", "probe.held_out=0.5"]))
     training = paper.training
     assert beside is None
     assert (training.learning_rate, training.steps, training.epochs) == (5e-5, None, 150)
@@ -92,15 +92,15 @@ def test_the_papers_settings() -> None:
     assert (training.training_beta, training.held_out, training.standardize) == (1.0, 0.0, False)
     assert (paper.settings.beta, paper.settings.partition, paper.settings.curve_shares) == (0.1, True, (0.25, 0.5))
     words = ["probe.weight_decay=0.5", "probe.hidden=[8]", "layer=best"]
-    ours, theirs = composition._procedures(composition.composed("run", ["procedure=both", "+authors.layer=3", *words]))
+    ours, theirs = composition.procedures(composition.composed("run", ["procedure=both", "+authors.layer=3", *words]))
     assert (ours.training.steps, ours.training.weight_decay, ours.layer) == (500, 0.5, "best")
     assert theirs is not None
     assert (theirs.training.hidden, theirs.training.steps, theirs.training.weight_decay) == ((8,), None, 0.01)
     assert (theirs.settings.beta, theirs.settings.partition, theirs.layer) == (0.1, True, 3)
     # An experiment's layer alone asks for nothing; the paper's procedure chooses none.
-    alone = composition._procedures(composition.composed("run", ["++authors={layer: 3}", "layer=best"]))
+    alone = composition.procedures(composition.composed("run", ["++authors={layer: 3}", "layer=best"]))
     assert (alone[0].layer, alone[1]) == ("best", None)
-    chosen = composition._procedures(composition.composed("run", ["procedure=paper", "layer=best"]))
+    chosen = composition.procedures(composition.composed("run", ["procedure=paper", "layer=best"]))
     assert (chosen[0].layer, chosen[1]) == (None, None)
 
 
