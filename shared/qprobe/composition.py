@@ -164,8 +164,17 @@ def _back_end(known: dict[str, Any], name: str, where: str) -> Any:
 
 
 def _few_shot(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _: Agreement | None) -> Baseline:
+    _check_drawn(config, "few_shot")
     settings = build(FewShotSettings, values, "baselines.few_shot", seed=config["seed"])
     return FewShot(ends.rival, settings, functools.partial(_room, config, ends))
+
+
+def _check_drawn(config: Mapping[str, Any], name: str) -> None:
+    """A recording has answers to its own prompts, by the model as it was, whichever model is asked for."""
+    if config["sampler"]["backend"] == "recorded":
+        raise ValueError(
+            f"baselines.names: a recording holds no answers of {name}: leave it out, or sample with another back end."
+        )
 
 
 def _room(config: Mapping[str, Any], ends: BackEnds) -> int | None:
@@ -200,6 +209,7 @@ def _sft(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _
         raise ValueError(
             "baselines.names: an API's model cannot be fine-tuned here: leave sft out, or sample with hf or vllm."
         )
+    _check_drawn(config, "sft")
     own = dict(values)
     success, stop = own.pop("success"), ends.rival.settings.stop
 

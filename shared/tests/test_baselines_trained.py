@@ -151,4 +151,9 @@ def test_what_cannot_be_trained_is_said_before_any_work(make: Make, tmp_path: Pa
         make("sampler=openai", "sampler.api.model=x")
     with pytest.raises(ValueError, match=r"baselines.sft has no key ranks"):
         make("+baselines.sft.ranks=3")
+    # A recording gives back the greedy completions of the model as it was: under the name of another policy they would mislead.
+    (tmp_path / "recording.json").write_text("{}")
+    for name in ("sft", "few_shot"):
+        with pytest.raises(ValueError, match=f"a recording holds no answers of {name}"):
+            make("sampler=recorded", f"sampler.recording={tmp_path}", names=f"[{name}]")
     assert not (tmp_path / "run").exists()
