@@ -31,6 +31,8 @@ from qprobe.sampling import Completion, SamplingSettings
 from qprobe.store import StoreError, Table
 
 CARD = "recording.json"
+# Pools that a recording gives back. Those of baselines answer prompts of their own, under the same task ids.
+KINDS = ("sample", "greedy")
 
 
 def pack(run: Path, folder: Path, layers: Sequence[int] | None = None, notes: dict[str, str] | None = None) -> int:
@@ -47,8 +49,9 @@ def pack(run: Path, folder: Path, layers: Sequence[int] | None = None, notes: di
     Raises:
         StoreError: no such tables, a layer that is not there, unfinished completions or features.
     """
-    prompts = _found(run / "prompts", store.PROMPTS)
-    pools = _found(run / "completions", store.COMPLETIONS)
+    pools = [t for t in _found(run / "completions", store.COMPLETIONS) if t.folder.name.rpartition(".")[2] in KINDS]
+    splits = {table.folder.name.rpartition(".")[0] for table in pools}
+    prompts = [table for table in _found(run / "prompts", store.PROMPTS) if table.folder.name in splits]
     features = _found(run / "features", None)
     chosen = [table for table in features if layers is None or _layer(table) in layers]
     if lacking := sorted(set(layers or ()) - {_layer(table) for table in chosen}):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qprobe import store
+from qprobe.baselines.few_shot import FewShot, FewShotSettings
 from qprobe.cli import main
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
@@ -144,6 +145,19 @@ def test_an_unfinished_run_is_not_packed(make: Make, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="missing 3 of 12 prompts: run sample"):
         pack(tmp_path / "half", tmp_path / "out", [1])
     assert not store.found_table(tmp_path / "half" / "completions" / "numbers.sample").has(pool.batches[0])
+
+
+def test_what_baselines_asked_is_not_recorded(make: Make, fakes: ModuleType, tmp_path: Path) -> None:
+    """Few-shot puts the same task ids in other prompts, which must not stand in the place of the split's own."""
+    splits = {"tests": [fakes.split("tested", 6, start=50)], "training_split": fakes.split("learnt", 8)}
+    shown = FewShot(fakes.Sampler(1, temperature=0.0), FewShotSettings(shots=1), lambda: None)
+    make("real", baselines=[shown], **splits).execute(["sample", "reward", "embed", "baselines"])
+    assert (tmp_path / "real" / "completions" / "tested.few_shot").is_dir()
+    pack(tmp_path / "real", tmp_path / "packed")
+    again = make("again", **splits, **recorded(str(tmp_path / "packed")))
+    again.execute(["sample", "embed"])
+    assert table_of(again, "sample") == table_of(make("real", **splits), "sample")
+    assert sorted(open_recording(str(tmp_path / "packed")).card["prompts"]) == ["learnt", "tested"]
 
 
 def test_the_command_packs_and_says_how_to_use_it(
