@@ -47,7 +47,8 @@ def pack(run: Path, folder: Path, layers: Sequence[int] | None = None, notes: di
     Returns: bytes written.
 
     Raises:
-        StoreError: no such tables, a layer that is not there, unfinished completions or features.
+        StoreError: no such tables, a layer that is not there, unfinished completions or features, a
+            layer by two embedders.
     """
     pools = [t for t in _found(run / "completions", store.COMPLETIONS) if t.folder.name.rpartition(".")[2] in KINDS]
     splits = {table.folder.name.rpartition(".")[0] for table in pools}
@@ -57,6 +58,14 @@ def pack(run: Path, folder: Path, layers: Sequence[int] | None = None, notes: di
     if lacking := sorted(set(layers or ()) - {_layer(table) for table in chosen}):
         known = ", ".join(map(str, sorted({_layer(table) for table in features}))) or "none"
         raise StoreError(f"{run} has no features of layer {', '.join(map(str, lacking))}: it has {known}.")
+    embedders: dict[tuple[str, int], str] = {}
+    for table in chosen:
+        own = table.folder.parent.name
+        if (other := embedders.setdefault((table.folder.parents[1].name, _layer(table)), own)) != own:
+            raise StoreError(
+                f"{run} has features of layer {_layer(table)} by two embedders, {other} and {own}: pack a copy with those of "
+                "one, or name other layers."
+            )
     of_pool = {table.folder.name: table.read() for table in pools}
     states = [table.read() for table in chosen]
     _check_whole(prompts, of_pool, list(zip(chosen, states, strict=True)))

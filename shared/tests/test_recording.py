@@ -160,6 +160,18 @@ def test_what_baselines_asked_is_not_recorded(make: Make, fakes: ModuleType, tmp
     assert sorted(open_recording(str(tmp_path / "packed")).card["prompts"]) == ["learnt", "tested"]
 
 
+def test_a_layer_by_two_embedders_is_a_sentence(
+    make: Make, fakes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would share a file, and whoever came first would be lost."""
+    make("real").execute(["sample", "embed"])
+    monkeypatch.setattr(fakes.Embedder, "folder_name", lambda self: "other")
+    make("real", embedder=fakes.Embedder((2,), width=9)).execute(["embed"])
+    with pytest.raises(StoreError, match="features of layer 2 by two embedders, fake-numbers and other"):
+        pack(tmp_path / "real", tmp_path / "packed")
+    assert pack(tmp_path / "real", tmp_path / "packed", [1]) > 0
+
+
 def test_the_command_packs_and_says_how_to_use_it(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
