@@ -317,25 +317,24 @@ class RecordedEmbedder:
         if lacking := sum(row not in self._places for row in rows):
             raise ValueError(f"{self.recording.folder} has no features of {lacking} of these {len(rows)} completions.")
         places = [self._places[row] for row in rows]
-        return {layer: torch.from_numpy(values[places]).float() for layer, values in self._states.items()}
+        return {layer: torch.from_numpy(values[places]).float() for layer, values in self._found[1].items()}
 
     @functools.cached_property
-    def _keys(self) -> list[tuple[str, int]]:
-        return list(self.recording.features(self.layers[0]))
-
-    @functools.cached_property
-    def _states(self) -> dict[int, np.ndarray]:
+    def _found(self) -> tuple[list[tuple[str, int]], dict[int, np.ndarray]]:
+        """The rows that every layer has (a pool may have fewer layers than another), and their states."""
         found = {layer: self.recording.features(layer) for layer in self.layers}
-        return {layer: np.stack([of_layer[key] for key in self._keys]) for layer, of_layer in found.items()}
+        keys = [key for key in found[self.layers[0]] if all(key in of_layer for of_layer in found.values())]
+        return keys, {layer: np.array([of_layer[key] for key in keys]) for layer, of_layer in found.items()}
 
     @functools.cached_property
     def _places(self) -> dict[tuple[tuple[int, ...], tuple[int, ...]], int]:
         """(prompt tokens, completion tokens) -> row; equal rows have equal states."""
-        place = {key: number for number, key in enumerate(self._keys)}
+        place = {key: number for number, key in enumerate(self._found[0])}
         prompts = {task_id: tuple(row["prompt_token_ids"]) for task_id, row in self.recording.prompts.items()}
         return {
             (prompts[row["task_id"]], tuple(row["token_ids"])): place[row["task_id"], row["sample"]]
             for row in self.recording.completions("sample")
+            if (row["task_id"], row["sample"]) in place
         }
 
 

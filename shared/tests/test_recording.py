@@ -172,6 +172,19 @@ def test_a_layer_by_two_embedders_is_a_sentence(
     assert pack(tmp_path / "real", tmp_path / "packed", [1]) > 0
 
 
+def test_a_pool_may_have_more_layers_than_another(make: Make, fakes: ModuleType, tmp_path: Path) -> None:
+    one, two = fakes.split("one", 6), fakes.split("two", 6, start=50)
+    make("real", tests=[one, two], embedder=fakes.Embedder((2,))).execute(["sample", "embed"])
+    make("real", tests=[one]).execute(["embed"])
+    pack(tmp_path / "real", tmp_path / "packed")
+    ends = recorded(str(tmp_path / "packed"))
+    assert ends["embedder"].layers == [1, 2]
+    make("again", tests=[one], **ends).execute(["sample", "embed"])
+    with pytest.raises(ValueError, match="has no features of 12 of these 12 completions"):
+        make("both", tests=[one, two], **ends).execute(["sample", "embed"])
+    make("higher", tests=[one, two], **recorded(str(tmp_path / "packed"), layers=[2])).execute(["sample", "embed"])
+
+
 def test_the_command_packs_and_says_how_to_use_it(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
