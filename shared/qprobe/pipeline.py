@@ -125,6 +125,7 @@ class Pipeline:
                 f"The probes read layer {self.layer}, but the embedder makes {list(self.embedder.layers)}: add it there, or "
                 f"say {BEST} to try them all."
             )
+        self._by_authors()
 
     def execute(self, names: Sequence[str] = STAGES) -> None:
         """Run the named stages, in their order.
