@@ -87,9 +87,11 @@ def test_bad_files_are_sentences(tmp_path: Path) -> None:
         load("mbpp-train", write_rows(tmp_path / "b", [ROW]))
     with pytest.raises(ValueError, match="MBPP/011 has no tests"):
         load("mbpp-test", write_rows(tmp_path / "c", [ROW | {"test_list": []}]))
-    (tmp_path / "d").write_bytes(gzip.compress(b"x" * 1000)[:20])
-    with pytest.raises(ValueError, match="damaged gzip"):
-        load("mbpp-test", str(tmp_path / "d"))
+    packed = gzip.compress(b"x" * 1000)
+    for damaged in (packed[:20], packed[:10] + b"\xff" * 10 + packed[20:]):
+        (tmp_path / "d").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged gzip"):
+            load("mbpp-test", str(tmp_path / "d"))
     (tmp_path / "e").write_text("{not json\n")
     with pytest.raises(ValueError, match="line 1 is not JSON"):
         load("mbpp-test", str(tmp_path / "e"))

@@ -41,6 +41,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ("a.json", b"[{}, 3]", r"a\.json, row 2: this is no JSON object"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is no UTF-8 text \(invalid start byte at byte 0\)"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:-9], r"a\.jsonl\.gz is a damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 10, r"a\.jsonl\.gz is a damaged gzip file"),
         ("a.parquet", b"PAR1 no", r"a\.parquet cannot be read as Parquet"),
         ("a.csv", b"a,b", r"a\.csv is of no known kind: give \.jsonl"),
     ],
