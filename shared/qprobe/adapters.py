@@ -68,7 +68,7 @@ def merge(model: Any, folder: str, base: Mapping[str, Any]) -> Any:
         # The weights that peft makes up first are replaced; the random numbers are the process's.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # what peft says of a model that was not on the hub
-            adapted = library.get_peft_model(model, library.LoraConfig.from_pretrained(folder))
+            adapted = library.get_peft_model(model, library.LoraConfig.from_pretrained(str(path)))
             weights = tensors_from_bytes((path / WEIGHTS_FILE).read_bytes())
             result = library.set_peft_model_state_dict(adapted, weights)
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

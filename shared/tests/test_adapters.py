@@ -47,6 +47,14 @@ def test_merged_weights_compute_what_peft_computes_beside_them(tiny_model: Model
     assert not torch.allclose(found, base, atol=1e-1)
 
 
+def test_a_folder_below_home_is_found(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_adapter(tiny_model, tmp_path / "a")
+    spec = dataclasses.replace(tiny_model, adapter="~/a")
+    assert spec.identity() == with_adapter(tiny_model, tmp_path / "a").identity()
+    models.load.__wrapped__(spec)
+
+
 def test_an_adapter_is_part_of_the_identity_by_its_content(tiny_model: ModelSpec, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("same", 0), ("other", 1)):
         make_adapter(tiny_model, tmp_path / name, seed)
