@@ -12,7 +12,7 @@ import pytest
 
 from qprobe.report import figures, page
 from qprobe.report.explored import Explored, ScoredPrompt
-from qprobe.report.results import Curve, Results, Row
+from qprobe.report.results import Band, Curve, LayerCurve, Results, Row
 
 HOSTILE = "</script><img src=x onerror=\"document.title='it ran'\"><!-- <script>alert(1)</script>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -112,6 +112,15 @@ def test_tables_have_captions_and_scoped_headers() -> None:
     assert "<caption>What each method earns</caption>" in text
     assert '<tr><th scope="row">pass@1</th><td>0.500 [0.250, 0.750]</td>' in text
     assert "<li>A note on <i>L</i><sub>PG</sub>.</li>" in text
+
+
+def test_the_page_compares_the_layers_as_the_other_tables_do() -> None:
+    band = Band(value=[0.25, 0.5], low=[0.2, 0.4], high=[0.3, 0.6])
+    layers = LayerCurve(layers=[18, 23], series={"Q-probe L_PG": band}, taken={"Q-probe L_PG": [1, 4]})
+    probe = Row(method="Q-probe L_PG", value=0.5, seeds=1)
+    text = page.to_html("run", [split(prompt(1, [0, 1]), rows=[probe], reward_against_layer=layers)])
+    assert "<caption>What each layer earns</caption>" in text
+    assert '<td class="number">23</td><td>0.500 [0.400, 0.600]</td><td class="number">4 of 5</td>' in text
 
 
 def test_large_runs_show_the_ends_and_the_best_good_candidate_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def to_html(results: Results) -> str:
     _, setting, counts = _head(results)
     own = setting.removeprefix(f"{_one_line(results.pool)}, ")
     parts = [f"<p>{html.escape(_sentence(line))}</p>" for line in (own, counts)]
-    for block, caption in zip(_blocks(results), ("What each method earns", "How well the probes score"), strict=False):
+    captions = "What each method earns", "How well the probes score", "What each layer earns"
+    for block, caption in zip(_blocks(results), captions, strict=False):
         kinds = [' class="number"' if right else "" for right in block.right]
         cells = "".join(f'<th scope="col"{k}>{_escape_html(c)}</th>' for k, c in zip(kinds, block.header, strict=True))
         lines = [f"<thead><tr>{cells}</tr></thead>", "<tbody>"]
