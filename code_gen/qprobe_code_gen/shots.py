@@ -49,6 +49,11 @@ def shots_of(
             f"dataset.shots: the stage reward is missing {len(completions) - len(rewards)} of {len(completions)} rows of {pool} "
             f"in {run}: run it there first."
         )
+    drawn, of = len({row["task_id"] for row in completions}), put.inputs["prompts"]
+    if drawn < of:  # such as a shard's: a later call would show others
+        raise ValueError(
+            f"dataset.shots: the stage sample is missing {of - drawn} of {of} prompts of {pool} in {run}: run it there first."
+        )
     earned = {tuple(row[name] for name in KEY_COLUMNS): float(row["reward"]) for row in rewards}
     known = {prompt.task_id: prompt for prompt in prompts}
     if foreign := sorted({row["task_id"] for row in completions} - set(known)):

@@ -72,3 +72,9 @@ def test_a_run_that_cannot_be_used_is_a_sentence(run: Path, tmp_path: Path) -> N
         ValueError, match=r"the stage reward is missing 2 of 6 rows of mbpp-train\.sample in .*: run it"
     ):
         shots(run)
+    # As many rewards as completions, of one shard.
+    next((run / "completions").rglob("part-*")).unlink()
+    with pytest.raises(
+        ValueError, match=r"the stage sample is missing 1 of 3 prompts of mbpp-train\.sample in .*: run it"
+    ):
+        shots(run)
