@@ -241,7 +241,8 @@ class _Evaluation:
             seeds=self.settings.seeds,
             seed_spread=float(earned.mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None,
             beta=float(np.median(scores.beta)),
-            simulation_error=float(np.sqrt((errors**2).sum()) / errors.size),
+            # All seeds choose from the same random sets, so over seeds errors do not cancel: at most their mean.
+            simulation_error=float(np.sqrt((errors.mean(axis=0) ** 2).sum()) / errors.shape[1]),
             **self.auc(scores.q),
         )
         return dataclasses.replace(row, paper=paper)

@@ -232,6 +232,10 @@ def test_the_difference_to_greedy_is_paired_and_simulation_has_an_error_of_its_o
     assert few.simulation_error is not None
     assert many.simulation_error is not None
     assert 5 < few.simulation_error / many.simulation_error < 20  # 10, the root of 2000 / 20
+    # Seeds choose from the same sets: four alike are no more exact than one.
+    four = Scored(np.repeat(q.q, 4, axis=0), np.ones((4, 4)), [])
+    alike = row(evaluate(pool, {"reward_mse": four}, k=2, seeds=4, draws=20), "Q-probe L_Q")
+    assert (alike.value, alike.simulation_error) == pytest.approx((few.value, few.simulation_error))
 
 
 def test_scores_do_not_depend_on_the_pieces_that_features_are_read_in(monkeypatch: pytest.MonkeyPatch) -> None:
