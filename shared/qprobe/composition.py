@@ -189,7 +189,7 @@ def _prompt_rm(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackE
     own, spec = dict(values), model_spec(config)
     name = own.pop("model")
     if name is not None:
-        spec = dataclasses.replace(spec, name=name, revision=None)
+        spec = dataclasses.replace(spec, name=name, revision=None, adapter=None)  # the adapter is of the other model
     return PromptRM(spec, build(PromptRMSettings, own, "baselines.prompt_rm"))
 
 

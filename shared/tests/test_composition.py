@@ -7,7 +7,9 @@ import pytest
 
 import qprobe
 from qprobe import composition
+from qprobe.baselines.prompt_rm import PromptRM
 from qprobe.embedding.hf import HFEmbedder
+from qprobe.models import ModelSpec
 from qprobe.probe import QProbe
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
@@ -76,6 +78,15 @@ def test_every_group_of_the_core_composes() -> None:
         if path.stem in needed:
             overrides.append(f"{path.parent.name}.{needed[path.stem]}")
         assert composition.composed("run", overrides)["model"]["name"] == "x"
+
+
+def test_another_judge_has_not_the_models_adapter() -> None:
+    words = ["model.name=x", "model.adapter=a", "model.dtype=bfloat16", "baselines.names=[prompt_rm]"]
+    for name, adapter in (("y", None), ("null", "a")):
+        config = composition.composed("run", [*words, f"baselines.prompt_rm.model={name}"])
+        (judge,) = composition._baselines(config, composition.back_ends(config), None)
+        assert isinstance(judge, PromptRM)
+        assert judge.model == ModelSpec("x" if adapter else "y", dtype="bfloat16", adapter=adapter)
 
 
 def test_a_card_without_a_sampler_is_a_sentence() -> None:
