@@ -181,7 +181,9 @@ def _room(config: Mapping[str, Any], ends: BackEnds) -> int | None:
     """How many tokens a prompt may have: what the context leaves beside the longest completion."""
     if config["sampler"]["backend"] == "openai":
         return None
-    context = models.outline(model_spec(config)).context_length
+    spec, sampler = model_spec(config), ends.sampler
+    engine = sampler.engine if isinstance(sampler, VLLMSampler) else None
+    context = models.outline(spec).context_length if engine is None else engine.context_length(spec)
     return None if context is None else context - ends.sampler.settings.max_new_tokens
 
 

@@ -89,6 +89,16 @@ def test_another_judge_has_not_the_models_adapter() -> None:
         assert judge.model == ModelSpec("x" if adapter else "y", dtype="bfloat16", adapter=adapter)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "room"),
+    [([], 192 - 10), (["sampler=vllm"], 192 - 10), (["sampler=vllm", "sampler.engine.max_model_len=100"], 100 - 10)],
+)
+def test_shots_have_the_room_that_the_engine_reads(tiny_model: ModelSpec, overrides: list[str], room: int) -> None:
+    words = [f"model.name={tiny_model.name}", "sampler.max_new_tokens=10", *overrides]
+    config = composition.composed("run", words)
+    assert composition._room(config, composition.back_ends(config)) == room
+
+
 def test_a_card_without_a_sampler_is_a_sentence() -> None:
     with pytest.raises(
         ValueError, match="The probe's card does not say embedder, model, prompts, sampler: it was not made by"
