@@ -237,6 +237,7 @@ class Pipeline:
                 paper=self.paper.get(pool.split.name),
                 made_from=self._results_identity(pool),
             )
+            results = dataclasses.replace(results, notes=[*results.notes, *self._beside().notes(pool, self.k)])
             candidates.write(pool, reward, joined, scored[1.0], results, path)
             results.write(path)
 

@@ -1,5 +1,6 @@
 """Self-consistency: votes by hand."""
 
+import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -7,6 +8,8 @@ from typing import Any
 
 from qprobe.baselines.consistency import Answer, SelfConsistency
 from qprobe.stages import Pool, RewardBatch
+from qprobe.sweep import EvaluationSettings
+from qprobe.training import TrainingSettings
 
 
 class LastWord:
@@ -33,3 +36,18 @@ def test_a_candidate_scores_the_candidates_of_its_own_prompt_that_say_the_same(
     scored = list(SelfConsistency(LastWord()).scores(pool, tmp_path, iter(batches)))
     assert [batch for batch, _ in scored] == batches
     assert [[row.reward for row in rows] for _, rows in scored] == [[2, 2, 1, 0, 1, 0, 0, 1], [4, 4, 4, 4]]
+
+
+def test_votes_of_more_candidates_than_are_chosen_from_are_said(fakes: ModuleType, tmp_path: Path) -> None:
+    settings = EvaluationSettings(losses=("reward_mse",), seeds=1, folds=2, draws=5, bootstrap=100)
+    for k, said in ((2, 1), (4, 0)):  # of four
+        pipeline = fakes.pipeline(
+            tmp_path / "run",
+            outputs=tmp_path / f"k{k}",
+            baselines=[SelfConsistency(LastWord())],
+            training=TrainingSettings(steps=5),
+            settings=dataclasses.replace(settings, k=k),
+        )
+        pipeline.execute(["sample", "reward", "embed", "baselines", "train", "evaluate"])
+        notes = pipeline.results(pipeline.tests[0]).notes
+        assert sum("self-consistency chooses among k=2 candidates by what all" in note for note in notes) == said

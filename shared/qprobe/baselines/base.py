@@ -135,7 +135,13 @@ class Rival(Baseline):
 
 
 class Ranker(Baseline):
-    """A score a candidate; its row is the best of k, as a control's. Scores rank and never train."""
+    """A score a candidate; its row is the best of k, as a control's. Scores rank and never train.
+
+    Attributes:
+        of_all: whether a score is read off all candidates of the prompt, those too that are not among the k.
+    """
+
+    of_all: bool = False
 
     @abstractmethod
     def scores(

@@ -32,6 +32,7 @@ class SelfConsistency(Ranker):
     name = "self_consistency"
     method = "self-consistency"
     learns = False
+    of_all = True
 
     def __init__(self, agreement: Agreement) -> None:
         self.agreement = agreement

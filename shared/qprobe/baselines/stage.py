@@ -105,6 +105,16 @@ class Baselines:
         values = {member.method: self._values(member, pool) for member in members}
         return {method: None if found is None else found[None].astype(float) for method, found in values.items()}
 
+    def notes(self, pool: Pool, k: int) -> list[str]:
+        """What a reader must know of the rows of rankers that choose among k of a pool's candidates."""
+        most = max(map(pool.samples, pool.task_ids))
+        return [
+            f"{member.method} chooses among k={k} candidates by what all samples of their prompt say, up to {most}: with "
+            f"{k} alone it would know less."
+            for member in self.members
+            if isinstance(member, Ranker) and member.of_all and k < most
+        ]
+
     def identity(self, pool: Pool, reward: Reward) -> dict[str, str | None]:
         """What the rows of the baselines are made from; None where one was not run to its end."""
         found = {member.name: self._found(member, pool, reward) for member in self.members}
