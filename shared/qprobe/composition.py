@@ -316,10 +316,15 @@ def procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
         build(EvaluationSettings, evaluation, "authors.evaluation"),
         layer,
     )
-    if not changes["alone"]:
-        return ours, theirs
-    # It chooses no layer: null is the highest.
-    return dataclasses.replace(theirs, layer=layer or (None if ours.layer == BEST else ours.layer)), None
+    if changes["alone"]:
+        if layer is None and ours.layer != BEST:  # it chooses no layer: null is the highest
+            theirs = dataclasses.replace(theirs, layer=ours.layer)
+        return theirs, None
+    if theirs.settings.losses != ours.settings.losses:
+        raise ValueError(
+            "authors.evaluation.losses are not those of evaluation.losses: their rows stand loss beside loss."
+        )
+    return ours, theirs
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,12 @@ def test_the_papers_settings() -> None:
     assert (alone[0].layer, alone[1]) == ("best", None)
     chosen = composition.procedures(composition.composed("run", ["procedure=paper", "layer=best"]))
     assert (chosen[0].layer, chosen[1]) == (None, None)
+    lowest = composition.procedures(composition.composed("run", ["procedure=paper", "layer=2", "+authors.layer=0"]))
+    assert lowest[0].layer == 0
+    with pytest.raises(ValueError, match=r"authors\.evaluation\.losses are not those of"):
+        composition.procedures(
+            composition.composed("run", ["procedure=both", "+authors.evaluation.losses=[reward_mse]"])
+        )
 
 
 def test_published_values_stand_beside_the_procedure_that_they_are_of(make: Make, tmp_path: Path) -> None:
