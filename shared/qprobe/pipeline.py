@@ -362,7 +362,8 @@ class Pipeline:
         """The same run by the paper's procedure, with a fixed layer; it keeps its probes in a folder of its own."""
         if self.authors is None:
             return None
-        changes = {**vars(self.authors), "layer": self.authors.layer or self.probe_layer, "authors": None}
+        layer = self.probe_layer if self.authors.layer is None else self.authors.layer
+        changes = {**vars(self.authors), "layer": layer, "authors": None}
         theirs = dataclasses.replace(self, **changes, outputs=self.outputs_at / "authors", baselines=())
         if theirs.probe_layer == self.probe_layer:
             theirs._joined = self._joined  # the same rows with the same features, read once

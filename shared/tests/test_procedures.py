@@ -147,9 +147,10 @@ def test_both_stand_in_one_table_and_neither_changes_the_other(make: Make, tmp_p
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_layer_of_theirs_that_is_not_embedded_is_said_before_any_work(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"The probes read layer 7, but the embedder makes \[1, 2\]"):
-        make(authors=Procedure(THEIRS, PARTITION, layer=7))
+@pytest.mark.parametrize("layer", [0, 7])
+def test_a_layer_of_theirs_that_is_not_embedded_is_said_before_any_work(make: Make, layer: int) -> None:
+    with pytest.raises(ValueError, match=rf"The probes read layer {layer}, but the embedder makes \[1, 2\]"):
+        make(authors=Procedure(THEIRS, PARTITION, layer=layer))
 
 
 def test_results_of_one_procedure_are_not_those_of_both(make: Make) -> None:
