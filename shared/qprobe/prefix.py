@@ -27,13 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models import LanguageModel
+from qprobe.models import LanguageModel, ModelSpec
 from qprobe.shared_attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
 # few: intermediate results stay in its cache, and 512 tokens took 0.75 of the time of 2048 and more (135M, bfloat16).
 TOKENS_PER_PASS = {"cpu": 512}
 TOKENS_PER_PASS_OF_A_GPU = 8192
+
+
+# How attention is computed, in the words of whoever compares two versions: tables of another one are refused. Version 1 rounded
+# the scores of shared prompts to the model's type, so completions in bfloat16 were not the model's.
+LAW = "2: attention scores in float32"
+
+
+def law_of(spec: ModelSpec) -> dict[str, str]:
+    """What the identity of a table says of the attention that made it: nothing in float32, where all versions are one."""
+    return {} if spec.resolved_dtype() == torch.float32 else {"law": LAW}
 
 
 @dataclass

@@ -61,7 +61,9 @@ class Completion:
         token_ids: its tokens, without end-of-sequence and stop tokens; a token that straddles the cut is kept. None where
             the back end gives no tokens.
         finish_reason: "stop" (end of sequence or a stop text), "length", or an API's own word, such as "content_filter".
-        logprob: untempered log-probability of `token_ids` given the prompt, summed, in nats; NaN where unknown.
+        logprob: untempered log-probability given the prompt, in nats, summed over the tokens that were drawn: `token_ids` and
+            those that ended the completion (end of sequence, stop text). NaN where unknown. An API that does not tell the
+            probability of the end is summed over what it tells.
         seed: of this sample.
     """
 

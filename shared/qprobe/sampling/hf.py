@@ -10,6 +10,7 @@ Where it stops: one process, one model; beam search and repetition penalties are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models import ModelSpec
 from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
-from qprobe.prefix import PrefixRun, check_prompts
+from qprobe.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.stopping import StopTexts
@@ -36,6 +37,9 @@ class HFSampler(LocalSampler):
     """
 
     back_end = "hf"
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | law_of(self.model)
 
     def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
         super().__init__(model, settings)
@@ -144,11 +148,11 @@ class _Batch:
         """Add a token to every living row; returns the places (in `alive`) of the rows that go on."""
         going_on = []
         for place, (row, token, logprob) in enumerate(zip(alive, tokens, logprobs, strict=True)):
+            self.logprobs[row].append(logprob)
             if token in self.eos:
                 self._finish(row, "stop")
                 continue
             self.tokens[row].append(token)
-            self.logprobs[row].append(logprob)
             if self.stops.reached(self.prompts[self.owner[row]], self.tokens[row]):
                 self._finish(row, "stop")
             elif len(self.tokens[row]) == self.settings.max_new_tokens:
@@ -159,7 +163,7 @@ class _Batch:
 
     def _finish(self, row: int, reason: str) -> None:
         text, kept = self.stops.cut(self.prompts[self.owner[row]], self.tokens[row])
-        logprob = float(sum(self.logprobs[row][:kept]))
+        logprob = float(sum(self.logprobs[row]))
         self.finished[row] = Completion(text, self.tokens[row][:kept], reason, logprob, self.seeds[row])
 
 

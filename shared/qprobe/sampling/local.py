@@ -27,7 +27,8 @@ class LocalSampler:
         self.settings = settings
 
     def identity(self) -> dict[str, Any]:
-        return {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        return identity | {"logprob": "2: the end included"}  # version 1 gave an empty completion the probability 1
 
     def prompt_identity(self) -> dict[str, Any]:
         identity = self.model.identity()

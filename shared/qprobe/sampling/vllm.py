@@ -118,11 +118,11 @@ class _Row:
     def take(self, output: Any) -> bool:
         """Add what vLLM drew, token by token; returns whether the completion goes on."""
         for token, of_token in zip(output.token_ids, output.logprobs, strict=True):
+            self.logprobs.append(of_token[token].logprob)
             if token in self.eos:
                 self.reason = "stop"
                 return False
             self.tokens.append(token)
-            self.logprobs.append(of_token[token].logprob)
             if self.stops.reached(self.prompt, self.tokens):
                 self.reason = "stop"
                 return False
@@ -137,4 +137,4 @@ class _Row:
                 f"vLLM ended the completion of seed {self.seed} after {len(self.tokens)} tokens, unasked."
             )
         text, kept = self.stops.cut(self.prompt, self.tokens)
-        return Completion(text, self.tokens[:kept], self.reason, float(sum(self.logprobs[:kept])), self.seed)
+        return Completion(text, self.tokens[:kept], self.reason, float(sum(self.logprobs)), self.seed)
