@@ -34,6 +34,12 @@ class Likelihood(OwnTokens):
     def identity(self) -> dict[str, Any]:
         return {"likelihood": "hf", "model": self.model.identity(), **law_of(self.model)}
 
+    @property
+    def end(self) -> list[int]:
+        """The token that ends a text or a turn of the model; none where its tokenizer names none."""
+        end = models.load_tokenizer(self.model).tokenizer.eos_token_id
+        return [] if end is None else [int(end)]
+
     def log_likelihood(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[float]]:

@@ -48,6 +48,8 @@ class ModelSpec:
         device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
         memory_gib: GiB beside the weights that sampling and embedding plan with, above 0; None is a share of what is free
             (see `qprobe.passes`).
+        attention: "auto", or "copied": every completion has a copy of its prompt's keys and values, and the model's own attention
+            reads them; slower, for a model whose shared attention a run's check refuses (see `qprobe.sampling.law`).
         adapter: a folder with a LoRA adapter (safetensors), merged into the weights when they are loaded; None: none.
     """
 
@@ -57,9 +59,12 @@ class ModelSpec:
     device: str = "auto"
     device_map: str | None = None
     memory_gib: float | None = None
+    attention: str = "auto"
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        if self.attention not in ("auto", "copied"):
+            raise ValueError(f"model attention is {self.attention!r}: choose auto or copied.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
         if self.memory_gib is not None and not self.memory_gib > 0:
@@ -119,6 +124,8 @@ class ModelSpec:
             "content": content,
             "dtype": str(self.resolved_dtype()).removeprefix("torch."),
         }
+        if self.attention != "auto":
+            identity["attention"] = self.attention
         return identity if self.adapter is None else {**identity, "adapter": adapters.digest(self.adapter)}
 
 

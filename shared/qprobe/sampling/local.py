@@ -10,6 +10,7 @@ from qprobe import models
 from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import SamplingSettings
+from qprobe.sampling.law import Drawn
 
 
 class LocalSampler:
@@ -25,6 +26,11 @@ class LocalSampler:
     def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
         self.model = model
         self.settings = settings
+        self._drawn: list[list[Drawn]] = []
+
+    def drawn(self, tokenizer: models.Tokenizer | None = None) -> list[list[Drawn]]:
+        """The completions of the first batch, by prompt, as they were drawn."""
+        return self._drawn
 
     def identity(self) -> dict[str, Any]:
         identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
@@ -32,7 +38,8 @@ class LocalSampler:
 
     def prompt_identity(self) -> dict[str, Any]:
         identity = self.model.identity()
-        del identity["dtype"]  # rounds the states, leaves the tokens
+        del identity["dtype"]  # rounds the states, leaves the tokens; so does the way of attention
+        identity.pop("attention", None)
         return identity
 
     def tokenizer_fingerprint(self) -> str:

@@ -253,7 +253,7 @@ class OpenAISampler:
         cut = stop_position(text, self.settings.stop)
         if cut < len(text):
             text, reason = text[:cut], "stop"
-        return Completion(text, None, reason, _logprob(choice.get("logprobs"), text), seed)
+        return Completion(text, None, reason, _logprob(choice.get("logprobs"), text, self.settings.stop), seed)
 
 
 def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
@@ -314,8 +314,15 @@ def _plain(content: Any) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _logprob(given: Any, text: str) -> float:
-    """The log-probability of a text, summed over the tokens that it is made of; NaN where that cannot be told."""
+def _logprob(given: Any, text: str, stop: Sequence[str]) -> float:
+    """The log-probability of a text, summed over its tokens and those that ended it; NaN where that is unknown.
+
+    Args:
+        given: what the server says of its tokens. Many do not tell the token that ended the completion: then it is left out,
+            and an empty text is unknown.
+        text: as kept, cut before a stop text.
+        stop: the stop texts; what a server drew behind one does not count.
+    """
     if not isinstance(given, dict) or "\ufffd" in text:  # that sign stands for any number of tokens
         return math.nan
     tokens: list[tuple[bytes, Any]] = []
@@ -325,12 +332,17 @@ def _logprob(given: Any, text: str) -> float:
             tokens.append((bytes(spelled) if spelled else str(part.get("token")).encode(), part.get("logprob")))
     elif isinstance(given.get("tokens"), list) and isinstance(given.get("token_logprobs"), list):
         tokens = [(str(t).encode(), v) for t, v in zip(given["tokens"], given["token_logprobs"], strict=False)]
-    wanted, spelled_out, total = text.encode(), b"", 0.0
+    wanted, every = text.encode(), b"".join(token for token, _ in tokens)
+    if not tokens or not every.startswith(wanted):
+        return math.nan
+    behind = every[len(wanted) :]
+    ends = [len(word.encode()) for word in stop if behind.startswith(word.encode())]
+    length, read, total = len(wanted) + min(ends, default=len(behind)), 0, 0.0
     for token, value in tokens:
-        if len(spelled_out) >= len(wanted):
+        if ends and read >= length:
             break
         if not isinstance(value, int | float):
             return math.nan
-        spelled_out += token
+        read += len(token)
         total += value
-    return total if tokens and spelled_out.startswith(wanted) else math.nan
+    return total
