@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -34,6 +35,9 @@ EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DECODING_CONTEXT = 4
 # A folder is recognised by this many blocks of each file, spread evenly: files up to 16 MiB are read in full.
 SAMPLES, SAMPLE_BYTES = 256, 65536
+# Rows of an output head that are compared with the embeddings. Two quantisations of one matrix are .01 to .3 of its norm apart,
+# different matrices 1.4.
+HEAD_ROWS, HEAD_DISTANCE = 256, 0.5
 
 
 @dataclass(frozen=True)
@@ -424,6 +428,28 @@ def skeleton(spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(folder, **arguments)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+
+
+@functools.lru_cache(maxsize=4)
+def repeated_head(spec: ModelSpec) -> int:
+    """Numbers in a GGUF file's output head where that is its token embeddings once more, quantised otherwise; else 0.
+
+    Such a model was trained with one matrix for both: it has the parameters once, though they are unpacked twice.
+    """
+    folder, gguf_name = spec.source()
+    if gguf_name is None or skeleton(spec).config.get_text_config(decoder=True).tie_word_embeddings:
+        return 0
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    found = {tensor.name: tensor for tensor in GGUFReader(Path(folder) / gguf_name).tensors}
+    embeddings, head = found.get("token_embd.weight"), found.get("output.weight")
+    if embeddings is None or head is None or list(embeddings.shape) != list(head.shape):
+        return 0
+    rows = np.linspace(0, len(head.data) - 1, min(len(head.data), HEAD_ROWS)).astype(int)
+    one, other = (dequantize(tensor.data[rows], tensor.tensor_type) for tensor in (embeddings, head))
+    same = bool(np.linalg.norm(one - other) < HEAD_DISTANCE * np.linalg.norm(other))
+    return int(np.prod(head.shape)) if same else 0
 
 
 def safetensors(spec: ModelSpec) -> tuple[str, str | None]:

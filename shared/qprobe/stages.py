@@ -25,6 +25,7 @@ from tqdm import tqdm
 from qprobe import store
 from qprobe.api import Metered
 from qprobe.embedding import Embedder, ReadsTokens, tokens_to_read
+from qprobe.files import fingerprint
 from qprobe.likelihood import Likelihood
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
@@ -81,7 +82,7 @@ class Split:
         """What decides the completions that are there already: worked out once, however many pools and batches ask."""
         recorded = self.recorded or {}
         texts = [[key, *recorded[key]] for key in sorted(prompt.task_id for prompt in self.prompts)]
-        return {"completions": store.fingerprint(texts), "rows": sum(len(text) - 1 for text in texts)}
+        return {"completions": fingerprint(texts), "rows": sum(len(text) - 1 for text in texts)}
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,8 @@ def sample(pool: Pool, progress: bool = True) -> None:
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
-    verifies = isinstance(pool.sampler, Verifies) and pool.split.recorded is None
+    sampler: Any = pool.sampler
+    verifies = isinstance(sampler, Verifies) and pool.split.recorded is None
     verified = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
@@ -301,7 +303,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
         for keys in batches:
             completions = pool.draw(keys, [prompt_ids[key] for key in keys])
             if verifies and not verified:  # before anything of it is kept
-                table.note("law", noted(pool.sampler.verify()))
+                table.note("law", noted(sampler.verify()))
                 verified = True
             flat = [completion for of_prompt in completions for completion in of_prompt]
             columns = {
