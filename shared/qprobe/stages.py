@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,17 @@ import pyarrow as pa
 from torch import Tensor
 from tqdm import tqdm
 
-from qprobe import store
+from qprobe import models, store
 from qprobe.api import Metered
 from qprobe.embedding import Embedder, ReadsTokens, tokens_to_read
+from qprobe.embedding.hf import HFEmbedder
 from qprobe.files import fingerprint
 from qprobe.likelihood import Likelihood
+from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
 from qprobe.sampling import Completion, Sampler, sample_seeds
-from qprobe.sampling.law import Verifies, noted
+from qprobe.sampling.law import TellsDrawn, Verifies, compare, noted
 from qprobe.store import Table
 
 Keys = tuple[str, ...]
@@ -394,6 +397,23 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
     metered = _metered(embedder, tables[min(tables)], stage)
     run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
+
+
+def compare_law(pool: Pool, embedder: Embedder) -> None:
+    """How far a sampler that computes elsewhere (vLLM, an API) is from its model, where the embedder has that model here.
+
+    For information: said on stderr and noted with the completions of a first batch that this process drew.
+    """
+    sampler, spec = pool.sampler, getattr(embedder, "model", None)
+    if isinstance(sampler, Verifies) or not isinstance(sampler, TellsDrawn) or not isinstance(embedder, HFEmbedder):
+        return
+    if not isinstance(spec, ModelSpec) or not sampler.draws_from(spec):
+        return
+    drawn = sampler.drawn(models.load_tokenizer(spec))
+    if any(drawn):
+        check = compare(models.load(spec), drawn)
+        tqdm.write(f"For information: {check.sentence()}", file=sys.stderr)
+        pool.completions.note("law", noted(check))
 
 
 def _embed_once(embedder: Embedder, prompts: list[list[int]], completions: list[list[list[int]]]) -> dict[int, Tensor]:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from qprobe import inspection, models, stages
+from qprobe.embedding.hf import HFEmbedder
 from qprobe.models import LanguageModel, ModelSpec
 from qprobe.prefix import LAW, plain_attention
 from qprobe.prompts import Prompt
 from qprobe.sampling import SamplingSettings, hf, law
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.law import Drawn, LawCheck, compare
+from qprobe.sampling.openai import OpenAISampler
 from qprobe.shared_attention import PLAIN_ATTENTION, SharedPrompts
 from qprobe.stages import Pool, Split
 from qprobe.store import StoreError
@@ -308,3 +310,40 @@ def test_completions_of_an_older_law_are_refused(
     with pytest.raises(StoreError, match=r"sampler.law was 'not there', now '2: attention scores in float32'") as error:
         stages.sample(a_pool(biased_model, tmp_path / "run"), progress=False)
     assert "choose another run folder" in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- samplers that compute elsewhere
+
+
+def test_an_api_is_compared_for_information_where_its_model_is_here(
+    make_server: Callable[[ModelSpec], Any],
+    tiny_model: ModelSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = make_server(tiny_model)
+    (tmp_path / "tiny").symlink_to(tiny_model.name)
+    monkeypatch.chdir(tmp_path)
+    here = dataclasses.replace(tiny_model, name="tiny")  # as the server calls it
+    # Most texts of a model of random weights are no UTF-8, whose log-probability nobody knows.
+    settings = SamplingSettings(n=30, temperature=1.0, top_p=1.0, max_new_tokens=3, stop=("e",))
+    for spec, said in ((here, True), (tiny_model, False)):
+        sampler = OpenAISampler(None, settings, {"model": "tiny", "base_url": server.url})
+        prompts = [Prompt(f"p/{i}", text=f"def add_{i}(") for i in range(6)]
+        pool = Pool(tmp_path / str(said), Split("few", prompts, {}), "sample", sampler, seed=0)
+        embedder = HFEmbedder(spec, (2,))
+        stages.sample(pool, progress=False)
+        stages.embed(pool, embedder, progress=False)
+        stages.compare_law(pool, embedder)
+        assert ("For information: Law of" in capsys.readouterr().err) == said
+        noted = pool.completions.noted("law")
+        assert (noted is not None) == said
+        if noted:
+            assert noted["completions"] >= 8
+            # Text is cut into tokens anew, so a few of them are others; a server of another model is nats away.
+            assert noted["distance"] < 0.5
+    other = OpenAISampler(None, settings, {"model": "tiny", "base_url": server.url})
+    pool = Pool(tmp_path / "later", Split("few", prompts, {}), "sample", other, seed=0)
+    stages.compare_law(pool, HFEmbedder(here, (2,)))  # nothing was drawn in this process
+    assert pool.completions.noted("law") is None

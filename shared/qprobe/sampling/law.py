@@ -46,6 +46,9 @@ class Drawn:
 class TellsDrawn(Protocol):
     """A sampler that remembers the completions of its first batch."""
 
+    def draws_from(self, spec: ModelSpec) -> bool:
+        """Whether `spec` is the model that they are from."""
+
     def drawn(self, tokenizer: Tokenizer) -> list[list[Drawn]]:
         """By prompt. `tokenizer` is for those that are known as text only."""
 

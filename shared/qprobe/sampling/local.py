@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from qprobe import models
 from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import SamplingSettings
+from qprobe.sampling.base import LOGPROB, SamplingSettings
 from qprobe.sampling.law import Drawn
 
 
@@ -28,13 +28,17 @@ class LocalSampler:
         self.settings = settings
         self._drawn: list[list[Drawn]] = []
 
+    def draws_from(self, spec: ModelSpec) -> bool:
+        """Whether this is the sampler's model, on whatever device."""
+        return spec.identity() == self.model.identity()
+
     def drawn(self, tokenizer: models.Tokenizer | None = None) -> list[list[Drawn]]:
         """The completions of the first batch, by prompt, as they were drawn."""
         return self._drawn
 
     def identity(self) -> dict[str, Any]:
         identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
-        return identity | {"logprob": "2: the end included"}  # version 1 gave an empty completion the probability 1
+        return identity | {"logprob": LOGPROB}
 
     def prompt_identity(self) -> dict[str, Any]:
         identity = self.model.identity()
