@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qprobe.files import write_whole
-from qprobe.pipeline import Pipeline
+from qprobe.pipeline import BEST, Pipeline
 from qprobe.report.results import Results, Row
 from qprobe.settings import check_keys
 
@@ -31,10 +31,18 @@ class Variant:
         training = pipeline.training
         if self.hidden is not None:
             training = dataclasses.replace(training, hidden=self.hidden)
-        layer = pipeline.probe_layer if self.layer is None else self.layer
+        one = dataclasses.replace(pipeline, training=training, layer=self.layer or pipeline.layer)
+        if one.layer != BEST:
+            one.layer = one.probe_layer
+        layer = one.layer if isinstance(one.layer, str) else f"{one.layer:02d}"
         shape = "-".join(map(str, training.hidden)) or "linear"
-        outputs = pipeline.run / "compared" / f"layer={layer:02d}.{shape}"
-        return dataclasses.replace(pipeline, layer=layer, training=training, outputs=outputs)
+        one.outputs = pipeline.run / "compared" / f"layer={layer}.{shape}"
+        return one
+
+
+def layer_words(pipeline: Pipeline) -> str:
+    """Which layer a variant's probes read, in words."""
+    return "best layer" if pipeline.layer == BEST else f"layer {pipeline.layer}"
 
 
 def variants(compare: Mapping[str, Any]) -> list[Variant]:

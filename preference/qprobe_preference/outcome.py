@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qprobe import composition, joined, scoring, stages
+from qprobe import composition, joined, layers, stages
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
 from qprobe.metrics import Interval
@@ -18,7 +19,7 @@ from qprobe.pipeline import Pipeline
 from qprobe.report import Band
 from qprobe.scoring import Scored
 from qprobe.stages import Pool, Split
-from qprobe_preference import report, winrates
+from qprobe_preference import comparison, report, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges import AgainstReference
 from qprobe_preference.policy import Experiment, more_judges, paper_values
@@ -91,13 +92,15 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     """Write tables/win_rates.* and the figures; returns what a run prints at its end."""
     pipeline = experiment.pipeline
     probes = [variant.of(pipeline) for variant in variants] or [pipeline]
-    layers = {one.probe_layer for one in probes}
+    several = len({one.layer for one in probes}) > 1
     scored: dict[str, dict[float, Scored]] = {}
     loss = pipeline.shown_loss
     for one in probes:
-        rows = joined.join(one.test_pools[0], experiment.reward, one.embedder, one.probe_layer)
-        by_share = scoring.score(one.sweep(one.training_pools[0]), rows, one.settings, one.seed)
-        name = _shape(one) + (f", layer {one.probe_layer}" if len(layers) > 1 else "")
+        at = functools.partial(_with_layer, experiment, one)
+        by_share, _ = layers.score_over(
+            one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed
+        )
+        name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
         scored[name] = {share: by_loss[loss] for share, by_loss in sorted(by_share.items())}
     pool = joined.join(pipeline.test_pools[0], experiment.reward)
     judged = judgements(experiment, pool)
@@ -119,6 +122,11 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     parts.append(_example(pool, next(iter(scored.values()))[1.0]))
     places = [f"tables:   {folder / 'tables'}", *(f"figure:   {path}" for path in figures if path.suffix == ".png")]
     return "\n\n".join([*parts, "\n".join([*places, f"run:      {folder}"])])
+
+
+def _with_layer(experiment: Experiment, pipeline: Pipeline, layer: int) -> Joined:
+    """The tested candidates with the features of a layer."""
+    return joined.join(pipeline.test_pools[0], experiment.reward, pipeline.embedder, layer)
 
 
 def judgements(experiment: Experiment, pool: Joined) -> Judgements:
