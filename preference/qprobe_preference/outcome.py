@@ -133,12 +133,17 @@ def judgements(experiment: Experiment, pool: Joined) -> Judgements:
     """A pool's rewards as verdicts against the references; lengths in characters."""
     openings, references = experiment.reward.openings, experiment.reward.references
     keys = [pool.task_ids[group] for group in pool.groups]
+    # As a judge is shown them.
+    shown = [(openings[key] + text).strip() for key, text in zip(keys, pool.completions, strict=True)]
+    against = [(openings[key] + references[key]).strip() for key in keys]
     return Judgements.of(
         pool.rewards,
         pool.groups,
         pool.verdicts,
-        [len((openings[key] + text).strip()) for key, text in zip(keys, pool.completions, strict=True)],
-        [len((openings[key] + references[key]).strip()) for key in keys],
+        list(map(len, shown)),
+        list(map(len, against)),
+        [ours == theirs for ours, theirs in zip(shown, against, strict=True)],
+        pool.cluster_of_prompt[pool.groups],
     )
 
 
@@ -217,18 +222,26 @@ def _agreements(experiment: Experiment, judged: Judgements) -> list[str]:
     pipeline, notes, first = experiment.pipeline, [], experiment.reward.judge.name
     if (pool := label_pool(experiment)) is not None:
         rows = joined.join(pool, pipeline.reward_of(pool.split))
-        found = _rate(pipeline, own := Judgements.of(rows.rewards, rows.groups, rows.verdicts), own.base_law())
+        clusters = rows.cluster_of_prompt[rows.groups]
+        own = Judgements.of(rows.rewards, rows.groups, rows.verdicts, clusters=clusters)
+        found = _rate(pipeline, own, own.base_law())
         notes.append(
             f"{first} prefers the chosen answer of {100 * found.rate.value:.1f} % [{100 * found.rate.low:.1f}, "
             f"{100 * found.rate.high:.1f}] of {len(rows.verdicts)} labelled test pairs, ties half; a coin gives 50."
         )
     if experiment.truth is not None:
-        notes.append(report.agreement_note(first, "the true verdicts", winrates.agreement(judged, _truly(experiment))))
+        notes.append(_agreement(first, judged, "the true verdicts", _truly(experiment)))
     for judge in more_judges(experiment).values():
         second = AgainstReference(judge, experiment.split.prompts, experiment.reward.references)
         other = judgements(experiment, joined.join(pipeline.test_pools[0], second))
-        notes.append(report.agreement_note(first, judge.name, winrates.agreement(judged, other)))
+        notes.append(_agreement(first, judged, judge.name, other))
     return notes
+
+
+def _agreement(first: str, judged: Judgements, second: str, other: Judgements) -> str:
+    if not (judged.compared & other.compared).any():
+        return f"{first} and {second}: on no two answers have both given a verdict, so nothing is known of their agreement."
+    return report.agreement_note(first, second, winrates.agreement(judged, other))
 
 
 def _by_share(judged: Judgements, scored: dict[float, Scored], k: int) -> Band:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
 from qprobe import joined
 from qprobe.pipeline import Pipeline
@@ -23,13 +25,13 @@ from qprobe_preference import comparison, outcome
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges.base import AgainstReference, Comparison, Judgement
 from qprobe_preference.pairs.base import Found, collect
-from qprobe_preference.policy import Experiment, PolicySettings
+from qprobe_preference.policy import Experiment, PolicySettings, Truth
 from qprobe_preference.splits import PairLabel, pairs_split
 
 STAGES = ["sample", "reward", "embed"]
 TRAINING = TrainingSettings(steps=60, learning_rate=0.05, minimum_mixed=2, held_out=0.3, check_every=5)
 SETTINGS = EvaluationSettings(
-    losses=("bradley_terry",), seeds=2, controls=(), curve_shares=(), k=4, beta=0.0, draws=50, bootstrap=200
+    losses=("bradley_terry",), seeds=2, controls=(), curve_shares=(), k=4, beta=0.0, draws=50, bootstrap=2000
 )
 REFERENCE = 60  # a candidate "answer 61" beats it, "answer 60" ties
 
@@ -59,6 +61,13 @@ class Larger:
         return found
 
 
+class Silent(Larger):
+    """It gives no verdict but where nothing needs to be said."""
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
+        return [Judgement(0.5, "tie" if one.first == one.second else "unparsed") for one in comparisons]
+
+
 @pytest.fixture
 def make(fakes: ModuleType, tmp_path: Path) -> Make:
     """Experiments whose layer 1 says how good an answer is; layer 2, the highest, is noise."""
@@ -69,14 +78,24 @@ def make(fakes: ModuleType, tmp_path: Path) -> Make:
             states[2][:, 0] = states[2][:, 2]
             return states
 
-    def made(clusters: dict[str, str] | None = None, **changes: Any) -> Experiment:
+    def made(
+        clusters: dict[str, str] | None = None, judge: Any = None, first: bool = False, **changes: Any
+    ) -> Experiment:
+        """`first`: candidates are judged against their prompt's first one, and have true labels beside the judge."""
         rng = np.random.default_rng(3)
         lots = [rng.permutation(100)[:2] for _ in range(40)]
         found = [Found(f"task {i:03d}: ", f"answer {max(lot):02d}", f"answer {min(lot):02d}") for i, lot in enumerate(lots)]
         pairs = collect("pairs", found, {})
         asked = [Prompt(f"t-{n:03d}", text=f"task {n:03d}: ") for n in range(100, 130)]
-        reward = AgainstReference(Larger(), asked, {p.task_id: f"answer {REFERENCE}" for p in asked})
-        tested = Split("asked", asked, {"asked": 30}, reward=reward, clusters=clusters)
+        against, recorded = {p.task_id: f"answer {REFERENCE}" for p in asked}, None
+        truth = None
+        if first:
+            recorded = {p.task_id: [f"answer {n:02d}" for n in rng.integers(40, 60, 4)] for p in asked}
+            against = {key: own[0] for key, own in recorded.items()}
+            labels = {key: rng.integers(0, 2, 4).astype(float).tolist() for key in against}
+            truth = Truth(labels, {key: own[0] for key, own in labels.items()}, greedy=False)
+        reward = AgainstReference(judge or Larger(), asked, against)
+        tested = Split("asked", asked, {"asked": 30}, recorded=recorded, reward=reward, clusters=clusters)
         values: dict[str, Any] = {
             "tests": [tested],
             "training_split": pairs_split(pairs, "text"),
@@ -91,7 +110,7 @@ def make(fakes: ModuleType, tmp_path: Path) -> Make:
         pipeline: Pipeline = fakes.pipeline(tmp_path / "run", **values | changes)
         config = {"seed": 0, "judge": {"backend": "larger"}, "model": {"name": "numbers"}}
         settings = PolicySettings(prompts=None)
-        return Experiment(config, settings, pipeline, pairs, "text", reward, "the reference")
+        return Experiment(config, settings, pipeline, pairs, "text", reward, "the reference", truth)
 
     return made
 
@@ -138,3 +157,53 @@ def test_a_comparison_of_probes_that_choose_their_layer_says_so(make: Make) -> N
     plain = dataclasses.replace(experiment.pipeline, layer=None)
     assert Variant(None, ()).of(plain).layer == 2
     assert Variant(1, (8,)).of(experiment.pipeline).probe_layers == [1]
+
+
+def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(make: Make) -> None:
+    experiment = make(first=True)
+    experiment.pipeline.execute(STAGES)
+    printed = outcome.write(experiment, [])
+    truth, judged, true = experiment.truth, [], []
+    assert truth is not None
+    for key, own in zip(sorted(truth.labels), answers(experiment), strict=True):
+        for answer, label in zip(own, truth.labels[key], strict=True):
+            if answer != own[0]:
+                judged.append(int(np.sign(answer - own[0])))
+                true.append(int(np.sign(label - truth.labels[key][0])))
+    itself = 30 * 4 - len(judged)
+    assert itself > 30  # the first of each prompt, and copies of it
+    agreed = np.mean(np.equal(judged, true))
+    kappa = cohen_kappa_score(judged, true)
+    words = " ".join(printed.split())
+    assert f"larger and the true verdicts agree on {agreed:.1%} of {len(judged)} comparisons" in words
+    assert f"Cohen's kappa {kappa:.2f} [" in words
+    assert f"{itself} left out, of an answer with itself" in words
+
+
+def test_a_judge_without_a_verdict_agrees_with_nobody(make: Make) -> None:
+    experiment = make(first=True, judge=Silent())
+    experiment.pipeline.execute(STAGES)
+    words = " ".join(outcome.write(experiment, []).split())
+    assert "agree on" not in words
+    assert "nothing is known of their agreement" in words
+
+
+def test_win_rates_resample_the_clusters_of_the_tested_prompts(make: Make) -> None:
+    """Ten conversations of three prompts each: half the width of an interval is t times the error of ten means."""
+    of_prompt = {f"t-{n:03d}": f"tree {n % 10}" for n in range(100, 130)}
+    experiment = make(clusters=of_prompt)
+    experiment.pipeline.execute(STAGES)
+    outcome.write(experiment, [])
+    base = np.array([np.mean([won(answer) for answer in own]) for own in answers(experiment)])
+    means = base.reshape(3, 10).mean(axis=0)
+    found = rows(experiment)["base"]
+    low, high = float(found["low"]), float(found["high"])
+    expected = stats.t.ppf(0.975, 9) * means.std(ddof=1) / np.sqrt(10)
+    alone = stats.t.ppf(0.975, 29) * base.std(ddof=1) / np.sqrt(30)
+    assert abs(expected / alone - 1) > 0.25  # the two can be told apart
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
+    best = np.array([won(max(own)) for own in answers(experiment)])
+    gains = (best - base).reshape(3, 10).mean(axis=0)
+    probe = rows(experiment)["Q-probe L_QP linear"]
+    half = stats.t.ppf(0.975, 9) * gains.std(ddof=1) / np.sqrt(10)
+    assert (float(probe["difference_high"]) - float(probe["difference_low"])) / 2 == pytest.approx(half, rel=0.1)
