@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qprobe import comparisons
 from qprobe.files import write_whole
+from qprobe.metrics import Interval
 from qprobe.pipeline import BEST, Pipeline
 from qprobe.report.results import Results, Row
 from qprobe.settings import check_keys
@@ -109,13 +111,20 @@ def _cells(layer: object, shape: str, row: Row) -> str:
 
 
 def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
-    """Which probes do not beat the best control, paired over prompts."""
-    lines = [
-        f"- Layer {layer}, {shape}: {note}"
-        for (layer, shape), found in results.items()
-        for note in found.notes
-        if "does not beat the best control" in note
-    ]
+    """Which probes do not beat the best control, paired over prompts, and whether any control was run."""
+    if not any(found.best_control for found in results.values()):
+        return ["No control was run (evaluation.controls): nothing says whether a probe is worth its training."]
+    lines = []
+    for (layer, shape), found in results.items():
+        for row in (row for row in found.rows if row.method.startswith(PROBE)):
+            where = f"- Layer {layer}, {shape}: {row.method}"
+            if row.over_control is None or row.over_control_low is None or row.over_control_high is None:
+                lines.append(f"{where} cannot be compared with the best control, {found.best_control}: there are too few pairs.")
+                continue
+            gain = Interval(row.over_control, row.over_control_low, row.over_control_high)
+            if not comparisons.beaten(gain):
+                words = comparisons.in_words(gain)
+                lines.append(f"{where} does not beat the best control, {found.best_control}: it earns {words} against it.")
     return lines or ["Every probe beats the best control: the paired interval of the difference lies above 0."]
 
 

@@ -93,33 +93,34 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     pipeline = experiment.pipeline
     probes = [variant.of(pipeline) for variant in variants] or [pipeline]
     several = len({one.layer for one in probes}) > 1
-    scored: dict[str, dict[float, Scored]] = {}
+    scored: dict[str, Scored] = {}
+    by_share: dict[str, dict[float, Scored]] = {}
     loss = pipeline.shown_loss
     for one in probes:
         at = functools.partial(_with_layer, experiment, one)
-        by_share, _ = layers.score_over(
-            one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed
-        )
+        scores = layers.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
         name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
-        scored[name] = {share: by_loss[loss] for share, by_loss in sorted(by_share.items())}
+        scored[name] = scores.by_share[1.0][loss]
+        curve = scores.by_share if scores.plain is None else scores.by_share | {1.0: scores.plain}
+        by_share[name] = {share: by_loss[loss] for share, by_loss in sorted(curve.items())}
     pool = joined.join(pipeline.test_pools[0], experiment.reward)
     judged = judgements(experiment, pool)
     method = f"Q-probe {find_loss(loss).symbol}"
     paper = paper_values(experiment)
-    table = _table(experiment, pool, judged, {f"{method} {name}": s[1.0] for name, s in scored.items()}, paper)
-    tables = [table, *_truth(experiment, pool, {f"{method} {name}": s[1.0] for name, s in scored.items()})]
+    named = {f"{method} {name}": scores for name, scores in scored.items()}
+    tables = [_table(experiment, pool, judged, named, paper), *_truth(experiment, pool, named)]
     folder = pipeline.run
     for each in tables:
         report.write_tables(each, folder / "tables")
     ks = sorted({k for k in KS if k <= pipeline.k} | {pipeline.k})
-    curves = {f"{method} {name}": winrates.curve(judged, s[1.0].q, ks, 0.0) for name, s in scored.items()}
+    curves = {name: winrates.curve(judged, scores.q, ks, 0.0) for name, scores in named.items()}
     curves["skyline"] = winrates.curve(judged, judged.wins, ks, 0.0)
-    depths = {name: _by_share(judged, s, pipeline.k) for name, s in scored.items()}
-    shares = [round(100 * share) for share in next(iter(scored.values()))]
+    depths = {name: _by_share(judged, own, pipeline.k) for name, own in by_share.items()}
+    shares = [round(100 * share) for share in next(iter(by_share.values()))]
     heading = [pipeline.title, f"judge {experiment.reward.judge.name}"]
     figures = report.write_figures(heading, folder / "figures", ks, curves, shares, depths if len(shares) > 1 else {})
     parts = [report.to_text(each) for each in tables]
-    parts.append(_example(pool, next(iter(scored.values()))[1.0]))
+    parts.append(_example(pool, next(iter(scored.values()))))
     places = [f"tables:   {folder / 'tables'}", *(f"figure:   {path}" for path in figures if path.suffix == ".png")]
     return "\n\n".join([*parts, "\n".join([*places, f"run:      {folder}"])])
 
@@ -179,14 +180,20 @@ def _table(
 def _choices(
     pipeline: Pipeline, judged: Judgements, base: WinRate, probes: dict[str, Scored], paper: dict[str, float]
 ) -> list[Method]:
-    """The rows of what chooses among k: probes at argmax and at the temperature that held-out pairs chose; the skyline."""
+    """The rows of what chooses among k: probes at argmax, and each at the temperature that its held-out pairs chose where these
+    are not all 0; the skyline.
+    """
     k, rows = pipeline.k, []
     for name, scores in probes.items():
-        betas = {0.0: np.zeros_like(scores.beta)} | ({float(np.median(scores.beta)): scores.beta})
-        for beta in sorted(betas):
-            found = _rate(pipeline, judged, judged.probe_law(scores.q, k, betas[beta], seed=pipeline.seed))
-            published = paper.get("Q-probe") if beta == 0 and name.endswith("linear") else None
-            rows.append(Method(name, found, _over(pipeline, found, base), k, beta, published))
+        found = _rate(pipeline, judged, judged.probe_law(scores.q, k, 0.0, seed=pipeline.seed))
+        published = paper.get("Q-probe") if name.endswith("linear") else None
+        rows.append(Method(name, found, _over(pipeline, found, base), k, 0.0, published))
+        lowest, highest = float(scores.beta.min()), float(scores.beta.max())
+        if highest > 0:
+            own = name if lowest == highest else f"{name}, own beta ({lowest:.3g} to {highest:.3g})"
+            found = _rate(pipeline, judged, judged.probe_law(scores.q, k, scores.beta, seed=pipeline.seed))
+            beta = lowest if lowest == highest else None
+            rows.append(Method(own, found, _over(pipeline, found, base), k, beta))
     best = _rate(pipeline, judged, judged.skyline_law(k))
     return [*rows, Method("skyline", best, _over(pipeline, best, base), k, 0.0, paper.get("skyline"))]
 

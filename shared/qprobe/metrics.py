@@ -319,7 +319,7 @@ class Distinct:
     """The different completions of every prompt: copies of one are no pair and no choice.
 
     Args:
-        row: (N,) int64, the completion that a sample is a copy of, numbered from 0 by prompt.
+        row: (N,) int64, the completion that a sample is a copy of, numbered from 0 as they are first met.
         groups: (M,) int64, the prompt of each completion.
     """
 
@@ -334,10 +334,10 @@ class Distinct:
             completions: N texts.
             groups: (N,) int, prompt ids.
         """
-        ids = np.asarray(groups)
-        texts = np.unique(np.array(completions, dtype=object).astype(str), return_inverse=True)[1]
-        pairs, row = np.unique(np.stack([ids, texts], axis=1), axis=0, return_inverse=True)
-        return cls(row.reshape(-1).astype(np.int64), pairs[:, 0].astype(np.int64))
+        numbers: dict[tuple[int, str], int] = {}
+        own = zip(np.asarray(groups).tolist(), completions, strict=True)
+        row = np.array([numbers.setdefault(key, len(numbers)) for key in own], dtype=np.int64)
+        return cls(row, np.array([group for group, _ in numbers], dtype=np.int64))
 
     def mean(self, values: ArrayLike) -> Floats:
         """(M,) the mean of (N,) values over the copies of each completion: a judge may give two copies two rewards."""

@@ -250,7 +250,7 @@ def test_intervals_hold_the_truth_of_planted_sets_as_often_as_they_say(kind: str
     covered, sets = 0, 1000
     for seed in range(sets):
         values, clusters, truth = planted(kind, count, seed)
-        found = bootstrap_mean(values, clusters, draws=500, rng=rng(100_000 + seed))
+        found = bootstrap_mean(values, clusters, draws=1500, rng=rng(100_000 + seed))
         covered += found.low <= truth <= found.high
     assert 0.93 <= covered / sets <= 0.97
 

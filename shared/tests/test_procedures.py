@@ -172,8 +172,8 @@ def test_the_sentences_say_what_can_be_told() -> None:
     assert comparisons.procedures({"L_Q": q}, {"L_Q, paper's procedure": pg}, paired) == [
         "L_Q: our procedure earns -0.300 [-0.400, -0.200] over the paper's: worse."
     ]
-    controls = {"shortest": ce[None], "longest": q[None], "likeliest": None}
-    assert comparisons.against_controls({"L_Q": q, "L_PG": pg}, controls, paired) == [
+    gains = {"L_Q": paired(q, ce), "L_PG": paired(pg, ce)}
+    assert comparisons.against_controls(gains, "shortest", 2) == [
         "L_Q does not beat the best control (shortest, the best of 2 on these very prompts): it earns -0.050 [-0.150, +0.050] "
         "against it."
     ]
