@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score
 
 from qprobe import joined
 from qprobe.pipeline import Pipeline
 from qprobe.prompts import Prompt
+from qprobe.scoring import Scored
 from qprobe.stages import Split
 from qprobe.sweep import EvaluationSettings
 from qprobe.training import TrainingSettings
-from qprobe_preference import comparison, outcome
+from qprobe_preference import comparison, outcome, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges.base import AgainstReference, Comparison, Judgement
 from qprobe_preference.pairs.base import Found, collect
@@ -157,6 +159,63 @@ def test_a_comparison_of_probes_that_choose_their_layer_says_so(make: Make) -> N
     plain = dataclasses.replace(experiment.pipeline, layer=None)
     assert Variant(None, ()).of(plain).layer == 2
     assert Variant(1, (8,)).of(experiment.pipeline).probe_layers == [1]
+
+
+def test_a_row_at_beta_0_is_the_argmax_and_mixed_temperatures_have_a_row_of_their_own(make: Make) -> None:
+    """Two probes of three chose 0: their median is 0, and the policy of all three is not the argmax."""
+    experiment = make()
+    experiment.pipeline.execute(["sample", "reward"])
+    pool = joined.join(experiment.pipeline.test_pools[0], experiment.reward)
+    numbers = np.array([number(text) for text in pool.completions]) / 100
+    beta = np.zeros((3, 30))
+    beta[2] = 0.5
+    scores = Scored(np.stack([numbers] * 3).astype(np.float32), beta, [])
+    experiment.pipeline.settings = dataclasses.replace(SETTINGS, beta=None)
+    judged = outcome.judgements(experiment, pool)
+    base = winrates.win_rate(judged, judged.base_law())
+    found = outcome._choices(experiment.pipeline, judged, base, {"Q linear": scores}, {"Q-probe": 50.1})
+    assert [(row.name, row.beta, row.paper) for row in found] == [
+        ("Q linear", 0.0, 50.1),
+        ("Q linear, own beta (0 to 0.5)", None, None),
+        ("skyline", 0.0, None),
+    ]
+    best, soft = [], []
+    for own in answers(experiment):
+        best.append(won(max(own)))
+        soft.append(softmax(np.array(own) / 100 / 0.5) @ [won(answer) for answer in own])
+    rates = [row.result.rate.value for row in found if row.result is not None]
+    assert rates[0] == pytest.approx(np.mean(best))
+    assert rates[1] == pytest.approx(2 / 3 * np.mean(best) + 1 / 3 * np.mean(soft), rel=1e-5)
+    # One temperature for all is a row at that temperature.
+    alike = dataclasses.replace(scores, beta=np.full((3, 30), 0.1))
+    rows_at = outcome._choices(experiment.pipeline, judged, base, {"Q linear": alike}, {})
+    assert [(row.name, row.beta) for row in rows_at[:2]] == [("Q linear", 0.0), ("Q linear", 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("controls", "layer", "sentence"),
+    [
+        ((), 1, "No control was run (evaluation.controls)"),
+        (("length",), 1, "Every probe beats the best control"),
+        (("length",), 2, "Layer 2, linear: Q-probe L_QP does not beat the best control, longest (characters): it earns "),
+    ],
+)
+def test_what_is_said_of_controls_follows_from_the_intervals(
+    controls: tuple[str, ...], layer: int, sentence: str, make: Make
+) -> None:
+    settings = dataclasses.replace(SETTINGS, controls=controls, k=2, folds=3)
+    experiment = make(settings=settings, layer=layer)
+    pairs = experiment.pipeline.training_split
+    assert pairs is not None
+    pipeline = dataclasses.replace(
+        experiment.pipeline, tests=[pairs], training_split=None, sampler=experiment.pipeline.sampler
+    )
+    pipeline.execute(STAGES)
+    variants = [Variant(layer, ())]
+    comparison.execute(pipeline, variants, ["train", "evaluate"])
+    said = comparison.write(pipeline, variants)
+    assert sentence in said
+    assert sum(word in said for word in ("No control was", "Every probe beats", "does not beat")) == 1
 
 
 def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(make: Make) -> None:

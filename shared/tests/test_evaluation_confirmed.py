@@ -197,14 +197,13 @@ def test_the_scores_of_prompts_stand_beside_rewards_of_any_range(low: float, hig
 
 
 def test_a_table_without_a_difference_says_none() -> None:
-    """All rewards but one differ by nothing: what is printed as +0.000 is neither better nor more."""
-    prompts = 4000
-    rewards = np.zeros((prompts, 2))
-    rewards[:, 0] = 1
+    """Rewards of less than a digit: what is printed as +0.000 is neither better nor more, though its interval excludes 0."""
+    prompts = 40
+    rewards = np.tile([0.0006, 0.0], (prompts, 1))
     pool = joined(rewards)
     right = np.tile([1.0, 0.0], prompts)
     wrong = right.copy()
-    wrong[:2] = [0, 1]  # one prompt in four thousand
+    wrong[::4], wrong[1::4] = 0, 1  # in every other prompt
 
     def by(q: np.ndarray) -> Scored:
         trained = TrainedProbe(ProbeNetwork(1), 0.0, 1, True, 20, 1e-3)
@@ -214,7 +213,11 @@ def test_a_table_without_a_difference_says_none() -> None:
     half = {name: by(wrong) for name in scores}
     results = evaluate(pool, scores, k=2, seeds=1, parts={0.5: half}, losses=tuple(scores), bootstrap=1000)
     words = " ".join(results.notes)
-    assert "L_PG against Q-probe L_Q: +0.000 [+0.000, +0.001]: not told apart" in words
+    difference = row(results, "Q-probe L_PG").difference_low
+    assert difference is not None
+    assert difference > 0
+    assert "L_PG against Q-probe L_Q: +0.000 [+0.000, +0.000]: not told apart" in words
+    assert "L_PG: all training prompts earn +0.000 [+0.000, +0.000] against 50% of them: whether" in words
     assert "better" not in words
     assert "would help" not in words.replace("whether more prompts would help cannot be told", "")
 
