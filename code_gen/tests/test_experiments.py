@@ -51,9 +51,9 @@ def few_mbpp_problems(folder: Path) -> str:
         {
             "task_id": number,
             "text": f"Write a function to add {number}.",
-            "code": f"def add(x):\r\n  return x + {number}",
+            "code": f"def add_{number}(x):\r\n  return x + {number}",
             "test_setup_code": "",
-            "test_list": [f"assert add(1) == {number + 1}"],
+            "test_list": [f"assert add_{number}(1) == {number + 1}"],
         }
         for number in (*range(11, 16), *range(601, 606))
     ]
@@ -249,6 +249,21 @@ def test_the_back_ends_of_vllm_are_a_word_of_the_command(tiny_code_model: ModelS
     assert pipeline.greedy.settings.n == 1
     assert isinstance(pipeline.embedder, VLLMEmbedder)
     assert pipeline.probe_layer == 4
+
+
+def test_problems_that_share_a_name_with_a_training_one_are_reported_apart_and_folded_together(tmp_path: Path) -> None:
+    path = Path(few_mbpp_problems(tmp_path))
+    path.write_text(path.read_text().replace("add_601(", "add_11(").replace("add_602(", "add_603("))
+    words = ["experiment=mbpp", f"dataset.mbpp_file={path}", f"paths.runs={tmp_path}", "dataset.test=[mbpp-test]"]
+    (why, ids), *_ = command.make_pipeline(composed(words)).apart["mbpp-test"].items()
+    assert why.startswith("share an entry point (1) or their text (0) with a problem of mbpp-train")
+    assert ids == {"MBPP/011"}
+    folded = command.make_pipeline(
+        composed([*words, "dataset.test=[mbpp-train]", "dataset.train=null", "evaluation.folds=2"])
+    )
+    assert folded.apart == {}
+    assert folded.test_pools[0].clusters is not None
+    assert folded.test_pools[0].clusters.tolist() == [0, 1, 1, 2, 3]
 
 
 def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> None:

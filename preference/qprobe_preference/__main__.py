@@ -40,9 +40,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     style = prompt_style(config)
     training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     for pairs in [test] if training is None else [training, test]:
-        print(
-            f"{pairs.name}: {len(pairs.pairs)} pairs of {len({p.cluster for p in pairs.pairs})} prompts. {pairs.dropped_words()}"
-        )
+        print(f"{pairs.name}: {pairs.counted_words()} {pairs.dropped_words()}")
     run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
     return composition.pipeline(
         config,

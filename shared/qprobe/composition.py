@@ -258,6 +258,7 @@ def pipeline(
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
     agreement: Agreement | None = None,
+    apart: dict[str, dict[str, frozenset[str]]] | None = None,
     outputs: Path | None = None,
 ) -> Pipeline:
     """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
@@ -265,6 +266,7 @@ def pipeline(
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
         agreement: when two completions say the same, for self-consistency.
+        apart: see `Pipeline.apart`.
         outputs: where probes, results, tables and figures go; None: the run folder.
 
     Raises:
@@ -290,6 +292,7 @@ def pipeline(
         batch_rows=ends.batch_rows,
         shard=_shard(config["shard"]),
         paper=paper or {},
+        apart=apart or {},
         use=use or {},
         outputs=outputs,
         authors=authors,
