@@ -61,7 +61,7 @@ def run(config: dict[str, Any]) -> None:
     if "policy" in config:
         run_policy(config)
         return
-    variants = comparison.variants(config["compare"])
+    variants = comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"])
     if not variants:
         pipeline = composition.execute(functools.partial(make_pipeline, config), config)
         if "report" in names:
@@ -78,7 +78,7 @@ def run(config: dict[str, Any]) -> None:
 def run_policy(config: dict[str, Any]) -> None:
     """Run a policy experiment: the core's stages, what other policies and judges add, the win rates."""
     check_keys(config, KEYS, "the configuration")
-    names, variants = config["stages"], comparison.variants(config["compare"])
+    names, variants = config["stages"], comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"])
     try:
         experiment = policy.load(config)
     except OSError as error:

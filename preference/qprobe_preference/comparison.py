@@ -47,11 +47,16 @@ def layer_words(pipeline: Pipeline) -> str:
     return "best layer" if pipeline.layer == BEST else f"layer {pipeline.layer}"
 
 
-def variants(compare: Mapping[str, Any]) -> list[Variant]:
+def variants(
+    compare: Mapping[str, Any], layer: int | str | None = None, hidden: Sequence[int] = ()
+) -> list[Variant]:
     """What a configuration's part `compare` asks for; none where it asks for nothing.
 
+    Args:
+        layer, hidden: what the configuration says of the probe by itself, where it says something.
+
     Raises:
-        ValueError: an unknown key, or values that are no layers or widths.
+        ValueError: an unknown key, values that are no layers or widths, or a probe that would not be among those compared.
     """
     check_keys(compare, {"layers", "hidden"}, "compare")
     layers, shapes = compare["layers"], compare["hidden"]
@@ -59,6 +64,16 @@ def variants(compare: Mapping[str, Any]) -> list[Variant]:
         raise ValueError(f"compare.layers is {layers!r}: a list of layers, such as [12,24], or [].")
     if not isinstance(shapes, list) or not all(isinstance(widths, list) for widths in shapes):
         raise ValueError(f"compare.hidden is {shapes!r}: a list of lists of widths, such as [[],[256]], or [].")
+    if layers and layer is not None and layer not in layers:
+        raise ValueError(
+            f"layer is {layer}, but compare.layers asks for {layers}: say compare.layers=[{layer}], or compare.layers=[] for "
+            "`layer` alone."
+        )
+    if shapes and hidden and list(hidden) not in shapes:
+        raise ValueError(
+            f"probe.hidden is {list(hidden)}, but compare.hidden asks for {shapes}: say compare.hidden=[{list(hidden)}], or "
+            "compare.hidden=[] for `probe.hidden` alone."
+        )
     if not layers and not shapes:
         return []
     return [

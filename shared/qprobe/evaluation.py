@@ -270,8 +270,8 @@ class _Evaluation:
             method,
             earned.mean(axis=0),
             self.k,
-            seeds=self.settings.seeds,
-            seed_spread=float(earned.mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None,
+            seeds=len(earned),
+            seed_spread=float(earned.mean(axis=1).std(ddof=1)) if len(earned) > 1 else None,
             beta=float(np.median(scores.beta)),
             # All seeds choose from the same random sets, so over seeds errors do not cancel: at most their mean.
             simulation_error=float(np.sqrt((errors.mean(axis=0) ** 2).sum()) / errors.shape[1]),
@@ -292,7 +292,7 @@ class _Evaluation:
                 errors.append(np.zeros_like(values[-1]))
                 continue
             betas = sorted(set(beta.tolist()))
-            grid = reward_grid(q, rewards, groups, ks, betas, draws=self.settings.draws, rng=self.rng())
+            grid = reward_grid(q, rewards, groups, ks, betas, draws=settings.draws, rng=self.rng())
             own = (slice(None), np.searchsorted(betas, beta), np.arange(len(self.base)))
             values.append(grid.values[own])
             errors.append(grid.errors[own])

@@ -107,7 +107,7 @@ class EvaluationSettings:
     @property
     def drawn_share(self) -> float:
         """Share of a training set's prompts that a seed learns from: never all of them where seeds should differ."""
-        return min(self.train_share, 1 - LEFT_OUT) if self.seeds > 1 else self.train_share
+        return 1 - LEFT_OUT if self.seeds > 1 and self.train_share == 1 else self.train_share
 
     def counted(self, prompts: int, clusters: np.ndarray | None, folded: bool) -> EvaluationSettings:
         """The same with `curve_prompts` among the shares; numbers that would be all of the prompts are left out.
