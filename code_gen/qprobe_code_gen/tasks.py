@@ -104,7 +104,9 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
     own = {name: [by_id[prompt.task_id] for prompt in split.prompts] for name, split in splits.items()}
     apart: dict[str, dict[str, frozenset[str]]] = {}
     if (learnt := dataset["train"]) is None:
-        splits = {name: dataclasses.replace(split, clusters=overlap.clusters(own[name])) for name, split in splits.items()}
+        splits = {
+            name: dataclasses.replace(split, clusters=overlap.clusters(own[name])) for name, split in splits.items()
+        }
     else:
         apart = {name: overlap.shared_with(own[learnt], own[name], learnt) for name in own if name != learnt}
     return Task(splits, style.stop(problems), reward, OutputsAgree(reward), apart)

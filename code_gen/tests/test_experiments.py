@@ -431,7 +431,12 @@ def test_the_papers_values_stand_beside_the_papers_set_up_alone() -> None:
     ):
         assert values("experiment=table1", word) == {}, word
     # Beside ours it is their probes that have to be the paper's.
-    for word in ("authors.layer=20", "authors.probe.learning_rate=0.1", "authors.evaluation.beta=0", "probe.hidden=[9]"):
+    for word in (
+        "authors.layer=20",
+        "authors.probe.learning_rate=0.1",
+        "authors.evaluation.beta=0",
+        "probe.hidden=[9]",
+    ):
         assert values("experiment=table1_ours", word) == {}, word
     assert values("experiment=table1_ours", "probe.learning_rate=0.1", "embedder.layers=[20,26]")
     theirs = "sampler.api.model=gpt-3.5-turbo-1106"
@@ -444,7 +449,13 @@ def test_the_papers_values_stand_beside_the_papers_set_up_alone() -> None:
     assert values("experiment=table4_mlp", theirs, "probe=linear") == {}
     assert values("experiment=table2_ours", theirs)["humaneval"]["Q-probe L_CE"] == 0.64
     assert values("experiment=table4_ours", theirs)["humaneval"]["Q-probe L_CE"] == 0.54
-    for word in ("sampler.n=48", "procedure=ours", "probe=mlp", "dataset.prompt_style=zero_shot", "embedder.layers=[80]"):
+    for word in (
+        "sampler.n=48",
+        "procedure=ours",
+        "probe=mlp",
+        "dataset.prompt_style=zero_shot",
+        "embedder.layers=[80]",
+    ):
         assert values("experiment=table2", theirs, word) == {}, word
     assert values("experiment=table4", theirs, "embedder.api.model=another") == {}
     assert values("experiment=demo") == {}

@@ -78,7 +78,10 @@ def run(config: dict[str, Any]) -> None:
 def run_policy(config: dict[str, Any]) -> None:
     """Run a policy experiment: the core's stages, what other policies and judges add, the win rates."""
     check_keys(config, KEYS, "the configuration")
-    names, variants = config["stages"], comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"])
+    names, variants = (
+        config["stages"],
+        comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"]),
+    )
     try:
         experiment = policy.load(config)
     except OSError as error:

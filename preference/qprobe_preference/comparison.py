@@ -47,9 +47,7 @@ def layer_words(pipeline: Pipeline) -> str:
     return "best layer" if pipeline.layer == BEST else f"layer {pipeline.layer}"
 
 
-def variants(
-    compare: Mapping[str, Any], layer: int | str | None = None, hidden: Sequence[int] = ()
-) -> list[Variant]:
+def variants(compare: Mapping[str, Any], layer: int | str | None = None, hidden: Sequence[int] = ()) -> list[Variant]:
     """What a configuration's part `compare` asks for; none where it asks for nothing.
 
     Args:
@@ -134,12 +132,16 @@ def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
         for row in (row for row in found.rows if row.method.startswith(PROBE)):
             where = f"- Layer {layer}, {shape}: {row.method}"
             if row.over_control is None or row.over_control_low is None or row.over_control_high is None:
-                lines.append(f"{where} cannot be compared with the best control, {found.best_control}: there are too few pairs.")
+                lines.append(
+                    f"{where} cannot be compared with the best control, {found.best_control}: there are too few pairs."
+                )
                 continue
             gain = Interval(row.over_control, row.over_control_low, row.over_control_high)
             if not comparisons.beaten(gain):
                 words = comparisons.in_words(gain)
-                lines.append(f"{where} does not beat the best control, {found.best_control}: it earns {words} against it.")
+                lines.append(
+                    f"{where} does not beat the best control, {found.best_control}: it earns {words} against it."
+                )
     return lines or ["Every probe beats the best control: the paired interval of the difference lies above 0."]
 
 

@@ -16,7 +16,17 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qprobe.metrics import BLOCK, Floats, Integers, Interval, bootstrap_mean, choice_law, paired_difference, tails, wilson
+from qprobe.metrics import (
+    BLOCK,
+    Floats,
+    Integers,
+    Interval,
+    bootstrap_mean,
+    choice_law,
+    paired_difference,
+    tails,
+    wilson,
+)
 from qprobe.report import Band
 
 CATEGORIES = ("win", "tie", "loss")
@@ -366,8 +376,8 @@ class Agreement:
     """How far two judges agree on the same comparisons.
 
     Args:
-        kappa: Cohen's kappa with its bootstrap interval over prompts or clusters of them; None where both gave one and the same verdict
-            throughout, which leaves nothing to agree on.
+        kappa: Cohen's kappa with its bootstrap interval over prompts or clusters of them; None where both gave one and the same
+            verdict throughout, which leaves nothing to agree on.
         agreed: share of comparisons with the same verdict.
         table: (3, 3) int64, comparisons by verdict of the first (rows) and second judge (columns): win, tie, loss.
         left_out: comparisons that either gave no verdict on; in none of the above.

@@ -86,7 +86,9 @@ def make(fakes: ModuleType, tmp_path: Path) -> Make:
         """`first`: candidates are judged against their prompt's first one, and have true labels beside the judge."""
         rng = np.random.default_rng(3)
         lots = [rng.permutation(100)[:2] for _ in range(40)]
-        found = [Found(f"task {i:03d}: ", f"answer {max(lot):02d}", f"answer {min(lot):02d}") for i, lot in enumerate(lots)]
+        found = [
+            Found(f"task {i:03d}: ", f"answer {max(lot):02d}", f"answer {min(lot):02d}") for i, lot in enumerate(lots)
+        ]
         pairs = collect("pairs", found, {})
         asked = [Prompt(f"t-{n:03d}", text=f"task {n:03d}: ") for n in range(100, 130)]
         against, recorded = {p.task_id: f"answer {REFERENCE}" for p in asked}, None
@@ -146,7 +148,9 @@ def test_win_rates_of_probes_that_choose_their_layer_are_those_of_the_layer_that
     found = rows(experiment)
     assert float(found["Q-probe L_QP linear"]["rate"]) == pytest.approx(np.mean([won(answer) for answer in best]))
     assert float(found["skyline"]["rate"]) == pytest.approx(np.mean([won(answer) for answer in best]))
-    assert float(found["base"]["rate"]) == pytest.approx(np.mean([np.mean([won(a) for a in own]) for own in answers(experiment)]))
+    assert float(found["base"]["rate"]) == pytest.approx(
+        np.mean([np.mean([won(a) for a in own]) for own in answers(experiment)])
+    )
     assert "One example" in printed
 
 
@@ -197,7 +201,11 @@ def test_a_row_at_beta_0_is_the_argmax_and_mixed_temperatures_have_a_row_of_thei
     [
         ((), 1, "No control was run (evaluation.controls)"),
         (("length",), 1, "Every probe beats the best control"),
-        (("length",), 2, "Layer 2, linear: Q-probe L_QP does not beat the best control, longest (characters): it earns "),
+        (
+            ("length",),
+            2,
+            "Layer 2, linear: Q-probe L_QP does not beat the best control, longest (characters): it earns ",
+        ),
     ],
 )
 def test_what_is_said_of_controls_follows_from_the_intervals(

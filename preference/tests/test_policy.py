@@ -254,7 +254,13 @@ def test_the_papers_values_need_the_papers_judge_and_model(tiny_code_model: Mode
     for name in ("table3_ours", "fig6"):
         assert values(name, judge) == {}
     for word in (
-        *("++judge.backend=implicit", "judge.api.model=another", "model.name=another", "evaluation.k=24", "sampler.n=96"),
+        *(
+            "++judge.backend=implicit",
+            "judge.api.model=another",
+            "model.name=another",
+            "evaluation.k=24",
+            "sampler.n=96",
+        ),
         *("probe.hidden=[1024]", "probe.learning_rate=0.01", "layer=best", "embedder.layers=[20]", "policy.prompts=9"),
         *("compare.hidden=[[],[8]]", "dataset.train_share=1.0", "dataset.limit=100", "evaluation.seeds=5"),
     ):

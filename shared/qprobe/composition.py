@@ -318,9 +318,13 @@ def procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
         return ours, None
     check_keys(changes, {"probe", "evaluation"}, "authors")
     if len(changes) < 2:
-        raise ValueError("authors are the paper's probes beside ours: say procedure=both, which knows the rest of their keys.")
+        raise ValueError(
+            "authors are the paper's probes beside ours: say procedure=both, which knows the rest of their keys."
+        )
     check_keys(changes["evaluation"], set(config["evaluation"]), "authors.evaluation")
-    if common := [key for key in COMMON if changes["evaluation"].get(key, config["evaluation"][key]) != config["evaluation"][key]]:
+    if common := [
+        key for key in COMMON if changes["evaluation"].get(key, config["evaluation"][key]) != config["evaluation"][key]
+    ]:
         raise ValueError(
             f"authors.evaluation.{common[0]} is not evaluation.{common[0]}: the paper's rows stand in our table, loss beside "
             f"loss; say evaluation.{common[0]}, or procedure=paper for a table of their own."

@@ -100,7 +100,17 @@ def evaluate(
     """
     evaluation = _Evaluation(joined, greedy, settings, k, seed, paper or {})
     return evaluation.results(
-        title, protocol, pool, scored, plain, rivals or {}, controls or {}, by_layer or {}, authors, apart or {}, made_from
+        title,
+        protocol,
+        pool,
+        scored,
+        plain,
+        rivals or {},
+        controls or {},
+        by_layer or {},
+        authors,
+        apart or {},
+        made_from,
     )
 
 
@@ -238,7 +248,11 @@ class _Evaluation:
             theirs[method] = earned[:, 0].mean(axis=0)
         rows.append(self.row(f"skyline pass@{self.k}", skyline[at_k], self.k))
         notes = self.notes(scored, curve, rows, at_use, over_control, best, len(run), theirs)
-        notes += [note for method, own in curve_rewards.items() for note in comparisons.more_prompts(method, own, self.difference)]
+        notes += [
+            note
+            for method, own in curve_rewards.items()
+            for note in comparisons.more_prompts(method, own, self.difference)
+        ]
         notes += comparisons.layers(scored, by_layer) + self.without(apart)
         curves["skyline pass@k"] = self.band(skyline)
         return Results(
@@ -471,7 +485,6 @@ class _Evaluation:
             )
         notes.append(f"The figure of reward against KL is for k={self.curve_k} candidates.")
         return notes
-
 
     def without(self, apart: Mapping[str, frozenset[str]]) -> list[str]:
         """Every row once more over the prompts that nothing is wrong with."""

@@ -82,7 +82,8 @@ def final_probes(
         data = training_data(at(layer))
         tasks = [ProbeTask(loss, seed, data.sizes > 0) for loss in losses]
         made.append(train(data, tasks, training, k=k, seed=seed))
-    best, whole = _best(made), {}
+    best = _best(made)
+    whole: dict[int, tuple[int, TrainedProbe]] = {}
     for place in sorted(set(best)):
         data = training_data(at(layers[place]))
         own = [number for number in range(len(losses)) if best[number] == place]

@@ -19,6 +19,8 @@ from qprobe.policy import ALL_SUBSETS, best_of_law
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+# Of the largest reward: what two rewards may differ by and be one.
+ROUNDING = 1e-6
 # Elements of the largest array that a Monte Carlo step holds: 32 MB of int64.
 BLOCK = 4_000_000
 
@@ -253,8 +255,8 @@ def choice_law(
 def within_prompt_auc(scores: ArrayLike, rewards: ArrayLike, groups: ArrayLike) -> Floats:
     """Probability that a random pair of one prompt's samples with r_i > r_j is scored in that order, ties half.
 
-    For rewards of 0 and 1 this is the area under the ROC curve within the prompt. Rewards that differ by no more than
-    `least_difference` are equal. Memory is n^2 for a prompt of n.
+    For rewards of 0 and 1 this is the area under the ROC curve within the prompt. Rewards that differ by a millionth of the
+    largest, which is the rounding of arithmetic, are equal. Memory is n^2 for a prompt of n.
 
     Args:
         scores: (N,) float.
@@ -262,14 +264,14 @@ def within_prompt_auc(scores: ArrayLike, rewards: ArrayLike, groups: ArrayLike) 
         groups: (N,) int, prompt ids.
 
     Returns:
-        (P,) float64 by sorted prompt id; NaN where all rewards of the prompt are equal (those that are not `mixed_prompts`).
+        (P,) float64 by sorted prompt id; NaN where all rewards of the prompt are equal.
 
     Raises:
         ValueError: the lengths differ or a value is NaN.
     """
     scores, rewards = _columns(scores=scores, rewards=rewards)
     prompts, rows = _rows_by_prompt(groups, len(scores))
-    auc, least = np.full(len(prompts), np.nan), least_difference(rewards)
+    auc, least = np.full(len(prompts), np.nan), ROUNDING * np.abs(rewards).max()
     for p, row in enumerate(rows):
         s, r = scores[row], rewards[row]
         ordered = r[:, None] - r[None, :] > least

@@ -110,7 +110,13 @@ def test_the_papers_settings() -> None:
         composition.procedures(composition.composed("run", ["++authors={probe: {steps: 3}}"]))
 
 
-WORDS = {"probe.learning_rate=0.01": 0.01, "probe.held_out=0.5": 0.5, "probe.steps=7": 7, "evaluation.beta=0": 0, "layer=best": "best"}
+WORDS = {
+    "probe.learning_rate=0.01": 0.01,
+    "probe.held_out=0.5": 0.5,
+    "probe.steps=7": 7,
+    "evaluation.beta=0": 0,
+    "layer=best": "best",
+}
 
 
 def found(procedure: Procedure) -> dict[str, Any]:

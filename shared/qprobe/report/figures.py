@@ -285,7 +285,7 @@ def scores_per_prompt(results: Results) -> Figure | None:
     spans = [max(y for _, y in cloud) - min(y for _, y in cloud) for cloud in clouds.values() if cloud]
     bases = [x for cloud in clouds.values() for x, _ in cloud] or [0.0]
     # Rewards of a right answer lie in [0, 1]; imported ones may lie anywhere.
-    low, high = (0.0, 1.0) if 0 <= min(bases) and max(bases) <= 1 else (min(bases), max(bases))
+    low, high = (0.0, 1.0) if min(bases) >= 0 and max(bases) <= 1 else (min(bases), max(bases))
     margin = 0.04 * ((high - low) or 1.0)
     limits = low - margin, high + margin
     shared = not spans or max(spans) <= 5 * min(spans)
