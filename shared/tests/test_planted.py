@@ -136,11 +136,12 @@ def test_import_with_unequal_and_equal_candidates_and_soft_rewards(call: Call) -
     taken = Results.read(Path("run/results/prompts.json")).reward_against_layer
     assert taken is not None
     assert taken.taken == {"Q-probe L_Q": [6, 0], "Q-probe L_PG": [6, 0]}
-    assert taken.series["Q-probe L_PG"].value[0] == float(table("run/tables/prompts.csv")["Q-probe L_PG"]["value"])
+    value = float(table("run/tables/prompts.csv")["Q-probe L_PG"]["value"])
+    assert taken.series["Q-probe L_PG"].value[0] == pytest.approx(value)
 
 
 def test_run_with_a_training_set_a_test_set_and_a_reward_of_the_user(call: Call) -> None:
-    """Sixty prompts to learn from, thirty to test on; a number passes where it is larger than its prompt is hard, but for luck."""
+    """Sixty prompts to learn from, thirty to test on; a number passes where it is larger than its prompt is hard, or by luck."""
     Path("own.py").write_text(
         "import hashlib\n\n\ndef reward(prompt, completion, hard):\n"
         "    luck = hashlib.sha256((prompt + completion).encode()).digest()[0]\n"
