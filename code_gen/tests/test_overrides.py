@@ -1,4 +1,4 @@
-"""A key of the command line is the value that runs, whatever the experiment and the procedure say, or is refused in a sentence."""
+"""A key of the command line is the value that runs, whatever experiment and procedure say, or is refused in a sentence."""
 
 from __future__ import annotations
 

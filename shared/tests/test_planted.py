@@ -141,7 +141,7 @@ def test_import_with_unequal_and_equal_candidates_and_soft_rewards(call: Call) -
 
 
 def test_run_with_a_training_set_a_test_set_and_a_reward_of_the_user(call: Call) -> None:
-    """Sixty prompts to learn from, thirty to test on; a number passes where it is larger than its prompt is hard, or by luck."""
+    """Sixty prompts to learn from, thirty to test on; a number passes where it exceeds what its prompt asks, but for luck."""
     Path("own.py").write_text(
         "import hashlib\n\n\ndef reward(prompt, completion, hard):\n"
         "    luck = hashlib.sha256((prompt + completion).encode()).digest()[0]\n"
