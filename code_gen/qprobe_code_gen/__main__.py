@@ -43,6 +43,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         stop=task.stop,
         paper=composition.published(config),
         agreement=task.agreement,
+        apart=task.apart,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from qprobe.prompts import Prompt
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe_code_gen.agreement import OutputsAgree
-from qprobe_code_gen.problems import Problem, ProblemSet, gsm8k, humaneval, mbpp
+from qprobe_code_gen.problems import Problem, ProblemSet, gsm8k, humaneval, mbpp, overlap
 from qprobe_code_gen.problems.base import AnyProblem
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.questions import FinalNumberReward, QuestionStyle, SameNumber
@@ -52,12 +52,14 @@ class Task:
         stop: texts that end a completion.
         reward: what completions earn.
         agreement: when two completions say the same.
+        apart: see `Pipeline.apart`.
     """
 
     splits: dict[str, Split]
     stop: tuple[str, ...]
     reward: Reward
     agreement: Agreement
+    apart: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
 
 
 def make(config: Mapping[str, Any], limit: int | None) -> Task:
@@ -98,7 +100,16 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
     problems, splits = _splits(config, limit, load, style, UnitTestReward.name)
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
     reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
-    return Task(splits, style.stop(problems), reward, OutputsAgree(reward))
+    by_id = {problem.task_id: problem for problem in problems}
+    own = {name: [by_id[prompt.task_id] for prompt in split.prompts] for name, split in splits.items()}
+    apart: dict[str, dict[str, frozenset[str]]] = {}
+    if (learnt := dataset["train"]) is None:
+        splits = {
+            name: dataclasses.replace(split, clusters=overlap.clusters(own[name])) for name, split in splits.items()
+        }
+    else:
+        apart = {name: overlap.shared_with(own[learnt], own[name], learnt) for name in own if name != learnt}
+    return Task(splits, style.stop(problems), reward, OutputsAgree(reward), apart)
 
 
 def _questions(config: Mapping[str, Any], limit: int | None) -> Task:

@@ -21,7 +21,14 @@ from qprobe.vllm_engine import EngineSettings
 CONF, CORE = Path(command.__file__).parent / "conf", Path(composition.__file__).parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CORE_GROUPS = {path.parent.name for path in CORE.glob("*/*.yaml")}
-CHOICES = sorted(f"{path.parent.name}={path.stem}" for folder in (CONF, CORE) for path in folder.glob("*/*.yaml"))
+# What a procedure puts on top follows from it, and is no choice of its own.
+CORE_GROUPS -= {"on_top"}
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}"
+    for folder in (CONF, CORE)
+    for path in folder.glob("*/*.yaml")
+    if path.parent.name != "on_top"
+)
 MUST_BE_SAID = {
     "model=hub": ["model.name=m"],
     "sampler=openai": ["sampler.api.model=m"],
@@ -51,9 +58,9 @@ def few_mbpp_problems(folder: Path) -> str:
         {
             "task_id": number,
             "text": f"Write a function to add {number}.",
-            "code": f"def add(x):\r\n  return x + {number}",
+            "code": f"def add_{number}(x):\r\n  return x + {number}",
             "test_setup_code": "",
-            "test_list": [f"assert add(1) == {number + 1}"],
+            "test_list": [f"assert add_{number}(1) == {number + 1}"],
         }
         for number in (*range(11, 16), *range(601, 606))
     ]
@@ -251,6 +258,21 @@ def test_the_back_ends_of_vllm_are_a_word_of_the_command(tiny_code_model: ModelS
     assert pipeline.probe_layer == 4
 
 
+def test_problems_that_share_a_name_with_a_training_one_are_reported_apart_and_folded_together(tmp_path: Path) -> None:
+    path = Path(few_mbpp_problems(tmp_path))
+    path.write_text(path.read_text().replace("add_601(", "add_11(").replace("add_602(", "add_603("))
+    words = ["experiment=mbpp", f"dataset.mbpp_file={path}", f"paths.runs={tmp_path}", "dataset.test=[mbpp-test]"]
+    (why, ids), *_ = command.make_pipeline(composed(words)).apart["mbpp-test"].items()
+    assert why.startswith("share an entry point (1) or their text (0) with a problem of mbpp-train")
+    assert ids == {"MBPP/011"}
+    folded = command.make_pipeline(
+        composed([*words, "dataset.test=[mbpp-train]", "dataset.train=null", "evaluation.folds=2"])
+    )
+    assert folded.apart == {}
+    assert folded.test_pools[0].clusters is not None
+    assert folded.test_pools[0].clusters.tolist() == [0, 1, 1, 2, 3]
+
+
 def test_few_shot_examples_are_left_out_of_the_evaluation(tmp_path: Path) -> None:
     overrides = [
         "dataset.prompt_style=few_shot",
@@ -395,10 +417,28 @@ def test_the_papers_values_stand_beside_the_papers_set_up_alone() -> None:
         return composition.published(composed(list(words)))
 
     assert values("experiment=table1")["mbpp-test"]["Q-probe L_PG"] == 0.4573
-    for name in ("table1_ours", "fig2", "fig3_ours", "fig4", "fig4_ours"):
+    for name in ("table1_ours", "fig2", "fig3", "fig4"):
         assert values(f"experiment={name}"), name
-    for word in ("model.name=other/model", "limit=8", "sampler.temperature=1.0", "evaluation.k=8", "sampler.top_p=1.0"):
+    for name in ("fig2_ours", "fig3_ours", "fig4_ours"):
+        assert values(f"experiment={name}") == {}, name
+    for word in (
+        *("model.name=other/model", "limit=8", "sampler.temperature=1.0", "evaluation.k=8", "sampler.top_p=1.0"),
+        *("probe=mlp", "embedder.layers=[5]", "dataset.prompt_style=chat", "sampler.n=48", "procedure=ours"),
+        *("sampler.max_new_tokens=100", "evaluation.seeds=1", "probe.learning_rate=0.01", "evaluation.beta=0"),
+        *("probe.hidden=[256]", "dataset.train=null", "sampler.top_k=40", "evaluation.partition=false"),
+        *("probe.epochs=10", "+dataset.limits.mbpp-train=9", "model.adapter=a", "dataset.shots=a"),
+        "baselines.prompt_rm.model=null",
+    ):
         assert values("experiment=table1", word) == {}, word
+    # Beside ours it is their probes that have to be the paper's.
+    for word in (
+        "authors.layer=20",
+        "authors.probe.learning_rate=0.1",
+        "authors.evaluation.beta=0",
+        "probe.hidden=[9]",
+    ):
+        assert values("experiment=table1_ours", word) == {}, word
+    assert values("experiment=table1_ours", "probe.learning_rate=0.1", "embedder.layers=[20,26]")
     theirs = "sampler.api.model=gpt-3.5-turbo-1106"
     assert values("experiment=table2", theirs)["humaneval"]["Q-probe L_CE"] == 0.64
     assert values("experiment=table2", theirs, "model.name=other/model") == {}
@@ -406,6 +446,17 @@ def test_the_papers_values_stand_beside_the_papers_set_up_alone() -> None:
     assert values("experiment=table4", theirs)["mbpp-test"]["Q-probe L_PG"] == 0.66
     assert values("experiment=table4_mlp", theirs)["mbpp-test"]["Q-probe L_PG"] == 0.68
     assert values("experiment=table4", theirs, "probe.hidden=[256]") == {}
+    assert values("experiment=table4_mlp", theirs, "probe=linear") == {}
+    assert values("experiment=table2_ours", theirs)["humaneval"]["Q-probe L_CE"] == 0.64
+    assert values("experiment=table4_ours", theirs)["humaneval"]["Q-probe L_CE"] == 0.54
+    for word in (
+        "sampler.n=48",
+        "procedure=ours",
+        "probe=mlp",
+        "dataset.prompt_style=zero_shot",
+        "embedder.layers=[80]",
+    ):
+        assert values("experiment=table2", theirs, word) == {}, word
     assert values("experiment=table4", theirs, "embedder.api.model=another") == {}
     assert values("experiment=demo") == {}
     with pytest.raises(ValueError, match="paper_when does not say of which set-up"):

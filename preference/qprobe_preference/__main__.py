@@ -40,9 +40,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     style = prompt_style(config)
     training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     for pairs in [test] if training is None else [training, test]:
-        print(
-            f"{pairs.name}: {len(pairs.pairs)} pairs of {len({p.cluster for p in pairs.pairs})} prompts. {pairs.dropped_words()}"
-        )
+        print(f"{pairs.name}: {pairs.counted_words()} {pairs.dropped_words()}")
     run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
     return composition.pipeline(
         config,
@@ -63,7 +61,7 @@ def run(config: dict[str, Any]) -> None:
     if "policy" in config:
         run_policy(config)
         return
-    variants = comparison.variants(config["compare"])
+    variants = comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"])
     if not variants:
         pipeline = composition.execute(functools.partial(make_pipeline, config), config)
         if "report" in names:
@@ -80,7 +78,10 @@ def run(config: dict[str, Any]) -> None:
 def run_policy(config: dict[str, Any]) -> None:
     """Run a policy experiment: the core's stages, what other policies and judges add, the win rates."""
     check_keys(config, KEYS, "the configuration")
-    names, variants = config["stages"], comparison.variants(config["compare"])
+    names, variants = (
+        config["stages"],
+        comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"]),
+    )
     try:
         experiment = policy.load(config)
     except OSError as error:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qprobe import comparisons
 from qprobe.files import write_whole
-from qprobe.pipeline import Pipeline
+from qprobe.metrics import Interval
+from qprobe.pipeline import BEST, Pipeline
 from qprobe.report.results import Results, Row
 from qprobe.settings import check_keys
 
@@ -31,17 +33,28 @@ class Variant:
         training = pipeline.training
         if self.hidden is not None:
             training = dataclasses.replace(training, hidden=self.hidden)
-        layer = pipeline.probe_layer if self.layer is None else self.layer
+        one = dataclasses.replace(pipeline, training=training, layer=self.layer or pipeline.layer)
+        if one.layer != BEST:
+            one.layer = one.probe_layer
+        layer = one.layer if isinstance(one.layer, str) else f"{one.layer:02d}"
         shape = "-".join(map(str, training.hidden)) or "linear"
-        outputs = pipeline.run / "compared" / f"layer={layer:02d}.{shape}"
-        return dataclasses.replace(pipeline, layer=layer, training=training, outputs=outputs)
+        one.outputs = pipeline.run / "compared" / f"layer={layer}.{shape}"
+        return one
 
 
-def variants(compare: Mapping[str, Any]) -> list[Variant]:
+def layer_words(pipeline: Pipeline) -> str:
+    """Which layer a variant's probes read, in words."""
+    return "best layer" if pipeline.layer == BEST else f"layer {pipeline.layer}"
+
+
+def variants(compare: Mapping[str, Any], layer: int | str | None = None, hidden: Sequence[int] = ()) -> list[Variant]:
     """What a configuration's part `compare` asks for; none where it asks for nothing.
 
+    Args:
+        layer, hidden: what the configuration says of the probe by itself, where it says something.
+
     Raises:
-        ValueError: an unknown key, or values that are no layers or widths.
+        ValueError: an unknown key, values that are no layers or widths, or a probe that would not be among those compared.
     """
     check_keys(compare, {"layers", "hidden"}, "compare")
     layers, shapes = compare["layers"], compare["hidden"]
@@ -49,6 +62,16 @@ def variants(compare: Mapping[str, Any]) -> list[Variant]:
         raise ValueError(f"compare.layers is {layers!r}: a list of layers, such as [12,24], or [].")
     if not isinstance(shapes, list) or not all(isinstance(widths, list) for widths in shapes):
         raise ValueError(f"compare.hidden is {shapes!r}: a list of lists of widths, such as [[],[256]], or [].")
+    if layers and layer is not None and layer not in layers:
+        raise ValueError(
+            f"layer is {layer}, but compare.layers asks for {layers}: say compare.layers=[{layer}], or compare.layers=[] for "
+            "`layer` alone."
+        )
+    if shapes and hidden and list(hidden) not in shapes:
+        raise ValueError(
+            f"probe.hidden is {list(hidden)}, but compare.hidden asks for {shapes}: say compare.hidden=[{list(hidden)}], or "
+            "compare.hidden=[] for `probe.hidden` alone."
+        )
     if not layers and not shapes:
         return []
     return [
@@ -101,13 +124,24 @@ def _cells(layer: object, shape: str, row: Row) -> str:
 
 
 def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
-    """Which probes do not beat the best control, paired over prompts."""
-    lines = [
-        f"- Layer {layer}, {shape}: {note}"
-        for (layer, shape), found in results.items()
-        for note in found.notes
-        if "does not beat the best control" in note
-    ]
+    """Which probes do not beat the best control, paired over prompts, and whether any control was run."""
+    if not any(found.best_control for found in results.values()):
+        return ["No control was run (evaluation.controls): nothing says whether a probe is worth its training."]
+    lines = []
+    for (layer, shape), found in results.items():
+        for row in (row for row in found.rows if row.method.startswith(PROBE)):
+            where = f"- Layer {layer}, {shape}: {row.method}"
+            if row.over_control is None or row.over_control_low is None or row.over_control_high is None:
+                lines.append(
+                    f"{where} cannot be compared with the best control, {found.best_control}: there are too few pairs."
+                )
+                continue
+            gain = Interval(row.over_control, row.over_control_low, row.over_control_high)
+            if not comparisons.beaten(gain):
+                words = comparisons.in_words(gain)
+                lines.append(
+                    f"{where} does not beat the best control, {found.best_control}: it earns {words} against it."
+                )
     return lines or ["Every probe beats the best control: the paired interval of the difference lies above 0."]
 
 

@@ -90,9 +90,7 @@ class Dataset:
 
         def pairs(name: str, path: str | None, hub_split: str) -> PairSet:
             found = self._read(name, path, hub_split, sampler)
-            found = dataclasses.replace(
-                found, pairs=found.pairs[: self.limit], source={**found.source, "limit": self.limit}
-            )
+            found = dataclasses.replace(found, source={**found.source, "limit": self.limit})
             return found if self.max_tokens is None else fitted(found, self.max_tokens, tokens)
 
         test = pairs(self.name, self.path, self.split)
@@ -109,14 +107,15 @@ class Dataset:
             options = {"seed": self.seed, **self.options}
             file = Path(str(path)).expanduser()
             found = build(run_folder.pairs, options, "dataset.options", run=file, render=lambda p: sampler.render(p)[0])
-            return collect(name, found, {**source, "seed": self.seed})
+            return collect(name, found, {**source, "seed": self.seed}, limit=self.limit)
         if path is None:
             assert self.hub is not None  # __post_init__ saw to it
             read = rows.from_hub(self.hub, hub_split, self.data_dir, self.config)
             source |= {"hub": self.hub, "data_dir": self.data_dir, "config": self.config, "split": hub_split}
         else:
             read = rows.from_file(Path(path).expanduser())
-        return collect(name, build(READERS[self.format], self.options, "dataset.options", rows=read), source)
+        found = build(READERS[self.format], self.options, "dataset.options", rows=read)
+        return collect(name, found, source, limit=self.limit)
 
 
 def prompt_style(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qprobe import composition, joined, scoring, stages
+from qprobe import composition, joined, layers, stages
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
 from qprobe.metrics import Interval
@@ -18,7 +19,7 @@ from qprobe.pipeline import Pipeline
 from qprobe.report import Band
 from qprobe.scoring import Scored
 from qprobe.stages import Pool, Split
-from qprobe_preference import report, winrates
+from qprobe_preference import comparison, report, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges import AgainstReference
 from qprobe_preference.policy import Experiment, more_judges, paper_values
@@ -91,46 +92,59 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     """Write tables/win_rates.* and the figures; returns what a run prints at its end."""
     pipeline = experiment.pipeline
     probes = [variant.of(pipeline) for variant in variants] or [pipeline]
-    layers = {one.probe_layer for one in probes}
-    scored: dict[str, dict[float, Scored]] = {}
+    several = len({one.layer for one in probes}) > 1
+    scored: dict[str, Scored] = {}
+    by_share: dict[str, dict[float, Scored]] = {}
     loss = pipeline.shown_loss
     for one in probes:
-        rows = joined.join(one.test_pools[0], experiment.reward, one.embedder, one.probe_layer)
-        by_share = scoring.score(one.sweep(one.training_pools[0]), rows, one.settings, one.seed)
-        name = _shape(one) + (f", layer {one.probe_layer}" if len(layers) > 1 else "")
-        scored[name] = {share: by_loss[loss] for share, by_loss in sorted(by_share.items())}
+        at = functools.partial(_with_layer, experiment, one)
+        scores = layers.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
+        name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
+        scored[name] = scores.by_share[1.0][loss]
+        curve = scores.by_share if scores.plain is None else scores.by_share | {1.0: scores.plain}
+        by_share[name] = {share: by_loss[loss] for share, by_loss in sorted(curve.items())}
     pool = joined.join(pipeline.test_pools[0], experiment.reward)
     judged = judgements(experiment, pool)
     method = f"Q-probe {find_loss(loss).symbol}"
     paper = paper_values(experiment)
-    table = _table(experiment, pool, judged, {f"{method} {name}": s[1.0] for name, s in scored.items()}, paper)
-    tables = [table, *_truth(experiment, pool, {f"{method} {name}": s[1.0] for name, s in scored.items()})]
+    named = {f"{method} {name}": scores for name, scores in scored.items()}
+    tables = [_table(experiment, pool, judged, named, paper), *_truth(experiment, pool, named)]
     folder = pipeline.run
     for each in tables:
         report.write_tables(each, folder / "tables")
     ks = sorted({k for k in KS if k <= pipeline.k} | {pipeline.k})
-    curves = {f"{method} {name}": winrates.curve(judged, s[1.0].q, ks, 0.0) for name, s in scored.items()}
+    curves = {name: winrates.curve(judged, scores.q, ks, 0.0) for name, scores in named.items()}
     curves["skyline"] = winrates.curve(judged, judged.wins, ks, 0.0)
-    depths = {name: _by_share(judged, s, pipeline.k) for name, s in scored.items()}
-    shares = [round(100 * share) for share in next(iter(scored.values()))]
+    depths = {name: _by_share(judged, own, pipeline.k) for name, own in by_share.items()}
+    shares = [round(100 * share) for share in next(iter(by_share.values()))]
     heading = [pipeline.title, f"judge {experiment.reward.judge.name}"]
     figures = report.write_figures(heading, folder / "figures", ks, curves, shares, depths if len(shares) > 1 else {})
     parts = [report.to_text(each) for each in tables]
-    parts.append(_example(pool, next(iter(scored.values()))[1.0]))
+    parts.append(_example(pool, next(iter(scored.values()))))
     places = [f"tables:   {folder / 'tables'}", *(f"figure:   {path}" for path in figures if path.suffix == ".png")]
     return "\n\n".join([*parts, "\n".join([*places, f"run:      {folder}"])])
+
+
+def _with_layer(experiment: Experiment, pipeline: Pipeline, layer: int) -> Joined:
+    """The tested candidates with the features of a layer."""
+    return joined.join(pipeline.test_pools[0], experiment.reward, pipeline.embedder, layer)
 
 
 def judgements(experiment: Experiment, pool: Joined) -> Judgements:
     """A pool's rewards as verdicts against the references; lengths in characters."""
     openings, references = experiment.reward.openings, experiment.reward.references
     keys = [pool.task_ids[group] for group in pool.groups]
+    # As a judge is shown them.
+    shown = [(openings[key] + text).strip() for key, text in zip(keys, pool.completions, strict=True)]
+    against = [(openings[key] + references[key]).strip() for key in keys]
     return Judgements.of(
         pool.rewards,
         pool.groups,
         pool.verdicts,
-        [len((openings[key] + text).strip()) for key, text in zip(keys, pool.completions, strict=True)],
-        [len((openings[key] + references[key]).strip()) for key in keys],
+        list(map(len, shown)),
+        list(map(len, against)),
+        [ours == theirs for ours, theirs in zip(shown, against, strict=True)],
+        pool.cluster_of_prompt[pool.groups],
     )
 
 
@@ -166,14 +180,20 @@ def _table(
 def _choices(
     pipeline: Pipeline, judged: Judgements, base: WinRate, probes: dict[str, Scored], paper: dict[str, float]
 ) -> list[Method]:
-    """The rows of what chooses among k: probes at argmax and at the temperature that held-out pairs chose; the skyline."""
+    """The rows of what chooses among k: probes at argmax, and each at the temperature that its held-out pairs chose where these
+    are not all 0; the skyline.
+    """
     k, rows = pipeline.k, []
     for name, scores in probes.items():
-        betas = {0.0: np.zeros_like(scores.beta)} | ({float(np.median(scores.beta)): scores.beta})
-        for beta in sorted(betas):
-            found = _rate(pipeline, judged, judged.probe_law(scores.q, k, betas[beta], seed=pipeline.seed))
-            published = paper.get("Q-probe") if beta == 0 and name.endswith("linear") else None
-            rows.append(Method(name, found, _over(pipeline, found, base), k, beta, published))
+        found = _rate(pipeline, judged, judged.probe_law(scores.q, k, 0.0, seed=pipeline.seed))
+        published = paper.get("Q-probe") if name.endswith("linear") else None
+        rows.append(Method(name, found, _over(pipeline, found, base), k, 0.0, published))
+        lowest, highest = float(scores.beta.min()), float(scores.beta.max())
+        if highest > 0:
+            own = name if lowest == highest else f"{name}, own beta ({lowest:.3g} to {highest:.3g})"
+            found = _rate(pipeline, judged, judged.probe_law(scores.q, k, scores.beta, seed=pipeline.seed))
+            beta = lowest if lowest == highest else None
+            rows.append(Method(own, found, _over(pipeline, found, base), k, beta))
     best = _rate(pipeline, judged, judged.skyline_law(k))
     return [*rows, Method("skyline", best, _over(pipeline, best, base), k, 0.0, paper.get("skyline"))]
 
@@ -209,18 +229,26 @@ def _agreements(experiment: Experiment, judged: Judgements) -> list[str]:
     pipeline, notes, first = experiment.pipeline, [], experiment.reward.judge.name
     if (pool := label_pool(experiment)) is not None:
         rows = joined.join(pool, pipeline.reward_of(pool.split))
-        found = _rate(pipeline, own := Judgements.of(rows.rewards, rows.groups, rows.verdicts), own.base_law())
+        clusters = rows.cluster_of_prompt[rows.groups]
+        own = Judgements.of(rows.rewards, rows.groups, rows.verdicts, clusters=clusters)
+        found = _rate(pipeline, own, own.base_law())
         notes.append(
             f"{first} prefers the chosen answer of {100 * found.rate.value:.1f} % [{100 * found.rate.low:.1f}, "
             f"{100 * found.rate.high:.1f}] of {len(rows.verdicts)} labelled test pairs, ties half; a coin gives 50."
         )
     if experiment.truth is not None:
-        notes.append(report.agreement_note(first, "the true verdicts", winrates.agreement(judged, _truly(experiment))))
+        notes.append(_agreement(first, judged, "the true verdicts", _truly(experiment)))
     for judge in more_judges(experiment).values():
         second = AgainstReference(judge, experiment.split.prompts, experiment.reward.references)
         other = judgements(experiment, joined.join(pipeline.test_pools[0], second))
-        notes.append(report.agreement_note(first, judge.name, winrates.agreement(judged, other)))
+        notes.append(_agreement(first, judged, judge.name, other))
     return notes
+
+
+def _agreement(first: str, judged: Judgements, second: str, other: Judgements) -> str:
+    if not (judged.compared & other.compared).any():
+        return f"{first} and {second}: on no two answers have both given a verdict, so nothing is known of their agreement."
+    return report.agreement_note(first, second, winrates.agreement(judged, other))
 
 
 def _by_share(judged: Judgements, scored: dict[float, Scored], k: int) -> Band:

@@ -30,7 +30,6 @@ from qprobe_preference.splits import PairLabel, pairs_split, prompts_split
 
 # Where the assistant's turn ends in a transcript.
 TRANSCRIPT_STOP = ("\n\nHuman:", "\n\nAssistant:")
-PAPER_JUDGE = "gpt-4-0613"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class PolicySettings:
     policies: list[dict[str, Any]] = field(default_factory=list)
     label_pairs: int = 0
     paper: dict[str, float] = field(default_factory=dict)
-    paper_model: str | None = None
+    paper_when: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prompts is not None and self.prompts < 1:
@@ -198,11 +197,9 @@ def drawn_prompts(pairs: PairSet, count: int | None, seed: int) -> PairSet:
 
 
 def paper_values(experiment: Experiment) -> dict[str, float]:
-    """The published win rates by row, where judge and model are the paper's; else none."""
-    judge = experiment.config["judge"]
-    ours = judge["backend"] == "openai" and judge["api"]["model"] == PAPER_JUDGE
-    same = ours and experiment.config["model"]["name"] == experiment.settings.paper_model
-    return experiment.settings.paper if same and experiment.pipeline.k == 48 else {}
+    """The published win rates by row, where all of `policy.paper_when` holds; else none."""
+    settings = experiment.settings
+    return composition.published({**experiment.config, "paper": settings.paper, "paper_when": settings.paper_when})
 
 
 def needs(experiment: Experiment) -> list[str]:

@@ -177,6 +177,8 @@ def agreement_note(first: str, second: str, found: Agreement) -> str:
         ends = [f"{end:.2f}" for end in (found.kappa.low, found.kappa.high)]
         kappa = f"{found.kappa.value:.2f} [{ends[0]}, {ends[1]}]"
     left_out = f"; {found.left_out:,} left out, without a verdict" if found.left_out else ""
+    if found.itself:
+        left_out += f"; {found.itself:,} left out, of an answer with itself"
     agreed = f"{found.agreed:.1%} of {found.table.sum():,} comparisons"
     return f"{first} and {second} agree on {agreed}, Cohen's kappa {kappa}{left_out}."
 

@@ -10,13 +10,23 @@ refused, too long) counts half, as a tie does, and is counted apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qprobe.metrics import BLOCK, Floats, Integers, Interval, bootstrap_mean, choice_law, paired_difference, wilson
+from qprobe.metrics import (
+    BLOCK,
+    Floats,
+    Integers,
+    Interval,
+    bootstrap_mean,
+    choice_law,
+    paired_difference,
+    tails,
+    wilson,
+)
 from qprobe.report import Band
 
 CATEGORIES = ("win", "tie", "loss")
@@ -40,6 +50,8 @@ class Judgements:
         verdicts: (N,) "win", "tie" or "loss", or why there is none (UNDECIDED).
         lengths: (N,) float64, of the candidates, in tokens or characters; None where unknown.
         reference_lengths: (N,) float64, of the answers that they were judged against; None where unknown.
+        itself: (N,) bool, whether a candidate is the very answer that it is judged against: a tie that no judge made.
+        clusters: (N,) int64, what a candidate's prompt belongs to: resamples take a cluster whole. Without any, its prompt.
     """
 
     wins: Floats
@@ -47,6 +59,8 @@ class Judgements:
     verdicts: NDArray[np.str_]
     lengths: Floats | None = None
     reference_lengths: Floats | None = None
+    itself: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    clusters: Integers = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
     def of(
@@ -56,6 +70,8 @@ class Judgements:
         verdicts: Sequence[str] | None = None,
         lengths: ArrayLike | None = None,
         reference_lengths: ArrayLike | None = None,
+        itself: ArrayLike | None = None,
+        clusters: ArrayLike | None = None,
     ) -> Judgements:
         """Check and convert what a judge gave.
 
@@ -64,6 +80,8 @@ class Judgements:
             groups: (N,) integer prompt ids.
             verdicts: (N,) words; None reads them from the wins: above, at or below 0.5.
             lengths, reference_lengths: (N,) >= 0, both or none.
+            itself: (N,) bool, whether a candidate is the answer that it is judged against; None: none is.
+            clusters: (N,) integer ids of what its prompt belongs to; None: every prompt by itself.
 
         Raises:
             ValueError: lengths of the columns that differ, a win outside [0, 1], an unknown word, a win of 0 or a loss of 1.
@@ -78,6 +96,8 @@ class Judgements:
         else:
             words = np.array(verdicts, dtype=np.str_)
         columns = {"groups": ids, "verdicts": words}
+        columns["itself"] = np.zeros(values.shape, dtype=bool) if itself is None else np.asarray(itself, dtype=bool)
+        columns["clusters"] = ids if clusters is None else np.asarray(clusters)
         if (lengths is None) != (reference_lengths is None):
             raise ValueError("Give lengths and reference_lengths both, or neither: one is measured against the other.")
         if lengths is not None:
@@ -104,8 +124,24 @@ class Judgements:
             if name in columns and not (np.isfinite(columns[name]).all() and (columns[name] >= 0).all()):
                 raise ValueError(f"{name} holds a value that is no length: give finite numbers of 0 or more.")
         return cls(
-            values, ids.astype(np.int64), words, columns.get("lengths"), columns.get("reference_lengths")
-        )  # fmt: skip
+            values,
+            ids.astype(np.int64),
+            words,
+            columns.get("lengths"),
+            columns.get("reference_lengths"),
+            columns["itself"],
+            columns["clusters"].astype(np.int64),
+        )
+
+    @property
+    def compared(self) -> NDArray[np.bool_]:
+        """(N,) whether the judge gave a verdict on two different answers."""
+        return np.isin(self.verdicts, CATEGORIES) & ~self.itself
+
+    @property
+    def cluster_of_prompt(self) -> Integers:
+        """(P,) the cluster of every prompt, by sorted id."""
+        return self.clusters[np.unique(self.groups, return_index=True)[1]]
 
     def base_law(self) -> Floats:
         """The base policy: one candidate of each prompt, at random."""
@@ -146,14 +182,17 @@ class WinRate:
     """How often a policy wins.
 
     Args:
-        rate: mean win over prompts, ties half, with its bootstrap interval over prompts; infinite ends for one prompt.
-        wilson: the same mean with Wilson's interval, where every prompt has one judged answer; else None.
+        rate: mean win over prompts, ties half, with its bootstrap interval over prompts or, where these make clusters, over
+            clusters; infinite ends for one.
+        wilson: the same mean with Wilson's interval, where every prompt has one judged answer and is its own cluster; else
+            None.
         wins, ties, losses: prompts with that verdict; expected numbers where the policy chooses at random.
         undecided: reason -> prompts without a verdict, likewise.
         length, reference_length: mean lengths of what the policy takes and of what it is judged against; None if unknown.
         length_controlled: see `length_controlled`; None where it cannot be told.
         prompts: (P,) int64, sorted ids.
         per_prompt: (P,) float64, the expected win of each.
+        clusters: (P,) int64, what each belongs to.
     """
 
     rate: Interval
@@ -167,6 +206,7 @@ class WinRate:
     length_controlled: Interval | None
     prompts: Integers
     per_prompt: Floats
+    clusters: Integers
 
     @property
     def undecided_range(self) -> tuple[float, float]:
@@ -203,15 +243,16 @@ def win_rate(
         raise ValueError("The law does not sum to 1 over each prompt's candidates: it is a probability of taking each.")
     per_prompt = np.bincount(place, weights * judgements.wins)
     counts = {word: float(weights[judgements.verdicts == word].sum()) for word in (*CATEGORIES, *UNDECIDED)}
-    single = len(weights) == len(prompts)
+    clusters = judgements.cluster_of_prompt
+    single = len(weights) == len(prompts) == len(np.unique(clusters))
     length = reference_length = controlled = None
     if judgements.lengths is not None and judgements.reference_lengths is not None:
         length = float(weights @ judgements.lengths) / len(prompts)
         reference_length = float(weights @ judgements.reference_lengths) / len(prompts)
         difference = judgements.lengths - judgements.reference_lengths
-        controlled = length_controlled(judgements.wins, difference, place, weights, level=level)
+        controlled = length_controlled(judgements.wins, difference, judgements.clusters, weights, level=level)
     return WinRate(
-        rate=bootstrap_mean(per_prompt, draws=draws, level=level, rng=_rng(seed, len(prompts))),
+        rate=bootstrap_mean(per_prompt, clusters, draws=draws, level=level, rng=_rng(seed, len(prompts))),
         # The mean of numbers in [0, 1] may exceed 1 by its last digit.
         wilson=wilson(min(float(per_prompt.sum()), len(prompts)), len(prompts), level) if single else None,
         wins=counts["win"],
@@ -223,21 +264,22 @@ def win_rate(
         length_controlled=controlled,
         prompts=prompts,
         per_prompt=np.asarray(per_prompt, dtype=np.float64),
+        clusters=clusters,
     )
 
 
 def difference(a: WinRate, b: WinRate, *, draws: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-    """Win rate of a minus that of b over the same prompts, with a paired bootstrap interval.
+    """Win rate of a minus that of b over the same prompts, with a paired bootstrap interval over prompts or clusters.
 
     Raises:
-        ValueError: they are over other prompts.
+        ValueError: they are over other prompts or clusters.
     """
-    if not np.array_equal(a.prompts, b.prompts):
+    if not (np.array_equal(a.prompts, b.prompts) and np.array_equal(a.clusters, b.clusters)):
         raise ValueError(
             "The two win rates are over other prompts: a paired difference needs the same ones, ids and all."
         )
     rng = _rng(seed, len(a.prompts))
-    return paired_difference(a.per_prompt, b.per_prompt, draws=draws, level=level, rng=rng)
+    return paired_difference(a.per_prompt, b.per_prompt, a.clusters, draws=draws, level=level, rng=rng)
 
 
 def curve(judgements: Judgements, scores: ArrayLike, ks: Sequence[int], beta: ArrayLike, *, seed: int = 0) -> Band:
@@ -275,20 +317,20 @@ def length_controlled(
 
     P(win) = sigmoid(a + b tanh(d / s)), d the difference in length, s its standard deviation; the rate is sigmoid(a). Wins
     may be soft. b has a weak normal prior (SLOPE_PRECISION), a has none, so that without an effect of length the rate is the
-    plain one. Its interval is the sandwich estimate with prompts as clusters. It is a model's answer: where nearly all
+    plain one. Its interval is the sandwich estimate over groups. It is a model's answer: where nearly all
     candidates are longer (or shorter) it is an extrapolation, and a judge that takes the longer answer by however little is
     no such curve: the rate then stays off one half, towards the side that has more answers.
 
     Args:
         wins: (N,) float in [0, 1].
         differences: (N,) float, length of the candidate minus that of its reference.
-        groups: (N,) int, prompt ids.
+        groups: (N,) int, ids of what is independent: prompts, or clusters of them.
         weights: (N,) float >= 0, such as a policy's law; None weighs all alike.
         level: coverage, in (0, 1).
 
     Returns:
         The rate; None where it cannot be told: no win or no loss at all, one difference other than 0 throughout, fewer than
-        3 prompts.
+        3 groups.
 
     Source: "length_controlled_minimal" of AlpacaEval 2 (arXiv 2404.04475), with the prior in place of none. Its published
         leaderboard also has a difficulty of each instruction, fitted over many models, which two policies do not give.
@@ -334,23 +376,25 @@ class Agreement:
     """How far two judges agree on the same comparisons.
 
     Args:
-        kappa: Cohen's kappa with its bootstrap interval over prompts; None where both gave one and the same verdict
-            throughout, which leaves nothing to agree on.
+        kappa: Cohen's kappa with its bootstrap interval over prompts or clusters of them; None where both gave one and the same
+            verdict throughout, which leaves nothing to agree on.
         agreed: share of comparisons with the same verdict.
         table: (3, 3) int64, comparisons by verdict of the first (rows) and second judge (columns): win, tie, loss.
         left_out: comparisons that either gave no verdict on; in none of the above.
+        itself: comparisons of an answer with itself, ties of both judges by construction; in none of the above either.
     """
 
     kappa: Interval | None
     agreed: float
     table: Integers
     left_out: int
+    itself: int = 0
 
 
 def agreement(
     first: Judgements, second: Judgements, *, draws: int = 2_000, level: float = 0.95, seed: int = 0
 ) -> Agreement:
-    """Cohen's kappa of two judges over win, tie and loss; candidates of one prompt are resampled together.
+    """Cohen's kappa of two judges over win, tie and loss; candidates of one prompt or cluster are resampled together.
 
     Args:
         first, second: verdicts of the two judges on the same N comparisons, in the same order.
@@ -359,16 +403,17 @@ def agreement(
         seed: of the resamples.
 
     Raises:
-        ValueError: the comparisons differ, or there is none with a verdict of both.
+        ValueError: the comparisons differ, or there is none of two answers with a verdict of both (`Judgements.compared`).
 
     Source: Cohen, Educational and Psychological Measurement 20 (1960).
     """
     if not np.array_equal(first.groups, second.groups):
         raise ValueError("The two judges saw other comparisons: give the same candidates in the same order.")
-    decided = np.isin(first.verdicts, CATEGORIES) & np.isin(second.verdicts, CATEGORIES)
+    itself = first.itself | second.itself
+    decided = first.compared & second.compared
     if not decided.any():
         raise ValueError("There is no comparison on which both judges gave a verdict: nothing to agree on.")
-    prompts, place = np.unique(first.groups[decided], return_inverse=True)
+    prompts, place = np.unique(first.clusters[decided], return_inverse=True)
     numbers = {word: number for number, word in enumerate(CATEGORIES)}
     cells = [
         3 * numbers[a] + numbers[b] for a, b in zip(first.verdicts[decided], second.verdicts[decided], strict=True)
@@ -383,10 +428,13 @@ def agreement(
             [_kappa(w @ tables) for w in _resamples(len(prompts), draws, _rng(seed, len(prompts)))]
         )
         # A resample of one verdict throughout has no kappa.
-        low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-        kappa = Interval(value, float(low), float(high)) if len(prompts) > 1 else Interval(value, -np.inf, np.inf)
+        kappa = Interval(value, -np.inf, np.inf)
+        if len(prompts) > 1:
+            low, high = np.nanquantile(resampled, tails(len(prompts), level))
+            kappa = Interval(value, float(low), float(high))
     table = total.reshape(3, 3).astype(np.int64)
-    return Agreement(kappa, float(np.trace(table) / total.sum()), table, int((~decided).sum()))
+    agreed, left_out = float(np.trace(table) / total.sum()), int((~decided & ~itself).sum())
+    return Agreement(kappa, agreed, table, left_out, int(itself.sum()))
 
 
 def _kappa(tables: Floats) -> Floats:

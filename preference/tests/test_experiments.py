@@ -70,7 +70,7 @@ def test_hh_local_compares_layers_and_shapes_on_one_embedding(
     config = composed([*overrides, *shrunk(tiny_code_model, tmp_path)])
     command.run(config)
     printed = capsys.readouterr().out
-    assert "hh: 8 pairs of 8 prompts. Dropped: empty 1." in printed
+    assert "hh: 8 pairs of 8 prompts. None was dropped." in printed  # the empty one comes after them
     run = tmp_path / "hh_local-limit8"
     table = (run / "tables" / "compared.md").read_text()
     rows = [

@@ -1,11 +1,16 @@
 """No prompt and no post falls on both sides; shares are nested; shared prompts leave the training pairs and are counted."""
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qprobe_preference.pairs import Found, PairSet, split
+from qprobe_preference.pairs import Found, PairSet, hh, oasst, split
 from qprobe_preference.pairs.base import collect, prompt_key
+from qprobe_preference.pairs.rows import Row
 
 
 def pairs_of(prompts: list[tuple[int, int]]) -> PairSet:
@@ -57,3 +62,57 @@ def test_sides_without_a_pair_are_sentences() -> None:
         split.without_shared(pairs_of([(0, 0)]), pairs_of([(0, 0)]))
     with pytest.raises(ValueError, match=r"share of set is 1\.5"):
         split.share_of(pairs_of([(0, 0)]), 1.5)
+
+
+def tree(number: int) -> list[dict[str, Any]]:
+    """A conversation of OpenAssistant: two ranked answers to its first message, and two to what was said after each."""
+
+    def message(own: str, parent: str | None, role: str, rank: int | None = None) -> dict[str, Any]:
+        key, above = f"{number}.{own}", parent and f"{number}.{parent}"
+        text = {"message_id": key, "parent_id": above, "text": f"text of {key}", "role": role, "rank": rank}
+        return text | {"lang": "en", "deleted": False}
+
+    found = [message("q", None, "prompter")]
+    for rank, answer in enumerate("ab"):
+        found += [message(answer, "q", "assistant", rank), message(f"{answer}?", answer, "prompter")]
+        found += [message(f"{answer}{rank}", f"{answer}?", "assistant", rank) for rank in range(2)]
+    return found
+
+
+def test_a_conversation_tree_never_lies_on_both_sides() -> None:
+    rows = [Row(f"row {at}", values) for at, values in enumerate(m for n in range(40) for m in tree(n))]
+    pairs = collect("oasst", oasst.pairs(rows), {})
+    assert len(pairs.pairs) == 3 * 40  # at the first message, and on each of its branches
+    train, test = split.train_and_test(pairs, 0.3, seed=0)
+    sides = [{re.search(r"(\d+)\.", pair.chosen)[1] for pair in side.pairs} for side in (train, test)]  # type: ignore[index]
+    assert [len(side) for side in sides] == [28, 12]
+    assert not sides[0] & sides[1]
+
+
+def test_a_dialogue_never_lies_on_both_sides_with_its_later_turns() -> None:
+    """HH-RLHF has a row for every turn of a dialogue."""
+    rows = []
+    for number in range(30):
+        start = f"\n\nHuman: Question {number}?\n\nAssistant:"
+        longer = f"{start} Well.\n\nHuman: And then?\n\nAssistant:"
+        rows += [Row("", {"chosen": f"{text} yes", "rejected": f"{text} no"}) for text in (start, longer)]
+    pairs = collect("hh", hh.pairs(rows), {})
+    assert pairs.counted_words() == "60 pairs of 60 prompts, which make 30 clusters."
+    train, test = split.train_and_test(pairs, 0.5, seed=0)
+    sides = [{pair.prompt[0]["content"] for pair in side.pairs} for side in (train, test)]  # type: ignore[index]
+    assert [len(side) for side in sides] == [15, 15]
+    assert not sides[0] & sides[1]
+
+
+def test_a_limit_ends_reading_and_what_comes_after_is_not_counted() -> None:
+    read: list[int] = []
+
+    def found() -> Iterator[Found | str]:
+        for number in range(100):
+            read.append(number)
+            yield "empty" if number % 2 else Found(f"prompt {number}", "a", "b")
+
+    pairs = collect("set", found(), {}, limit=5)
+    assert len(pairs.pairs) == 5
+    assert pairs.dropped == {"empty": 4}  # of numbers 0 to 8
+    assert read == list(range(9))

@@ -15,10 +15,11 @@ from qprobe import stages
 from qprobe.api import ApiError
 from qprobe.models import ModelSpec
 from qprobe.pipeline import Pipeline
+from qprobe.settings import build
 from qprobe_preference import policy
 from qprobe_preference.judges import implicit
 from qprobe_preference.pairs.base import Found, collect
-from qprobe_preference.policy import drawn_prompts
+from qprobe_preference.policy import PolicySettings, drawn_prompts
 
 CONF = Path(command.__file__).parent / "conf"
 POLICIES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "policy" in path.read_text())
@@ -114,7 +115,7 @@ def test_every_policy_experiment_runs_shrunk(
 def test_the_papers_settings_are_said_where_they_must_be() -> None:
     # What a shrunk run overrides is looked at here.
     config = composed(["experiment=table3", "judge.api.model=gpt-4-0613"])
-    assert config["model"]["name"] == config["policy"]["paper_model"]
+    assert config["model"]["name"] == config["policy"]["paper_when"]["model.name"]
     assert (config["sampler"]["n"], config["evaluation"]["k"], config["policy"]["prompts"]) == (48, 48, 512)
     assert (config["sampler"]["temperature"], config["sampler"]["top_p"]) == (1.0, 0.95)
     assert (config["probe"]["learning_rate"], config["probe"]["epochs"]) == (5e-5, 150)
@@ -239,18 +240,31 @@ def test_an_experiment_without_a_judge_is_a_sentence(tiny_code_model: ModelSpec,
 
 
 def test_the_papers_values_need_the_papers_judge_and_model(tiny_code_model: ModelSpec, tmp_path: Path) -> None:
-    config = configured("hh_demo", tiny_code_model, tmp_path)
-    config["policy"] |= {"paper": {"base": 37.86}, "paper_model": tiny_code_model.name}
-    experiment = policy.load(config)
-    assert policy.paper_values(experiment) == {}  # an implicit judge
-    theirs = {"backend": "openai", "api": {"model": "gpt-4-0613"}}
-    experiment = dataclasses.replace(experiment, config={**config, "judge": theirs})
-    assert policy.paper_values(experiment) == {}  # three candidates
-    settings = dataclasses.replace(experiment.pipeline.settings, k=48)
-    experiment.pipeline.settings = settings
-    assert policy.paper_values(experiment) == {"base": 37.86}
-    other = dataclasses.replace(experiment.settings, paper_model="another")
-    assert policy.paper_values(dataclasses.replace(experiment, settings=other)) == {}
+    experiment = policy.load(configured("hh_demo", tiny_code_model, tmp_path))
+
+    def values(name: str, *words: str) -> dict[str, float]:
+        config = composed([f"experiment={name}", *words])
+        settings = build(PolicySettings, config["policy"], "policy")
+        return policy.paper_values(dataclasses.replace(experiment, config=config, settings=settings))
+
+    judge = "judge.api.model=gpt-4-0613"
+    for name in ("table3", "fig5"):
+        assert values(name, judge)["Q-probe"] == 50.10
+    assert values("table3_kto", judge)["Q-probe"] == 55.01
+    for name in ("table3_ours", "fig6"):
+        assert values(name, judge) == {}
+    for word in (
+        *(
+            "++judge.backend=implicit",
+            "judge.api.model=another",
+            "model.name=another",
+            "evaluation.k=24",
+            "sampler.n=96",
+        ),
+        *("probe.hidden=[1024]", "probe.learning_rate=0.01", "layer=best", "embedder.layers=[20]", "policy.prompts=9"),
+        *("compare.hidden=[[],[8]]", "dataset.train_share=1.0", "dataset.limit=100", "evaluation.seeds=5"),
+    ):
+        assert values("table3", judge, word) == {}, word
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith(("table", "fig"))])

@@ -14,26 +14,28 @@ from qprobe.scoring import Scored
 # (P,) rewards of two choices on the same prompts -> their mean difference and its interval.
 Paired = Callable[[np.ndarray, np.ndarray], Interval]
 ByMethod = Mapping[str, np.ndarray]
+# Decimals of a reward in sentences and tables: what is less is no difference.
+DIGITS = 3
 
 
-def against_controls(at_use: ByMethod, controls: Mapping[str, np.ndarray | None], paired: Paired) -> list[str]:
+def beaten(gain: Interval) -> bool:
+    """Whether a difference is above 0 by more than the digits that are printed of it."""
+    return round(gain.low, DIGITS) > 0
+
+
+def against_controls(gains: Mapping[str, Interval], best: str, count: int) -> list[str]:
     """Which probes are not better than the best choice that needs no probe.
 
     Args:
-        at_use: method -> (P,) rewards of a probe's choice.
-        controls: method -> (S, P) rewards; None: not run.
-        paired: compares.
+        gains: method -> what a probe earns over the best control.
+        best: that control.
+        count: of the controls that were run.
     """
-    run = {name: earned.mean(axis=0) for name, earned in controls.items() if earned is not None}
-    if not run:
-        return []
-    best = max(run, key=lambda name: float(run[name].mean()))
-    among = f"{best}, the best of {len(run)} on these very prompts" if len(run) > 1 else best
-    gains = {method: paired(earned, run[best]) for method, earned in at_use.items()}
+    among = f"{best}, the best of {count} on these very prompts" if count > 1 else best
     return [
-        f"{method} does not beat the best control ({among}): it earns {_in_words(gain)} against it."
+        f"{method} does not beat the best control ({among}): it earns {in_words(gain)} against it."
         for method, gain in gains.items()
-        if gain.low <= 0 and math.isfinite(gain.low)
+        if math.isfinite(gain.low) and not beaten(gain)
     ]
 
 
@@ -45,14 +47,13 @@ def more_prompts(method: str, by_share: Mapping[float, np.ndarray], paired: Pair
     gain = paired(by_share[1.0], by_share[share])
     if not math.isfinite(gain.low):
         return []
-    verdict = (
-        "more prompts would help"
-        if gain.low > 0
-        else "more prompts do harm, which is a sign of noise"
-        if gain.high < 0
-        else "whether more prompts would help cannot be told"
-    )
-    return [f"{method}: all training prompts earn {_in_words(gain)} against {share:.0%} of them: {verdict}."]
+    verdicts = {
+        "better": "more prompts would help",
+        "worse": "more prompts do harm, which is a sign of noise",
+        "not told apart": "whether more prompts would help cannot be told",
+    }
+    verdict = verdicts[_told(gain)]
+    return [f"{method}: all training prompts earn {in_words(gain)} against {share:.0%} of them: {verdict}."]
 
 
 def ordering(at_use: ByMethod, paired: Paired) -> list[str]:
@@ -61,7 +62,7 @@ def ordering(at_use: ByMethod, paired: Paired) -> list[str]:
     for (lower, before), (higher, after) in itertools.pairwise(at_use.items()):
         gain = paired(after, before)
         if math.isfinite(gain.low):
-            notes.append(f"{higher} against {lower}: {_in_words(gain)}: {_told(gain)}.")
+            notes.append(f"{higher} against {lower}: {in_words(gain)}: {_told(gain)}.")
     return notes
 
 
@@ -75,7 +76,7 @@ def procedures(ours: ByMethod, theirs: ByMethod, paired: Paired) -> list[str]:
     for (method, mine), published in zip(ours.items(), theirs.values(), strict=True):
         gain = paired(mine, published)
         if math.isfinite(gain.low):
-            notes.append(f"{method}: our procedure earns {_in_words(gain)} over the paper's: {_told(gain)}.")
+            notes.append(f"{method}: our procedure earns {in_words(gain)} over the paper's: {_told(gain)}.")
     return notes
 
 
@@ -95,9 +96,15 @@ def layers(scored: Mapping[str, Scored], by_layer: Mapping[int, object]) -> list
     return notes
 
 
-def _in_words(gain: Interval) -> str:
-    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+def in_words(gain: Interval) -> str:
+    """A difference and its interval, as tables print them."""
+    # Adding 0.0 turns -0.0 into 0.0.
+    value, low, high = (f"{round(end, DIGITS) + 0.0:+.{DIGITS}f}" for end in (gain.value, gain.low, gain.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _told(gain: Interval) -> str:
-    return "better" if gain.low > 0 else "worse" if gain.high < 0 else "not told apart"
+    """What the interval says as it is printed: +0.000 is no difference."""
+    if beaten(gain):
+        return "better"
+    return "worse" if round(gain.high, DIGITS) < 0 else "not told apart"

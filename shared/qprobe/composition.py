@@ -29,7 +29,7 @@ from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.likelihood import Likelihood
 from qprobe.models import ModelSpec
-from qprobe.pipeline import BEST, SHARDED, Pipeline
+from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.recording import RecordedEmbedder, RecordedSampler
 from qprobe.sampling import Sampler, SamplingSettings
@@ -46,6 +46,8 @@ SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSample
 EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "recorded": RecordedEmbedder, "vllm": VLLMEmbedder}
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
+# What two procedures in one table share.
+COMMON = ("losses", "k", "curve_shares", "curve_prompts", "controls", "bootstrap")
 # What an application needs besides a probe.
 USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
@@ -258,6 +260,7 @@ def pipeline(
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
     agreement: Agreement | None = None,
+    apart: dict[str, dict[str, frozenset[str]]] | None = None,
     outputs: Path | None = None,
 ) -> Pipeline:
     """The pipeline of a configuration, with what the configuration does not hold: prompts and a reward.
@@ -265,6 +268,7 @@ def pipeline(
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
         agreement: when two completions say the same, for self-consistency.
+        apart: see `Pipeline.apart`.
         outputs: where probes, results, tables and figures go; None: the run folder.
 
     Raises:
@@ -290,6 +294,7 @@ def pipeline(
         batch_rows=ends.batch_rows,
         shard=_shard(config["shard"]),
         paper=paper or {},
+        apart=apart or {},
         use=use or {},
         outputs=outputs,
         authors=authors,
@@ -297,7 +302,11 @@ def pipeline(
 
 
 def procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
-    """The procedure of the table's rows, and the paper's where it stands beside it: its keys on top of the configuration's."""
+    """The procedure of the table's rows, and the paper's where it stands beside it (`authors`, on top of the configuration's).
+
+    Raises:
+        ValueError: a key that is none, or a value that cannot be.
+    """
     ours = Procedure(
         build(TrainingSettings, config["probe"], "probe"),
         build(EvaluationSettings, config["evaluation"], "evaluation"),
@@ -307,36 +316,55 @@ def procedures(config: Mapping[str, Any]) -> tuple[Procedure, Procedure | None]:
     layer = changes.pop("layer", None)
     if not changes:  # an experiment may say which layer the paper's probes would read
         return ours, None
-    check_keys(changes, {"alone", "probe", "evaluation"}, "authors")
-    evaluation = {**config["evaluation"], **changes["evaluation"]}
-    if not changes["alone"]:  # rows of the table are all that is asked of it
-        evaluation |= {"curve_shares": [], "curve_prompts": []}
+    check_keys(changes, {"probe", "evaluation"}, "authors")
+    if len(changes) < 2:
+        raise ValueError(
+            "authors are the paper's probes beside ours: say procedure=both, which knows the rest of their keys."
+        )
+    check_keys(changes["evaluation"], set(config["evaluation"]), "authors.evaluation")
+    if common := [
+        key for key in COMMON if changes["evaluation"].get(key, config["evaluation"][key]) != config["evaluation"][key]
+    ]:
+        raise ValueError(
+            f"authors.evaluation.{common[0]} is not evaluation.{common[0]}: the paper's rows stand in our table, loss beside "
+            f"loss; say evaluation.{common[0]}, or procedure=paper for a table of their own."
+        )
+    # Rows of the table are all that is asked of it.
+    evaluation = {**config["evaluation"], **changes["evaluation"], "curve_shares": [], "curve_prompts": []}
     theirs = Procedure(
         build(TrainingSettings, {**config["probe"], **changes["probe"]}, "authors.probe"),
         build(EvaluationSettings, evaluation, "authors.evaluation"),
         layer,
     )
-    if changes["alone"]:
-        if layer is None and ours.layer != BEST:  # it chooses no layer: null is the highest
-            theirs = dataclasses.replace(theirs, layer=ours.layer)
-        return theirs, None
-    if theirs.settings.losses != ours.settings.losses:
-        raise ValueError(
-            "authors.evaluation.losses are not those of evaluation.losses: their rows stand loss beside loss."
-        )
     return ours, theirs
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:
     """The published values of a configuration (`paper`), where all of `paper_when` holds: key, with dots -> value; else none.
 
+    Keys that begin with `procedure.` (probe, evaluation, layer) are those of the probes that the values stand beside: under
+    procedure=both the paper's.
+
     Raises:
         ValueError: published values without a condition.
     """
-    if config["paper"] and not config["paper_when"]:
+    if not config["paper"]:
+        return {}
+    if not config["paper_when"]:
         raise ValueError("paper has values, but paper_when does not say of which set-up: name model.name at least.")
-    found = {key: _value_at(config, key) for key in config["paper_when"]}
+    ours, beside = procedures(config)
+    theirs = beside or ours
+    layers = config["embedder"].get("layers") or []
+    layer = theirs.layer if theirs.layer is not None else max(layers, default=None)
+    procedure = {"probe": _plain(theirs.training), "evaluation": _plain(theirs.settings), "layer": layer}
+    found = {key: _value_at({**config, "procedure": procedure}, key) for key in config["paper_when"]}
     return dict(config["paper"]) if found == dict(config["paper_when"]) else {}
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Settings as a configuration has them: tuples are lists."""
+    values = dataclasses.asdict(settings)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _value_at(config: Mapping[str, Any], key: str) -> Any:

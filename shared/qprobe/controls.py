@@ -10,7 +10,7 @@ import torch
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
 from qprobe.scoring import score
-from qprobe.sweep import EvaluationSettings, Maker, training_data
+from qprobe.sweep import EvaluationSettings, Maker, probe_seed, training_data
 from qprobe.training import ROWS_AT_A_TIME, TrainingSettings, statistics
 
 Scores = dict[str, np.ndarray | None]
@@ -66,12 +66,14 @@ def shuffled_labels(
         learnt, tested: the rows that they learn from and score; the same in cross-validation.
         make: `sweep.cross_validate` or `sweep.train_on_all`.
         k: candidates at use.
-        seed: of the first; the others follow.
+        seed: of the run; each has one of its own (`probe_seed`).
     """
     loss = settings.losses[0]
-    one = dataclasses.replace(settings, losses=(loss,), seeds=1, curve_shares=())
+    # As many prompts as a probe of the table learns from, though each is the only one of its sweep.
+    share = settings.drawn_share
+    one = dataclasses.replace(settings, losses=(loss,), seeds=1, curve_shares=(), train_share=share)
     rows = []
-    for own_seed in range(seed, seed + settings.seeds):
+    for own_seed in (probe_seed(seed, s) for s in range(settings.seeds)):
         lot = np.random.default_rng([own_seed, len(learnt.rewards)]).random(len(learnt.rewards))
         # Rows are sorted by prompt, so the order below moves none out of its own.
         shuffled = learnt.rewards[np.lexsort((lot, learnt.groups))]

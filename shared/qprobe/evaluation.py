@@ -15,6 +15,7 @@ from qprobe import comparisons, policy
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
 from qprobe.metrics import (
+    Distinct,
     Interval,
     best_of_k,
     bootstrap_mean,
@@ -72,10 +73,12 @@ def evaluate(
     *,
     k: int,
     seed: int,
+    plain: dict[str, Scored] | None = None,
     rivals: Mapping[str, np.ndarray | None] | None = None,
     controls: Mapping[str, np.ndarray | None] | None = None,
     by_layer: Mapping[int, dict[str, Scored]] | None = None,
     authors: Authors | None = None,
+    apart: Mapping[str, frozenset[str]] | None = None,
     paper: dict[str, float] | None = None,
     made_from: str = "",
 ) -> Results:
@@ -85,16 +88,29 @@ def evaluate(
         greedy: (P,) rewards of greedy decoding, prompts as in `joined`; None where it was not run.
         scored: share of the training prompts -> loss -> scores; the table is about the share 1.
         k: candidates at use.
+        plain: loss -> scores by probes of all training prompts that learned as those of smaller shares had to
+            (`SweepProbe.plain`), for the learning curve; None: those of the table did.
         rivals: method -> (P,) rewards of another policy's one completion a prompt, a row of the table each; None: not run.
         controls: method -> (S, N) scores that no probe made, a row of the table each; None: not run.
         by_layer: layer -> loss -> scores, where probes could choose among layers.
         authors: probes of the paper's procedure, beside ours.
+        apart: see `Pipeline.apart`: task ids without which every row is reported once more.
         paper: published values by method, only where the set-up is the paper's.
         made_from: identity of the inputs, kept with the results.
     """
     evaluation = _Evaluation(joined, greedy, settings, k, seed, paper or {})
     return evaluation.results(
-        title, protocol, pool, scored, rivals or {}, controls or {}, by_layer or {}, authors, made_from
+        title,
+        protocol,
+        pool,
+        scored,
+        plain,
+        rivals or {},
+        controls or {},
+        by_layer or {},
+        authors,
+        apart or {},
+        made_from,
     )
 
 
@@ -120,7 +136,10 @@ class _Evaluation:
             raise ValueError(
                 f"k is {k}, but a prompt of this pool has {self.smallest} samples: lower evaluation.k or sample more."
             )
-        self.mixed = mixed_prompts(joined.rewards, joined.groups)
+        self.distinct = Distinct.of(joined.completions, joined.groups)
+        self.rewards = self.distinct.mean(joined.rewards)  # (M,) of the distinct completions
+        self.mixed = mixed_prompts(self.rewards, self.distinct.groups)
+        self.earned_by: dict[str, np.ndarray] = {}  # method -> (P,) of every row
         self.base = np.array([joined.rewards[rows].mean() for rows in self.by_prompt])
         self.ks = [
             value
@@ -142,6 +161,7 @@ class _Evaluation:
 
     def row(self, method: str, values: np.ndarray, samples: int, **more: Any) -> Row:
         """A row of the table from a value a prompt."""
+        self.earned_by[method] = values
         reward = self.interval(values)
         over_base = self.paired(values, self.base) if method != "pass@1" else {}
         if self.greedy is not None and method not in ("pass@1", "greedy"):
@@ -164,21 +184,23 @@ class _Evaluation:
 
     def paired(self, a: np.ndarray, b: np.ndarray, name: str = "difference") -> dict[str, Any]:
         """The same as fields of a row."""
-        found = self.difference(a, b)
-        return {name: found.value, f"{name}_low": _finite(found.low), f"{name}_high": _finite(found.high)}
+        return _fields(name, self.difference(a, b))
 
     def results(
         self,
         title: str,
         protocol: str,
         pool: str,
-        scored: dict[float, dict[str, Scored]],
+        by_share: dict[float, dict[str, Scored]],
+        plain: dict[str, Scored] | None,
         rivals: Mapping[str, np.ndarray | None],
         controls: Mapping[str, np.ndarray | None],
         by_layer: Mapping[int, dict[str, Scored]],
         authors: Authors | None,
+        apart: Mapping[str, frozenset[str]],
         made_from: str,
     ) -> Results:
+        scored, curve = by_share[1.0], by_share | ({} if plain is None else {1.0: plain})
         samples = max(len(rows) for rows in self.by_prompt)
         skyline = np.stack(
             [best_of_k(self.joined.rewards[r], self.joined.rewards[r], self.ks) for r in self.by_prompt], axis=1
@@ -189,20 +211,34 @@ class _Evaluation:
             rows.append(Row(method=name) if rewards is None else self.row(name, rewards, 1))
         by_control = {name: None if q is None else self.best_of(q) for name, q in controls.items()}
         rows += [self.control(name, by_control[name], controls[name]) for name in controls]
+        run = {name: earned.mean(axis=0) for name, earned in by_control.items() if earned is not None}
+        best = max(run, key=lambda name: float(run[name].mean()), default="")
         curves, trade_offs, prompt_scores = {}, {}, {}
-        at_use: dict[str, dict[float, np.ndarray]] = {}
-        for loss, scores in scored[1.0].items():
+        at_use: dict[str, np.ndarray] = {}
+        over_control: dict[str, Interval] = {}
+        for loss, scores in scored.items():
             method = _method(loss)
             earned, errors = self.earned(scores, self.ks, self.settings)  # (S, K, P)
             # Where the paper's procedure has rows of its own, its values stand beside those.
             published = None if authors else self.paper.get(method)
-            rows.append(self.probe(method, scores, earned[:, at_k], errors[:, at_k], published))
+            at_use[method] = earned[:, at_k].mean(axis=0)
+            more: dict[str, Any] = {}
+            if best:
+                over_control[method] = self.difference(at_use[method], run[best])
+                more = _fields("over_control", over_control[method])
+            rows.append(self.probe(method, scores, earned[:, at_k], errors[:, at_k], published, **more))
             curves[method] = self.band(earned.mean(axis=0))
             trade_offs[method] = self.trade_off(scores)
             prompt_scores[method] = self.prompt_scores(scores)
-            at_use[method] = {1.0: earned[:, at_k].mean(axis=0)}
-            for share in sorted(set(scored) - {1.0}):
-                at_use[method][share] = self.earned(scored[share][loss], [self.k], self.settings)[0][:, 0].mean(axis=0)
+        curve_rewards = {
+            _method(loss): {
+                share: at_use[_method(loss)]
+                if own is scored
+                else self.earned(own[loss], [self.k], self.settings)[0][:, 0].mean(axis=0)
+                for share, own in curve.items()
+            }
+            for loss in scored
+        }
         theirs = {}
         their_scores, their_settings = (authors.scored, authors.settings) if authors else ({}, self.settings)
         for loss, scores in their_scores.items():
@@ -211,6 +247,13 @@ class _Evaluation:
             rows.append(self.probe(method, scores, earned[:, 0], errors[:, 0], self.paper.get(_method(loss))))
             theirs[method] = earned[:, 0].mean(axis=0)
         rows.append(self.row(f"skyline pass@{self.k}", skyline[at_k], self.k))
+        notes = self.notes(scored, curve, rows, at_use, over_control, best, len(run), theirs)
+        notes += [
+            note
+            for method, own in curve_rewards.items()
+            for note in comparisons.more_prompts(method, own, self.difference)
+        ]
+        notes += comparisons.layers(scored, by_layer) + self.without(apart)
         curves["skyline pass@k"] = self.band(skyline)
         return Results(
             title=title,
@@ -225,25 +268,29 @@ class _Evaluation:
             rows=rows,
             reward_against_k=Curve(k=self.ks, series=curves),
             reward_against_kl=TradeOff(series=trade_offs) if self.smallest > 1 else None,
-            reward_against_prompts=self.learning_curve(scored, at_use) if len(scored) > 1 else None,
-            reward_against_layer=self.layer_curve(scored[1.0], by_layer) if by_layer else None,
+            reward_against_prompts=self.learning_curve(curve, curve_rewards) if len(curve) > 1 else None,
+            reward_against_layer=self.layer_curve(scored, by_layer) if by_layer else None,
             scores_per_prompt=PromptScores(series=prompt_scores),
-            notes=self.notes(scored[1.0], rows, at_use, by_control, theirs) + comparisons.layers(scored[1.0], by_layer),
+            notes=notes,
+            best_control=best,
             made_from=made_from,
         )
 
-    def probe(self, method: str, scores: Scored, earned: np.ndarray, errors: np.ndarray, paper: float | None) -> Row:
+    def probe(
+        self, method: str, scores: Scored, earned: np.ndarray, errors: np.ndarray, paper: float | None, **more: Any
+    ) -> Row:
         """The row of a loss's probes from (S, P) rewards at use and their simulation errors."""
         row = self.row(
             method,
             earned.mean(axis=0),
             self.k,
-            seeds=self.settings.seeds,
-            seed_spread=float(earned.mean(axis=1).std(ddof=1)) if self.settings.seeds > 1 else None,
+            seeds=len(earned),
+            seed_spread=float(earned.mean(axis=1).std(ddof=1)) if len(earned) > 1 else None,
             beta=float(np.median(scores.beta)),
             # All seeds choose from the same random sets, so over seeds errors do not cancel: at most their mean.
             simulation_error=float(np.sqrt((errors.mean(axis=0) ** 2).sum()) / errors.shape[1]),
             **self.auc(scores.q),
+            **more,
         )
         return dataclasses.replace(row, paper=paper)
 
@@ -259,7 +306,7 @@ class _Evaluation:
                 errors.append(np.zeros_like(values[-1]))
                 continue
             betas = sorted(set(beta.tolist()))
-            grid = reward_grid(q, rewards, groups, ks, betas, draws=self.settings.draws, rng=self.rng())
+            grid = reward_grid(q, rewards, groups, ks, betas, draws=settings.draws, rng=self.rng())
             own = (slice(None), np.searchsorted(betas, beta), np.arange(len(self.base)))
             values.append(grid.values[own])
             errors.append(grid.errors[own])
@@ -296,7 +343,7 @@ class _Evaluation:
         return self.row(method, earned.mean(axis=0), self.k, beta=0.0, **random, **self.auc(scores))
 
     def learning_curve(
-        self, scored: dict[float, dict[str, Scored]], at_use: dict[str, dict[float, np.ndarray]]
+        self, scored: Mapping[float, dict[str, Scored]], at_use: dict[str, dict[float, np.ndarray]]
     ) -> LearningCurve:
         """Reward at use against the number of training prompts (its mean over probes, which differ by a fold's rounding)."""
         shares = sorted(scored)
@@ -308,10 +355,11 @@ class _Evaluation:
         return LearningCurve(prompts=counts, series=bands)
 
     def auc(self, scores: np.ndarray) -> dict[str, float | None]:
-        """Within-prompt AUC over the mixed prompts, mean over seeds."""
+        """Within-prompt AUC over the mixed prompts, of distinct completions, mean over seeds."""
         if not self.mixed.any():
             return {}
-        each = np.stack([within_prompt_auc(q, self.joined.rewards, self.joined.groups) for q in scores])
+        groups = self.distinct.groups
+        each = np.stack([within_prompt_auc(self.distinct.mean(q), self.rewards, groups) for q in scores])
         interval = self.interval(each[:, self.mixed].mean(axis=0), self.mixed)
         return {"auc": interval.value, "auc_low": _finite(interval.low), "auc_high": _finite(interval.high)}
 
@@ -367,16 +415,19 @@ class _Evaluation:
         mean = scores.q.mean(axis=0)
         mean = mean - mean.mean()
         return [
-            PromptScore(task_id=task, base=float(np.clip(base, 0, 1)), score=float(mean[rows].mean()))
+            PromptScore(task_id=task, base=float(base), score=float(mean[rows].mean()))
             for task, base, rows in zip(self.joined.task_ids, self.base, self.by_prompt, strict=True)
         ]
 
     def notes(
         self,
         scored: dict[str, Scored],
+        curve: Mapping[float, dict[str, Scored]],
         rows: list[Row],
-        at_use: dict[str, dict[float, np.ndarray]],
-        controls: Mapping[str, np.ndarray | None],
+        at_use: Mapping[str, np.ndarray],
+        over_control: Mapping[str, Interval],
+        best: str,
+        controls: int,
         theirs: Mapping[str, np.ndarray],
     ) -> list[str]:
         """What a reader must know before believing the table, and why a probe does not help where it does not."""
@@ -386,8 +437,10 @@ class _Evaluation:
             notes.append("No prompt has both good and bad completions: there is nothing to choose, by any probe.")
         elif mixed < FEW_MIXED:
             notes.append(
-                f"Only {mixed} of {len(self.base)} prompts have both good and bad completions, and only on these can choosing "
-                "matter: use more prompts, more samples a prompt, or a model that is neither too weak nor too strong."
+                f"There are only {mixed} prompts, each with both good and bad completions: use more."
+                if mixed == len(self.base)
+                else f"Only {mixed} of {len(self.base)} prompts have both good and bad completions, and only on these can "
+                "choosing matter: use more prompts, more samples a prompt, or a model that is neither too weak nor too strong."
             )
         if self.joined.clusters is not None:
             notes.append(
@@ -397,23 +450,34 @@ class _Evaluation:
         trained = [probe.trained for scores in scored.values() for probe in scores.probes]
         defaults = [probe for probe in trained if not probe.chosen]
         if defaults:
-            fewest = min(probe.held_out_mixed for probe in defaults)
+            held = np.mean([probe.held_out_mixed for probe in defaults])
             notes.append(
                 f"{len(defaults)} of {len(trained)} probes use the default stopping step, learning rate and beta: holding out "
-                f"prompts would have left them {fewest} or a few more with both good and bad completions, too few to choose on."
+                f"prompts would have left them {held:.3g} with both good and bad completions on average, too few to choose on."
             )
+        if any(probe.plain for scores in curve[1.0].values() for probe in scores.probes):
+            notes.append(
+                "Every probe of the learning curve, also of all training prompts, uses the default stopping step, learning rate "
+                "and beta: of the smaller shares too few prompts could be held out to choose on. Those of the table chose theirs."
+            )
+        for method, scores in zip(at_use, scored.values(), strict=True):
+            if scores.beta.min() < scores.beta.max():
+                notes.append(
+                    f"{method}: its probes have temperatures from {scores.beta.min():.3g} to {scores.beta.max():.3g}, each the "
+                    "one that it chose; the table says their median."
+                )
         for row in (row for row in rows if row.method in at_use):
-            if row.auc_low is not None and row.auc_high is not None and row.auc_low <= 0.5 <= row.auc_high:
+            if row.auc_low is None or row.auc_high is None:
+                continue
+            if round(row.auc_low, comparisons.DIGITS) <= 0.5 <= round(row.auc_high, comparisons.DIGITS):
                 notes.append(
                     f"{row.method}: its within-prompt AUC cannot be told from chance (0.5) on {mixed} prompts."
                 )
-        ours = {method: own[1.0] for method, own in at_use.items()}
         if mixed:
-            notes += comparisons.against_controls(ours, controls, self.difference)
-            notes += comparisons.ordering(ours, self.difference)
+            notes += comparisons.against_controls(over_control, best, controls)
+            notes += comparisons.ordering(at_use, self.difference)
             notes += comparisons.ordering(theirs, self.difference)
-            notes += comparisons.procedures(ours, theirs, self.difference) if theirs else []
-        notes += [note for m in at_use for note in comparisons.more_prompts(m, at_use[m], self.difference)]
+            notes += comparisons.procedures(at_use, theirs, self.difference) if theirs else []
         worst = max((row.simulation_error or 0.0 for row in rows), default=0.0)
         if worst > 0:
             notes.append(
@@ -421,6 +485,31 @@ class _Evaluation:
             )
         notes.append(f"The figure of reward against KL is for k={self.curve_k} candidates.")
         return notes
+
+    def without(self, apart: Mapping[str, frozenset[str]]) -> list[str]:
+        """Every row once more over the prompts that nothing is wrong with."""
+        notes = []
+        for why, task_ids in apart.items():
+            kept = np.array([task not in task_ids for task in self.joined.task_ids])
+            if kept.all():
+                continue
+            counted = f"Without the {int((~kept).sum())} of {len(kept)} prompts that {why}"
+            if not kept.any():
+                notes.append(f"{counted} none is left.")
+                continue
+            found = {method: self.interval(values[kept], kept) for method, values in self.earned_by.items()}
+            notes.append(f"{counted}: {'; '.join(f'{method} {_reward(value)}' for method, value in found.items())}.")
+        return notes
+
+
+def _reward(found: Interval) -> str:
+    ends = f" [{found.low:.3f}, {found.high:.3f}]" if math.isfinite(found.low) else ""
+    return f"{found.value:.3f}{ends}"
+
+
+def _fields(name: str, found: Interval) -> dict[str, Any]:
+    """An interval as fields of a row."""
+    return {name: found.value, f"{name}_low": _finite(found.low), f"{name}_high": _finite(found.high)}
 
 
 def _method(loss: str) -> str:
@@ -448,7 +537,8 @@ class Example:
 def example(joined: Joined, scored: dict[str, Scored], loss: str) -> Example | None:
     """Of the mixed prompts, the one whose best and worst score lie furthest apart, whatever their verdicts are."""
     q = scored[loss].q.mean(axis=0)
-    mixed = np.flatnonzero(mixed_prompts(joined.rewards, joined.groups))
+    distinct = Distinct.of(joined.completions, joined.groups)
+    mixed = np.flatnonzero(mixed_prompts(distinct.mean(joined.rewards), distinct.groups))
     if len(mixed) == 0:
         return None
     rows = max((np.flatnonzero(joined.groups == p) for p in mixed), key=lambda r: float(np.ptp(q[r])))

@@ -8,14 +8,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from qprobe.joined import Joined
 from qprobe.scoring import Scored, score
 from qprobe.sweep import EvaluationSettings, Maker, SweepProbe, training_data
-from qprobe.training import ProbeTask, TrainedProbe, TrainingSettings, train
+from qprobe.training import ProbeTask, TrainedProbe, TrainingSettings, refitted, train
 
 # The rows of a pool with the features of a layer.
 At = Callable[[int], Joined]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the probes of a sweep say of rows.
+
+    Args:
+        by_share: share of their training prompts that probes learned from -> loss -> scores.
+        plain: loss -> scores by probes of all training prompts that learned as those of smaller shares (`SweepProbe.plain`);
+            None where those of `by_share` did.
+        by_layer: layer -> loss -> scores by probes of each layer, where these were asked for.
+    """
+
+    by_share: dict[float, dict[str, Scored]]
+    plain: dict[str, Scored] | None
+    by_layer: dict[int, dict[str, Scored]]
 
 
 def sweep_over(
@@ -56,13 +73,24 @@ def sweep_over(
 def final_probes(
     at: At, layers: Sequence[int], losses: Sequence[str], training: TrainingSettings, *, k: int, seed: int
 ) -> list[tuple[int, TrainedProbe]]:
-    """(layer, probe) of every loss, trained on every prompt; arguments as of `sweep_over`."""
+    """(layer, probe) of every loss, trained on every prompt: on those too that chose its layer, steps and beta.
+
+    Arguments as of `sweep_over`.
+    """
     made = []
     for layer in layers:
         data = training_data(at(layer))
         tasks = [ProbeTask(loss, seed, data.sizes > 0) for loss in losses]
         made.append(train(data, tasks, training, k=k, seed=seed))
-    return [(layers[place], made[place][number]) for number, place in enumerate(_best(made))]
+    best = _best(made)
+    whole: dict[int, tuple[int, TrainedProbe]] = {}
+    for place in sorted(set(best)):
+        data = training_data(at(layers[place]))
+        own = [number for number in range(len(losses)) if best[number] == place]
+        tasks = [ProbeTask(losses[number], seed, data.sizes > 0) for number in own]
+        found = refitted(data, tasks, [made[place][number] for number in own], training, k=k, seed=seed)
+        whole |= {number: (layers[place], probe) for number, probe in zip(own, found, strict=True)}
+    return [whole[number] for number in range(len(losses))]
 
 
 def score_over(
@@ -73,23 +101,26 @@ def score_over(
     seed: int,
     *,
     compare: bool = False,
-) -> tuple[dict[float, dict[str, Scored]], dict[int, dict[str, Scored]]]:
-    """Scores by the probes that were taken, and layer -> loss -> scores by those of every layer.
+) -> Scores:
+    """Scores of rows by the probes of a sweep.
 
     Args:
         at: the rows to be scored.
-        compare: whether the second is asked for, from probes that learned from all their training prompts.
+        compare: whether scores by layer are asked for, from probes that learned from all their training prompts.
     """
     scored: dict[float, dict[str, Scored]] = {}
+    plain: dict[float, dict[str, Scored]] = {}
     by_layer = {}
     for layer in layers:
-        own = [probe for probe in sweep if probe.layer in (layer, None)]
+        own = [probe for probe in sweep if probe.layer in (layer, None) and not probe.plain]
         joined = at(layer)
         score([probe for probe in own if probe.taken], joined, settings, seed, scored)
+        others = [probe for probe in sweep if probe.layer in (layer, None) and probe.plain and probe.taken]
+        score(others, joined, settings, seed, plain)
         if compare and len(layers) > 1:
             by_layer[layer] = score([probe for probe in own if probe.share == 1], joined, settings, seed)[1.0]
     in_order = {share: {loss: own[loss] for loss in settings.losses} for share, own in scored.items()}
-    return in_order, by_layer
+    return Scores(in_order, {loss: plain[1.0][loss] for loss in settings.losses} if plain else None, by_layer)
 
 
 def _best(by_layer: Sequence[Sequence[TrainedProbe]]) -> list[int]:

@@ -32,7 +32,6 @@ from qprobe.probe import EmbeddingSource, QProbe, is_saved
 from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.sampling import Sampler
-from qprobe.scoring import Scored
 from qprobe.stages import Pool, Reward, Split
 from qprobe.sweep import EvaluationSettings, Maker, Procedure, SweepProbe
 from qprobe.training import TrainingSettings
@@ -64,6 +63,8 @@ class Pipeline:
         seed: of everything random.
         batch_rows: completions in a batch.
         paper: published values, pool -> method -> value, only where the set-up is the paper's.
+        apart: pool -> what is wrong with some of its prompts, as the end of "Without the 3 of 9 prompts that ..." -> their task
+            ids: what is reported of all is then also reported without them.
         shard: (number, count): make only the batches of one shard, up to their features; parts of all shards meet in the run
             folder. What needs all of them is left to a run without shards.
         outputs: where probes, results, tables and figures go, so that several settings can read one run's features; None: `run`.
@@ -92,6 +93,7 @@ class Pipeline:
     seed: int = 0
     batch_rows: int = 64
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    apart: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     shard: tuple[int, int] = (1, 1)
     outputs: Path | None = None
     authors: Procedure | None = None
@@ -219,7 +221,7 @@ class Pipeline:
             path, reward = self._results_path(pool.split), self.reward_of(pool.split)
             if self._found_results(pool) is not None and candidates.path_of(path).exists():
                 continue
-            joined, scored, by_layer = self._scored(pool, (1.0, *self.settings.curve_shares), compare=True)
+            joined, scores = self._join(pool), self._scored(pool, compare=True)
             theirs = self._by_authors()
             results = evaluation.evaluate(
                 self.title,
@@ -227,19 +229,21 @@ class Pipeline:
                 pool.split.name,
                 joined,
                 self._greedy_rewards(pool.split, joined.task_ids),
-                scored,
+                scores.by_share,
                 self.settings,
                 k=self.k,
                 seed=self.seed,
+                plain=scores.plain,
                 rivals=self._beside().rivals(pool, reward),
                 controls=self._controls(pool) | self._beside().rankings(pool),
-                by_layer=by_layer,
-                authors=Authors(theirs._scored(pool, (1.0,))[1][1.0], theirs.settings) if theirs else None,
+                by_layer=scores.by_layer,
+                authors=Authors(theirs._scored(pool).by_share[1.0], theirs.settings) if theirs else None,
+                apart=self.apart.get(pool.split.name),
                 paper=self.paper.get(pool.split.name),
                 made_from=self._results_identity(pool),
             )
             results = dataclasses.replace(results, notes=[*results.notes, *self._beside().notes(pool, self.k)])
-            candidates.write(pool, reward, joined, scored[1.0], results, path)
+            candidates.write(pool, reward, joined, scores.by_share[1.0], results, path)
             results.write(path)
 
     def write_report(self) -> None:
@@ -265,8 +269,8 @@ class Pipeline:
 
     def example(self, split: Split, loss: str) -> Example | None:
         """A pair of completions to look at: the one that a loss's probes prefer, and one that they do not."""
-        joined, scored, _ = self._scored(self._pool(split, "sample", self.sampler), (1.0,))
-        return evaluation.example(joined, scored[1.0], loss)
+        pool = self._pool(split, "sample", self.sampler)
+        return evaluation.example(self._join(pool), self._scored(pool).by_share[1.0], loss)
 
     @property
     def shown_loss(self) -> str:
@@ -400,6 +404,7 @@ class Pipeline:
             "training": dataclasses.asdict(self.training),
             "settings": chosen | ({} if self.training_split is None else {"train_share": self.settings.drawn_share}),
             "protocol": "cross-validation" if self.training_split is None else "training set",
+            "drawn_by": sweep.DRAWN_BY,
             "k": self.k,
             "seed": self.seed,
         }
@@ -464,6 +469,7 @@ class Pipeline:
             "greedy": greedy.rewards(self.reward_of(pool.split)).identity if greedy else None,
             "settings": dataclasses.asdict(self.settings),
             "paper": self.paper.get(pool.split.name),
+            "apart": {why: sorted(ids) for why, ids in self.apart.get(pool.split.name, {}).items()},
             "version": importlib.metadata.version("qprobe"),
         }
         if model := self.reads(pool):
@@ -477,13 +483,13 @@ class Pipeline:
     def _trained_on(self, pool: Pool) -> Pool:
         return pool if self.training_split is None else self.training_pools[0]
 
-    def _scored(
-        self, pool: Pool, shares: Sequence[float], compare: bool = False
-    ) -> tuple[Joined, dict[float, dict[str, Scored]], dict[int, dict[str, Scored]]]:
-        probes = [probe for probe in self.sweep(self._trained_on(pool)) if probe.share in shares]
+    def _scored(self, pool: Pool, compare: bool = False) -> layers.Scores:
+        """What the sweep's probes say of a pool; those of smaller shares and of each layer only where rows are compared."""
+        probes = self.sweep(self._trained_on(pool))
+        if not compare:
+            probes = [probe for probe in probes if probe.share == 1 and not probe.plain]
         at = functools.partial(self._at, pool)
-        scored = layers.score_over(probes, at, self.probe_layers, self.settings, self.seed, compare=compare)
-        return self._join(pool), *scored
+        return layers.score_over(probes, at, self.probe_layers, self.settings, self.seed, compare=compare)
 
 
 def _clusters_of(pool: Pool) -> dict[str, str]:

@@ -24,7 +24,16 @@ from torch import Tensor
 from qprobe import losses, network, policy
 from qprobe.files import fingerprint, write_whole
 from qprobe.network import ProbeNetwork
-from qprobe.training import ROWS_AT_A_TIME, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.training import (
+    ROWS_AT_A_TIME,
+    Data,
+    ProbeTask,
+    TrainedProbe,
+    TrainingSettings,
+    refitted,
+    score_rows,
+    train,
+)
 
 CARD_FILE = "probe.json"
 
@@ -164,14 +173,15 @@ class QProbe:
 
     def _fit(self, data: Data) -> QProbe:
         task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
-        (trained,) = train(data, [task], self.settings, k=self.k, seed=self.seed)
+        trained = train(data, [task], self.settings, k=self.k, seed=self.seed)
+        (trained_on_all,) = refitted(data, [task], trained, self.settings, k=self.k, seed=self.seed)
         total = sum(part.double().sum().item() for part in data.features.split(ROWS_AT_A_TIME))
         self.data_ = {
             "rows": len(data.features),
             "prompts": len(torch.unique(data.prompt_of_group)),
             "fingerprint": fingerprint([data.rewards.double().sum().item(), total]),
         }
-        return self._take(trained)
+        return self._take(trained_on_all)
 
     def _take(self, trained: TrainedProbe) -> QProbe:
         self.network_: ProbeNetwork = trained.network
@@ -256,6 +266,7 @@ class QProbe:
         card = {
             "loss": self.loss,
             "beta": self.beta_,
+            "beta_given": self.beta,
             "k": self.k,
             "seed": self.seed,
             "settings": dataclasses.asdict(self.settings),
@@ -282,7 +293,11 @@ class QProbe:
         try:
             card = json.loads((folder / CARD_FILE).read_text())
             source = card["source"] and EmbeddingSource(**card["source"])
-            probe = cls(card["loss"], card["beta"], card["k"], card["seed"], TrainingSettings(**card["settings"]))
+            settings = TrainingSettings(**card["settings"])
+            # What `beta_` became in training is not what was asked for: another fit chooses it again.
+            probe = cls(card["loss"], card.get("beta_given"), card["k"], card["seed"], settings)
+            if not card["beta"] >= 0:
+                raise ValueError(f"its beta is {card['beta']}, a temperature is 0 or more")
             probe.beta_, probe.training_, probe.data_ = card["beta"], card["training"], card["data"]
             probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qprobe.joined import Joined
-from qprobe.sweep import EvaluationSettings, SweepProbe, fold_of
+from qprobe.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
 from qprobe.training import ROWS_AT_A_TIME, score_rows
 
 
@@ -56,7 +56,9 @@ def score(
         by_loss[probe.loss].probes.append(probe)
         tested[number] = np.ones(prompts, dtype=bool)
         if probe.fold is not None:
-            tested[number] = fold_of(prompts, settings.folds, seed + probe.seed, joined.clusters) == probe.fold
+            tested[number] = (
+                fold_of(prompts, settings.folds, probe_seed(seed, probe.seed), joined.clusters) == probe.fold
+            )
         beta = probe.trained.beta if settings.beta is None else settings.beta
         by_loss[probe.loss].beta[probe.seed, tested[number]] = beta
     # All probes read a piece of the features while it is in memory: the whole may be a file.

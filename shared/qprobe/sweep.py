@@ -24,11 +24,14 @@ from safetensors.torch import save as tensors_to_bytes
 from qprobe.files import write_whole
 from qprobe.joined import Joined
 from qprobe.losses import find_loss
+from qprobe.metrics import Distinct
 from qprobe.network import ProbeNetwork
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
+from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, held_out_mixed, train
 
 # A linear probe starts at zero, so seeds differ by their training prompts alone.
 LEFT_OUT = 0.1
+# What decides a sweep besides its inputs: a sweep that other code drew is trained anew.
+DRAWN_BY = 2
 CONTROLS = ("length", "logprob", "likelihood", "random_direction", "shuffled_labels")
 
 
@@ -104,7 +107,7 @@ class EvaluationSettings:
     @property
     def drawn_share(self) -> float:
         """Share of a training set's prompts that a seed learns from: never all of them where seeds should differ."""
-        return min(self.train_share, 1 - LEFT_OUT) if self.seeds > 1 else self.train_share
+        return 1 - LEFT_OUT if self.seeds > 1 and self.train_share == 1 else self.train_share
 
     def counted(self, prompts: int, clusters: np.ndarray | None, folded: bool) -> EvaluationSettings:
         """The same with `curve_prompts` among the shares; numbers that would be all of the prompts are left out.
@@ -141,6 +144,8 @@ class SweepProbe:
         prompts: how many these are.
         layer: whose features it reads; None in sweeps from before there were several.
         taken: whether it stands for its loss, seed, fold and share: the others were trained at other layers and are compared.
+        plain: whether it learned as those of smaller shares had to, holding nothing out, where the table's probes of all
+            training prompts could choose: the learning curve is about these.
     """
 
     loss: str
@@ -151,6 +156,7 @@ class SweepProbe:
     prompts: int = 0
     layer: int | None = None
     taken: bool = True
+    plain: bool = False
 
 
 class Maker(Protocol):
@@ -173,7 +179,12 @@ def training_data(joined: Joined) -> Data:
     assert joined.features is not None  # the callers join with features
     clusters = None if joined.clusters is None else torch.from_numpy(joined.clusters)
     features, rewards, groups = map(torch.from_numpy, (joined.features, joined.rewards, joined.groups))
-    return Data(features, rewards, groups, clusters)
+    return Data(features, rewards, groups, clusters, Distinct.of(joined.completions, joined.groups))
+
+
+def probe_seed(seed: int, number: int) -> int:
+    """The seed of a run's probe: those of two runs have none in common."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def fold_of(prompts: int, folds: int, seed: int, clusters: np.ndarray | None = None) -> np.ndarray:
@@ -193,7 +204,7 @@ def cross_validate(
 ) -> list[SweepProbe]:
     """Train seeds x folds x losses probes for every share, each on prompts outside its fold."""
     prompts, clusters = len(joined.task_ids), joined.clusters
-    folds = [fold_of(prompts, settings.folds, seed + s, clusters) for s in range(settings.seeds)]
+    folds = [fold_of(prompts, settings.folds, probe_seed(seed, s), clusters) for s in range(settings.seeds)]
     own = {(s, f): np.flatnonzero(folds[s] != f) for s in range(settings.seeds) for f in range(settings.folds)}
     return _train(joined, training, settings, own, k, seed, progress)
 
@@ -216,21 +227,37 @@ def _train(
     progress: bool,
     whole: float = 1.0,
 ) -> list[SweepProbe]:
-    """Train a probe for every loss, share and entry of `own`: (seed, fold) -> its training prompts."""
-    prompts = len(joined.task_ids)
-    plan, tasks = [], []
+    """Train a probe for every loss, share and entry of `own`: (seed, fold) -> its training prompts.
+
+    Probes that are compared all hold prompts out or none does, as the mean of the mixed ones that they would hold out says. Where
+    those of a smaller share have too few, all of the learning curve hold none out: then it has probes of all training prompts of
+    its own, or it would show what choosing brings and not what prompts do.
+    """
+    prompts, data = len(joined.task_ids), training_data(joined)
+    of_share: dict[float, list[tuple[str, int, Any, int, ProbeTask]]] = {}
     for share in (1.0, *settings.curve_shares):
         for loss in settings.losses:
             for (s, fold), training_prompts in own.items():
-                drawn = _draw(training_prompts, joined.cluster_of_prompt, whole * share, seed + s)
+                drawn = _draw(training_prompts, joined.cluster_of_prompt, whole * share, probe_seed(seed, s))
                 groups = torch.zeros(prompts, dtype=torch.bool)
                 groups[torch.from_numpy(drawn)] = True
-                plan.append((loss, s, fold, share, len(drawn)))
-                tasks.append(ProbeTask(loss, seed + s, groups))
-    trained = train(training_data(joined), tasks, training, k=k, seed=seed, progress=progress)
+                task = ProbeTask(loss, probe_seed(seed, s), groups)
+                of_share.setdefault(share, []).append((loss, s, fold, len(drawn), task))
+    chooses = {
+        share: float(np.mean(held_out_mixed(data, [task for *_, task in entries], training))) >= training.minimum_mixed
+        for share, entries in of_share.items()
+    }
+    alike = all(chooses.values())
+    planned = []
+    for share, entries in of_share.items():
+        planned += [(*entry, share, chooses[share] if share == 1 else alike, False) for entry in entries]
+    if chooses[1.0] and not alike:
+        planned += [(*entry, 1.0, False, True) for entry in of_share[1.0]]
+    tasks = [dataclasses.replace(task, chooses=may) for *_, task, _, may, _ in planned]
+    trained = train(data, tasks, training, k=k, seed=seed, progress=progress)
     return [
-        SweepProbe(loss, s, fold, probe, share, count)
-        for (loss, s, fold, share, count), probe in zip(plan, trained, strict=True)
+        SweepProbe(loss, s, fold, probe, share, count, plain=plain)
+        for (loss, s, fold, count, _, share, _, plain), probe in zip(planned, trained, strict=True)
     ]
 
 

@@ -145,6 +145,42 @@ class Embedder:
         return torch.tensor([goodness, hardness(number) / 100, *noise])
 
 
+class PlantedSampler(Sampler):
+    """As a configuration names one: of twenty answers, so that some are drawn twice."""
+
+    def __init__(self, model: Any, settings: SamplingSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"sampler": "planted"}
+
+    def _completion(self, seed: int) -> Completion:
+        text = f"answer {5 * (int(hashlib.sha256(str(seed).encode()).hexdigest(), 16) % 20):02d}"
+        return Completion(text, list(text.encode()), "stop", -1.0, seed)
+
+
+class PlantedEmbedder(Embedder):
+    """As a configuration names one: layer 1 says how good an answer is, and nothing else; the layers above are noise."""
+
+    def __init__(self, model: Any, layers: Sequence[int] = (1, 2)) -> None:
+        super().__init__(layers)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"embedder": "planted"}
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> dict[int, Tensor]:
+        rows = [(bytes(p), bytes(c)) for p, of_prompt in zip(prompts, completions, strict=True) for c in of_prompt]
+        good = torch.tensor([[self.goodness(p.decode(), c.decode())] for p, c in rows])
+        noise = torch.tensor([[hashlib.sha256(p + c).digest()[0] / 255] for p, c in rows])
+        return {layer: good if layer == 1 else noise for layer in self._layers}
+
+    def goodness(self, prompt: str, completion: str) -> float:
+        return int(completion.split()[-1]) / 100
+
+
 class Reward:
     """1 where a completion passes. It may give its batches in reverse, and fail at one batch."""
 

@@ -17,7 +17,7 @@ from qprobe.report import to_text
 from qprobe.report.results import Results, Row
 from qprobe.scoring import Scored
 from qprobe.stages import Split
-from qprobe.sweep import EvaluationSettings, cross_validate, train_on_all
+from qprobe.sweep import EvaluationSettings, cross_validate, probe_seed, train_on_all
 from qprobe.training import TrainingSettings
 
 SETTINGS = EvaluationSettings(losses=("reward_mse",), seeds=3, folds=3, curve_shares=(), bootstrap=200)
@@ -33,7 +33,7 @@ def pool(prompts: int = 40, samples: int = 6, seed: int = 0) -> Joined:
     return Joined(
         [f"p{number:03d}" for number in range(prompts)],
         np.repeat(np.arange(prompts), samples),
-        ["x" * count for count in tokens],
+        [f"{number} " + "x" * count for number, count in enumerate(tokens)],
         rewards,
         ["passed" if reward else "failed" for reward in rewards],
         features,
@@ -124,20 +124,35 @@ def test_shuffled_labels_keep_a_prompts_rewards_and_teach_nothing_of_its_complet
         seen.append((joined, more["seed"]))
         return (cross_validate if own_set else train_on_all)(joined, *arguments, **more)
 
-    made = controls.shuffled_labels(learnt, tested, make, TRAINING, SETTINGS, k=6, seed=7)
+    # What one learns is the coin's: all good or all bad. So their mean is looked at, over many.
+    many = dataclasses.replace(SETTINGS, seeds=24)
+    made = controls.shuffled_labels(learnt, tested, make, TRAINING, many, k=6, seed=7)
     scores = made["shuffled labels L_Q"]
     assert scores is not None
-    assert scores.shape == (3, len(tested.rewards))
-    assert [seed for _, seed in seen] == [7, 8, 9]
+    assert scores.shape == (24, len(tested.rewards))
+    assert [seed for _, seed in seen] == [probe_seed(7, number) for number in range(24)]
     shuffled = [joined.rewards.reshape(40, 6) for joined, _ in seen]
     for rewards in shuffled:
         np.testing.assert_array_equal(np.sort(rewards), np.sort(learnt.rewards.reshape(40, 6)))
-    assert len({rewards.tobytes() for rewards in [*shuffled, learnt.rewards]}) == 4
+    assert len({rewards.tobytes() for rewards in [*shuffled, learnt.rewards]}) == 25
     results = evaluate(tested, tested.rewards[None], made, k=6)
     chance = row(results, "shuffled labels L_Q")
-    assert chance.difference == pytest.approx(0, abs=0.2)
-    assert chance.auc == pytest.approx(0.5, abs=0.15)
+    assert chance.difference == pytest.approx(0, abs=0.3)  # three standard errors
+    assert chance.auc == pytest.approx(0.5, abs=0.3)
     assert row(results, "Q-probe L_Q").auc == 1.0
+
+
+def test_the_shuffled_control_learns_from_as_many_prompts_as_the_probes_do() -> None:
+    learnt, counts = balanced(pool(40, 6)), []
+
+    def make(*arguments: Any, **more: Any) -> Any:
+        made = train_on_all(*arguments, **more)
+        counts.append({probe.prompts for probe in made})
+        return made
+
+    make(learnt, TRAINING, SETTINGS, k=6, seed=7, progress=False)
+    controls.shuffled_labels(learnt, balanced(pool(40, 6, 1)), make, TRAINING, SETTINGS, k=6, seed=7)
+    assert counts == [{36}] * 4  # nine tenths
 
 
 def test_the_rows_are_argmax_at_k_and_paired_and_the_notes_say_what_does_not_beat_them() -> None:

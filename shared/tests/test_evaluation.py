@@ -20,6 +20,7 @@ from qprobe.sweep import (
     cross_validate,
     fold_of,
     load_sweep,
+    probe_seed,
     save_sweep,
     train_on_all,
 )
@@ -129,8 +130,9 @@ def test_cross_validation_trains_each_loss_seed_and_fold_on_the_other_folds(monk
         (loss, seed, fold) for loss in SETTINGS.losses for seed in range(2) for fold in range(3)
     }
     for probe, task in zip(sweep, seen, strict=True):
-        assert (task.loss, task.seed) == (probe.loss, 5 + probe.seed)
-        np.testing.assert_array_equal(task.groups.numpy(), fold_of(12, 3, 5 + probe.seed) != probe.fold)
+        own = probe_seed(5, probe.seed)
+        assert (task.loss, task.seed) == (probe.loss, own)
+        np.testing.assert_array_equal(task.groups.numpy(), fold_of(12, 3, own) != probe.fold)
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 11), (0.95, 11), (0.5, 6), (0.01, 1)])
@@ -218,15 +220,17 @@ def test_the_learning_curve_by_hand_and_its_verdict() -> None:
 
 
 def test_the_difference_to_greedy_is_paired_and_simulation_has_an_error_of_its_own() -> None:
-    pool = joined([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
-    q = scored([[3, 2, 1, 0, 1, 2, 9, 9, 1, 5, 4, 3]], np.zeros((1, 4)))
-    argmax = row(evaluate(pool, {"reward_mse": q}, k=2, greedy=[1, 1, 0, 0], seeds=1), "Q-probe L_Q")
+    # Of 20 candidates 190 are pairs, which are enumerated, and 15,504 are sets of five, which are drawn.
+    lot = np.random.default_rng(0)
+    pool = joined(lot.integers(0, 2, (4, 20)))
+    q = scored(lot.integers(0, 10, (1, 80)), np.zeros((1, 4)))
+    argmax = row(evaluate(pool, {"reward_mse": q}, k=5, greedy=[1, 1, 0, 0], seeds=1), "Q-probe L_Q")
     assert argmax.value is not None
     assert argmax.over_greedy == pytest.approx(argmax.value - 0.5)
     assert argmax.simulation_error == 0  # closed form
     soft = dataclasses.replace(q, beta=np.ones((1, 4)))
     few, many = (
-        row(evaluate(pool, {"reward_mse": soft}, k=2, seeds=1, draws=draws), "Q-probe L_Q") for draws in (20, 2000)
+        row(evaluate(pool, {"reward_mse": soft}, k=5, seeds=1, draws=draws), "Q-probe L_Q") for draws in (20, 2000)
     )
     assert few.over_greedy is None
     assert few.simulation_error is not None
@@ -234,7 +238,9 @@ def test_the_difference_to_greedy_is_paired_and_simulation_has_an_error_of_its_o
     assert 5 < few.simulation_error / many.simulation_error < 20  # 10, the root of 2000 / 20
     # Seeds choose from the same sets: four alike are no more exact than one.
     four = Scored(np.repeat(q.q, 4, axis=0), np.ones((4, 4)), [])
-    alike = row(evaluate(pool, {"reward_mse": four}, k=2, seeds=4, draws=20), "Q-probe L_Q")
+    alike = row(evaluate(pool, {"reward_mse": four}, k=5, seeds=4, draws=20), "Q-probe L_Q")
+    few_subsets = row(evaluate(pool, {"reward_mse": soft}, k=2, seeds=1, draws=20), "Q-probe L_Q")
+    assert few_subsets.simulation_error == 0
     assert (alike.value, alike.simulation_error) == pytest.approx((few.value, few.simulation_error))
 
 
@@ -251,7 +257,7 @@ def test_scores_do_not_depend_on_the_pieces_that_features_are_read_in(monkeypatc
         assert [probe.loss for probe in scores.probes] == [loss] * 6
     assert pool.features is not None
     for probe in sweep:  # every prompt by the probe that did not see it
-        rows = (fold_of(12, 3, 5 + probe.seed) == probe.fold)[pool.groups]
+        rows = (fold_of(12, 3, probe_seed(5, probe.seed)) == probe.fold)[pool.groups]
         expected = score_rows(probe.trained.network, torch.from_numpy(pool.features)).numpy()[rows]
         np.testing.assert_allclose(pieces[probe.loss].q[probe.seed, rows], expected, rtol=1e-5, atol=1e-6)
 
@@ -347,12 +353,12 @@ def test_a_perfect_scorer_reaches_the_skyline_and_a_random_one_stays_at_the_base
 
 
 def test_the_same_seed_gives_the_same_results() -> None:
-    pool = planted()
-    sweep = cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
+    pool = planted(samples=20)
+    sweep = cross_validate(pool, TRAINING, SETTINGS, k=5, seed=5, progress=False)
     scores = score(sweep, pool, SETTINGS, 5)[1.0]
-    first, again = (evaluate(pool, scores, k=3) for _ in range(2))
+    first, again = (evaluate(pool, scores, k=5) for _ in range(2))
     assert first == again
-    assert evaluate(pool, scores, k=3, draws=21) != first
+    assert evaluate(pool, scores, k=5, draws=21) != first
 
 
 def test_the_notes_say_what_a_reader_must_know() -> None:

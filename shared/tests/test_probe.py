@@ -52,7 +52,13 @@ def test_fit_is_one_probe_of_train_on_all_prompts(monkeypatch: pytest.MonkeyPatc
     groups = torch.from_numpy(np.unique(names, return_inverse=True)[1])
     data = Data(torch.from_numpy(features), torch.from_numpy(rewards), groups)
     task = ProbeTask("reward_mse", 3, torch.ones(30, dtype=torch.bool))
-    (expected,) = train(data, [task], TrainingSettings(**OPTIONS), k=4, seed=3)
+    settings = TrainingSettings(**OPTIONS)
+    (expected,) = train(data, [task], settings, k=4, seed=3)
+    assert expected.chosen
+    assert expected.steps > 0
+    # What was held out to choose on comes back: as many steps on all of the prompts.
+    whole = dataclasses.replace(settings, steps=expected.steps, held_out=0.0)
+    (on_all,) = train(data, [task], whole, k=4, seed=3)
     asked: list[dict[str, Any]] = []
 
     def spy(*arguments: Any, **more: Any) -> Any:
@@ -62,7 +68,8 @@ def test_fit_is_one_probe_of_train_on_all_prompts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("qprobe.probe.train", spy)
     probe = QProbe("reward_mse", k=4, seed=3, **OPTIONS).fit(features, rewards, names)
     assert asked == [{"k": 4, "seed": 3}]
-    assert torch.equal(probe.network_.weights[0], expected.network.weights[0])
+    assert torch.equal(probe.network_.weights[0], on_all.network.weights[0])
+    assert not torch.equal(on_all.network.weights[0], expected.network.weights[0])
     assert (probe.beta_, probe.training_["steps"]) == (expected.beta, expected.steps)
     assert probe.data_ | {"fingerprint": ""} == {"rows": 150, "prompts": 30, "fingerprint": ""}
 
@@ -272,6 +279,21 @@ HOLED = np.where(np.arange(6) == 2, np.nan, FEATURES)
 def test_bad_input_is_refused_by_a_sentence(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_saved_probe_that_is_fitted_again_chooses_its_temperature_again(tmp_path: Path) -> None:
+    features, rewards, names = rows()
+    chosen = QProbe("policy_gradient", k=4, seed=3, **OPTIONS).fit(features, rewards, names)
+    chosen.beta_ = 7.0  # as if other data had led to it
+    chosen.save_pretrained(tmp_path / "chosen")
+    again = QProbe.from_pretrained(tmp_path / "chosen")
+    assert (again.beta, again.beta_) == (None, 7.0)
+    assert again.fit(features, rewards, names).beta_ in BETAS
+    given = QProbe("policy_gradient", beta=0.3, k=4, seed=3, **OPTIONS).fit(features, rewards, names)
+    given.save_pretrained(tmp_path / "given")
+    again = QProbe.from_pretrained(tmp_path / "given")
+    assert (again.beta, again.beta_) == (0.3, 0.3)
+    assert again.fit(features, rewards, names).beta_ == 0.3
 
 
 def edited(**changes: Any) -> Any:

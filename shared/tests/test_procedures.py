@@ -84,7 +84,7 @@ def test_of_as_many_candidates_as_there_are_the_partition_is_exact_and_a_rest_is
 
 
 def test_the_papers_settings() -> None:
-    paper, beside = composition.procedures(composition.composed("run", ["procedure=paper", "probe.held_out=0.5"]))
+    paper, beside = composition.procedures(composition.composed("run", ["procedure=paper", "seed=3"]))
     training = paper.training
     assert beside is None
     assert (training.learning_rate, training.steps, training.epochs) == (5e-5, None, 150)
@@ -100,14 +100,52 @@ def test_the_papers_settings() -> None:
     # An experiment's layer alone asks for nothing; the paper's procedure chooses none.
     alone = composition.procedures(composition.composed("run", ["++authors={layer: 3}", "layer=best"]))
     assert (alone[0].layer, alone[1]) == ("best", None)
-    chosen = composition.procedures(composition.composed("run", ["procedure=paper", "layer=best"]))
-    assert (chosen[0].layer, chosen[1]) == (None, None)
-    lowest = composition.procedures(composition.composed("run", ["procedure=paper", "layer=2", "+authors.layer=0"]))
+    lowest = composition.procedures(composition.composed("run", ["procedure=paper", "+authors.layer=0"]))
     assert lowest[0].layer == 0
-    with pytest.raises(ValueError, match=r"authors\.evaluation\.losses are not those of"):
+    with pytest.raises(ValueError, match=r"authors\.evaluation\.losses is not evaluation\.losses"):
         composition.procedures(
             composition.composed("run", ["procedure=both", "+authors.evaluation.losses=[reward_mse]"])
         )
+    with pytest.raises(ValueError, match="say procedure=both"):
+        composition.procedures(composition.composed("run", ["++authors={probe: {steps: 3}}"]))
+
+
+WORDS = {
+    "probe.learning_rate=0.01": 0.01,
+    "probe.held_out=0.5": 0.5,
+    "probe.steps=7": 7,
+    "evaluation.beta=0": 0,
+    "layer=best": "best",
+}
+
+
+def found(procedure: Procedure) -> dict[str, Any]:
+    training, settings = procedure.training, procedure.settings
+    values = [training.learning_rate, training.held_out, training.steps, settings.beta, procedure.layer]
+    return dict(zip(WORDS, values, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ours", "paper", "both"])
+def test_what_the_user_says_is_what_runs(name: str) -> None:
+    ours, theirs = composition.procedures(composition.composed("run", [f"procedure={name}", *WORDS]))
+    assert found(ours) == WORDS
+    assert (theirs is not None) == (name == "both")
+    if theirs is None:
+        return
+    assert (theirs.training.learning_rate, theirs.training.steps, theirs.settings.beta) == (5e-5, None, 0.1)
+    words = [f"authors.{word}" for word in WORDS if word != "layer=best"]
+    ours, theirs = composition.procedures(composition.composed("run", ["procedure=both", *words, "+authors.layer=0"]))
+    assert theirs is not None
+    assert found(theirs) == WORDS | {"layer=best": 0}
+    assert (ours.training.learning_rate, ours.training.steps, ours.settings.beta) == (1e-3, 500, None)
+
+
+@pytest.mark.parametrize("key", composition.COMMON)
+def test_what_two_procedures_share_is_refused_where_it_is_said_of_one(key: str) -> None:
+    values = {"losses": "[centred_mse]", "curve_shares": "[0.1]", "curve_prompts": "[3]", "controls": "[]"}
+    word = f"+authors.evaluation.{key}={values.get(key, 123)}"
+    with pytest.raises(ValueError, match=rf"authors\.evaluation\.{key}.*not.*say evaluation\.{key}"):
+        composition.procedures(composition.composed("run", ["procedure=both", word]))
 
 
 def test_published_values_stand_beside_the_procedure_that_they_are_of(make: Make, tmp_path: Path) -> None:
@@ -172,8 +210,8 @@ def test_the_sentences_say_what_can_be_told() -> None:
     assert comparisons.procedures({"L_Q": q}, {"L_Q, paper's procedure": pg}, paired) == [
         "L_Q: our procedure earns -0.300 [-0.400, -0.200] over the paper's: worse."
     ]
-    controls = {"shortest": ce[None], "longest": q[None], "likeliest": None}
-    assert comparisons.against_controls({"L_Q": q, "L_PG": pg}, controls, paired) == [
+    gains = {"L_Q": paired(q, ce), "L_PG": paired(pg, ce)}
+    assert comparisons.against_controls(gains, "shortest", 2) == [
         "L_Q does not beat the best control (shortest, the best of 2 on these very prompts): it earns -0.050 [-0.150, +0.050] "
         "against it."
     ]

@@ -28,7 +28,8 @@ class Found:
     Args:
         prompt: plain text to be continued, or a conversation.
         chosen, rejected: the answers.
-        cluster: what must never fall on both sides of a split, such as SHP's post; None: the prompt.
+        cluster: what must never fall on both sides of a split, such as SHP's post; None: the conversation that the prompt is of,
+            told by how it begins (`opening_key`).
         opening: the beginning of both answers, put into the model's mouth (conversations only).
     """
 
@@ -106,6 +107,13 @@ class PairSet:
         counted = {"pairs": len(rows), "dropped": dict(sorted(self.dropped.items()))}
         return {"name": self.name, **counted, "content": fingerprint(rows), **self.source}
 
+    def counted_words(self) -> str:
+        """How many pairs, prompts and clusters of these there are, as a sentence."""
+        prompts = len({pair.pair_id.rpartition(".")[0] for pair in self.pairs})
+        clusters = len({pair.cluster for pair in self.pairs})
+        torn = f", which make {clusters} clusters" if clusters < prompts else ""
+        return f"{len(self.pairs)} pairs of {prompts} prompts{torn}."
+
     def dropped_words(self) -> str:
         """What was dropped and why, as a sentence."""
         if not self.dropped:
@@ -115,7 +123,11 @@ class PairSet:
 
 
 def collect(
-    name: str, found: Iterable[Found | str], source: dict[str, Any], dropped: Mapping[str, int] | None = None
+    name: str,
+    found: Iterable[Found | str],
+    source: dict[str, Any],
+    dropped: Mapping[str, int] | None = None,
+    limit: int | None = None,
 ) -> PairSet:
     """Pairs out of what a reader found.
 
@@ -124,6 +136,7 @@ def collect(
         found: a `Found`, or the reason why there is no pair.
         source: where they are from.
         dropped: what was dropped already.
+        limit: ends with so many pairs, and what comes after is neither read nor counted; None takes all.
 
     Raises:
         ValueError: no pair is left.
@@ -140,6 +153,8 @@ def collect(
             counts["duplicate"] += 1
         else:
             kept[key] = one
+        if len(kept) == limit:
+            break
     pairs = _named(name, list(kept.values()))
     result = PairSet(name, pairs, dict(counts), source)
     if not pairs:
@@ -166,6 +181,17 @@ def prompt_key(prompt: str | Conversation, opening: str = "") -> str:
     return fingerprint([[role, " ".join(text.casefold().split())] for role, text in [*spoken, ("", opening)]])
 
 
+def opening_key(prompt: str | Conversation, opening: str = "") -> str:
+    """Of how a conversation begins, up to what its user says first: its later turns, and other branches of its tree, begin alike.
+
+    A plain prompt is all of its conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt_key(prompt, opening)
+    first = next((place for place, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
+    return prompt_key(prompt[: first + 1], opening)
+
+
 def _named(name: str, found: list[Found]) -> list[Pair]:
     """Ids by prompt, in the order in which prompts are first met, and clusters."""
     prompts: dict[str, list[tuple[Found, str]]] = {}
@@ -179,7 +205,7 @@ def _named(name: str, found: list[Found]) -> list[Pair]:
 
 
 def _clusters(found: list[Found]) -> list[str]:
-    """The cluster of each; clusters that share a prompt are one, as two posts of one text are."""
+    """The cluster of each; clusters that share a prompt or a conversation are one, as two posts of one text are."""
     above: dict[str, str] = {}
 
     def root(cluster: str) -> str:
@@ -189,9 +215,9 @@ def _clusters(found: list[Found]) -> list[str]:
 
     own = []
     for one in found:
-        prompt = prompt_key(one.prompt, one.opening)
-        own.append(one.cluster or prompt)
-        above[root(prompt)] = root(own[-1])
+        conversation = opening_key(one.prompt, one.opening)
+        own.append(one.cluster or conversation)
+        above[root(conversation)] = root(own[-1])
     return [root(cluster) for cluster in own]
 
 

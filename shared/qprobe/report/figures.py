@@ -283,6 +283,11 @@ def scores_per_prompt(results: Results) -> Figure | None:
         for method, points in scores.series.items()
     }
     spans = [max(y for _, y in cloud) - min(y for _, y in cloud) for cloud in clouds.values() if cloud]
+    bases = [x for cloud in clouds.values() for x, _ in cloud] or [0.0]
+    # Rewards of a right answer lie in [0, 1]; imported ones may lie anywhere.
+    low, high = (0.0, 1.0) if min(bases) >= 0 and max(bases) <= 1 else (min(bases), max(bases))
+    margin = 0.04 * ((high - low) or 1.0)
+    limits = low - margin, high + margin
     shared = not spans or max(spans) <= 5 * min(spans)
     columns = 2 if len(clouds) == 4 else min(len(clouds), 3)
     rows = math.ceil(len(clouds) / columns)
@@ -304,7 +309,7 @@ def scores_per_prompt(results: Results) -> Figure | None:
                 panel.plot(ends, [intercept + slope * x for x in ends], color="black", linewidth=1.2)
             name = method if line is None else f"{method}, slope {line[0]:.2f}"
             panel.set_title(_typeset(textwrap.fill(name, 40, break_on_hyphens=False)), loc="left")
-            panel.set_xlim(-0.04, 1.04)
+            panel.set_xlim(*limits)
         for panel in panels[len(clouds) :]:
             panel.remove()
         # A column that ends a row early keeps its numbers: matplotlib left them to the panel that is gone.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qprobe.losses import find_loss
-from qprobe.metrics import mixed_prompts
+from qprobe.metrics import Distinct, mixed_prompts
 from qprobe.report import figures, highlighting, tables
 from qprobe.report.explored import Explored, ScoredPrompt
 from qprobe.report.results import Results
@@ -166,13 +166,27 @@ class _Texts:
 def _split(name: str, prompts: list[ScoredPrompt], ends: int | None, texts: _Texts) -> dict[str, Any]:
     python = highlighting.look_like_python(text for prompt in prompts for text in prompt.completions)
     losses = list(prompts[0].q) if prompts else []
+    mixed = _mixed(prompts)
     binary = all(set(prompt.rewards.tolist()) <= {0.0, 1.0} for prompt in prompts)
     return {
         "name": name,
         "losses": [[loss, find_loss(loss).symbol] for loss in losses],
         "binary": binary,
-        "prompts": [_prompt(prompt, _kept(prompt, ends), python, texts) for prompt in prompts],
+        "prompts": [
+            _prompt(prompt, _kept(prompt, ends), python, texts) | {"mixed": own}
+            for prompt, own in zip(prompts, mixed, strict=True)
+        ],
     }
+
+
+def _mixed(prompts: list[ScoredPrompt]) -> list[bool]:
+    """Which prompts have good and bad completions, as the evaluation counts them: over all, and copies once."""
+    if not prompts:
+        return []
+    groups = np.repeat(np.arange(len(prompts)), [len(prompt.rewards) for prompt in prompts])
+    distinct = Distinct.of([text for prompt in prompts for text in prompt.completions], groups)
+    rewards = np.concatenate([prompt.rewards for prompt in prompts])
+    return [bool(own) for own in mixed_prompts(distinct.mean(rewards), distinct.groups)]
 
 
 def _prompt(prompt: ScoredPrompt, kept: Iterable[int], python: bool, texts: _Texts) -> dict[str, Any]:
@@ -189,7 +203,6 @@ def _prompt(prompt: ScoredPrompt, kept: Iterable[int], python: bool, texts: _Tex
         "prompt": texts.place(texts.shortened(prompt.prompt)),
         "count": len(prompt.completions),
         "base": _short(prompt.rewards.mean(dtype=float)),
-        "mixed": bool(mixed_prompts(prompt.rewards, np.zeros(len(prompt.rewards), int))[0]),
         "candidates": candidates,
         "losses": [_scores(prompt, loss, rows) for loss in prompt.q],
     }

@@ -47,6 +47,9 @@ class Row:
         over_greedy: value minus that of greedy decoding, paired over prompts.
         over_greedy_low: lower end of its 95 % interval.
         over_greedy_high: upper end of its 95 % interval.
+        over_control: value minus that of the best control (`Results.best_control`), paired over prompts; of probes only.
+        over_control_low: lower end of its 95 % interval.
+        over_control_high: upper end of its 95 % interval.
         simulation_error: standard error of the value by drawing candidate sets at random; 0 where it is exact.
         paper: the published value, only where the set-up is the paper's.
 
@@ -73,6 +76,9 @@ class Row:
     over_greedy: float | None = None
     over_greedy_low: float | None = None
     over_greedy_high: float | None = None
+    over_control: float | None = None
+    over_control_low: float | None = None
+    over_control_high: float | None = None
     simulation_error: float | None = None
     paper: float | None = None
 
@@ -89,6 +95,7 @@ class Row:
             ("auc", self.auc_low, self.auc_high),
             ("difference", self.difference_low, self.difference_high),
             ("over_greedy", self.over_greedy_low, self.over_greedy_high),
+            ("over_control", self.over_control_low, self.over_control_high),
         ):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{where}: the interval of {name} is upside down, [{low}, {high}]: swap its ends.")
@@ -228,7 +235,7 @@ class PromptScore:
 
     Args:
         task_id: the prompt.
-        base: its expected reward under the base policy, in [0, 1].
+        base: its expected reward under the base policy, in the unit of the rewards.
         score: mean over its samples of the score Q, centred over all samples of the method.
     """
 
@@ -238,10 +245,6 @@ class PromptScore:
 
     def __post_init__(self) -> None:
         _convert_fields(self)
-        if not 0 <= self.base <= 1:
-            raise ValueError(
-                f"scores_per_prompt, prompt {self.task_id!r}: base is {self.base}, an expected reward lies in [0, 1]."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +299,7 @@ class Results:
         reward_against_layer: data of the figure of that name, or None.
         scores_per_prompt: data of the figure of that name, or None.
         notes: sentences that belong under the table.
+        best_control: the method of the control that earned most on these very prompts; empty where none was run.
         made_from: identity of the inputs; empty where unknown.
 
     Raises:
@@ -318,6 +322,7 @@ class Results:
     reward_against_layer: LayerCurve | None = None
     scores_per_prompt: PromptScores | None = None
     notes: list[str] = field(default_factory=list)
+    best_control: str = ""
     made_from: str = ""
 
     def __post_init__(self) -> None:

@@ -10,12 +10,12 @@ fewer prompts get passes of their own, for in shared ones they would hardly ever
 Hyper-parameters are chosen on held-out prompts: the step at which a probe's own loss is lowest there, the learning rate
 where candidates are given, and the temperature that earns most there. With fewer than `minimum_mixed` held-out prompts that
 have both good and bad completions such a choice is noise: then nothing is held out and the settings' own `steps` (or
-`epochs`), `learning_rate` and `beta` are used, and it is said.
+`epochs`), `learning_rate` and `beta` are used, and it is said. `refitted` gives held-out prompts back, for a probe that is kept.
 """
 
 from qprobe.training.data import ROWS_AT_A_TIME, Data, score_rows, statistics
 from qprobe.training.settings import TrainingSettings
-from qprobe.training.trainer import BETAS, ProbeTask, TrainedProbe, train
+from qprobe.training.trainer import BETAS, ProbeTask, TrainedProbe, held_out_mixed, refitted, train
 
 __all__ = [
     "BETAS",
@@ -24,6 +24,8 @@ __all__ = [
     "ProbeTask",
     "TrainedProbe",
     "TrainingSettings",
+    "held_out_mixed",
+    "refitted",
     "score_rows",
     "statistics",
     "train",

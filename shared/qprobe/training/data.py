@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qprobe import losses
+from qprobe.metrics import Distinct, mixed_prompts
 from qprobe.network import ProbeNetwork
 
 # Rows that are read at a time outside training steps: 16 MB of float32 at 4,096 features. Larger pieces leave the caches,
@@ -24,6 +25,7 @@ class Data:
         rewards: (N,) float32.
         groups: (N,) int64, dense ids 0..G-1 of what is compared: a prompt's completions, or one preference pair.
         prompts: (G,) int64, the prompt of each group; None where every group is a prompt of its own.
+        distinct: which rows are copies of one completion; None where that is unknown, and each counts as its own.
 
     Raises:
         ValueError: lengths that differ, values that are not finite, groups that are not dense.
@@ -33,6 +35,7 @@ class Data:
     rewards: Tensor
     groups: Tensor
     prompts: Tensor | None = None
+    distinct: Distinct | None = None
     sizes: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,14 @@ class Data:
         if self.prompts is not None and len(self.prompts) != len(sizes):
             raise ValueError(f"prompts has {len(self.prompts)} entries for {len(sizes)} groups: give one a group.")
         object.__setattr__(self, "sizes", sizes)
+
+    @property
+    def mixed(self) -> Tensor:
+        """(G,) bool, the groups with good and bad completions, copies counted once."""
+        rewards, groups = self.rewards.numpy(), self.groups.numpy()
+        if self.distinct is not None:
+            rewards, groups = self.distinct.mean(rewards), self.distinct.groups
+        return torch.from_numpy(mixed_prompts(rewards, groups))
 
     @property
     def prompt_of_group(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qprobe import losses
-from qprobe.metrics import mixed_prompts, reward_grid
+from qprobe.metrics import reward_grid
 from qprobe.network import ProbeNetwork, StackedNetworks
 from qprobe.training.data import Data, score_rows, statistics
 from qprobe.training.objective import HeldOutWatch
@@ -36,12 +37,15 @@ class ProbeTask:
         seed: of the held-out choice and of hidden layers.
         groups: (G,) bool, the groups it may learn from (training and held-out).
         learning_rate: its own, > 0; None takes the settings', or chooses among their candidates.
+        chooses: whether it holds prompts out to choose on; None: where enough of these would be mixed. Probes that are
+            compared should all do the same, or what is compared is that.
     """
 
     loss: str
     seed: int
     groups: Tensor
     learning_rate: float | None = None
+    chooses: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def train(
         ValueError: an unknown loss, rewards that a loss cannot read, a probe without prompts.
     """
     _check_tasks(data, tasks)
-    mixed = torch.from_numpy(mixed_prompts(data.rewards.numpy(), data.groups.numpy()))
+    mixed = data.mixed
     splits = [_held_out(data, task, settings, mixed) for task in tasks]
     candidates = [
         _Candidate(number, task, split, rate)
@@ -103,6 +107,38 @@ def train(
                 if number not in best or outcome.loss < best[number].loss:
                     best[number] = outcome
     return [_finished(data, best[number], settings, k) for number in range(len(tasks))]
+
+
+def held_out_mixed(data: Data, tasks: Sequence[ProbeTask], settings: TrainingSettings) -> list[int]:
+    """How many prompts with good and bad completions each probe would hold out to choose on."""
+    mixed = data.mixed
+    return [_held_out(data, task, settings, mixed).mixed for task in tasks]
+
+
+def refitted(
+    data: Data,
+    tasks: Sequence[ProbeTask],
+    trained: Sequence[TrainedProbe],
+    settings: TrainingSettings,
+    *,
+    k: int,
+    seed: int = 0,
+) -> list[TrainedProbe]:
+    """Probes trained once more, on all of their prompts: those that were held out too, with what was chosen on them.
+
+    Args:
+        data, tasks, settings, k, seed: as of `train`, which made `trained`.
+        trained: a probe a task; one that held nothing out, or is best untrained, is given back as it is.
+    """
+    made = []
+    for task, probe in zip(tasks, trained, strict=True):
+        if probe.chosen and probe.steps:
+            again = dataclasses.replace(task, learning_rate=probe.learning_rate, chooses=False)
+            own = dataclasses.replace(settings, steps=probe.steps)
+            (whole,) = train(data, [again], own, k=k, seed=seed)
+            probe = dataclasses.replace(probe, network=whole.network)
+        made.append(probe)
+    return made
 
 
 @dataclass(frozen=True)
@@ -157,7 +193,7 @@ def _held_out(data: Data, task: ProbeTask, settings: TrainingSettings, mixed_gro
     chosen_prompts = own[torch.randperm(len(own), generator=generator)[:count]]
     held = task.groups & torch.isin(prompts, chosen_prompts)
     mixed = len(torch.unique(prompts[held & mixed_groups]))
-    enough = count > 0 and mixed >= settings.minimum_mixed
+    enough = count > 0 and (mixed >= settings.minimum_mixed if task.chooses is None else task.chooses)
     return _Split(held if enough else torch.zeros_like(held), enough, mixed)
 
 

@@ -1,0 +1,124 @@
+"""A key of the command line is the value that runs, whatever experiment and procedure say, or is refused in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+import qprobe_code_gen.__main__ as command
+from qprobe import composition
+from qprobe.sweep import EvaluationSettings, Procedure
+from qprobe.training import TrainingSettings
+
+CORE = Path(composition.__file__).parent / "conf"
+EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
+# None of these is what any experiment, procedure or group says.
+PROBE: dict[str, Any] = {
+    "hidden": [3],
+    "steps": 7,
+    "epochs": 9,
+    "chunks_per_batch": 11,
+    "chunk": 5,
+    "learning_rate": 0.123,
+    "learning_rates": [0.5],
+    "weight_decay": 0.2,
+    "training_beta": 2.5,
+    "standardize": True,
+    "held_out": 0.37,
+    "minimum_mixed": 3,
+    "check_every": 4,
+    "patience": 6,
+    "beta": 0.9,
+}
+EVALUATION: dict[str, Any] = {
+    "losses": ["centred_mse", "reward_mse"],
+    "seeds": 3,
+    "folds": 4,
+    "k": 2,
+    "train_share": 0.95,
+    "curve_shares": [0.3],
+    "curve_prompts": [13],
+    "beta": 0.7,
+    "partition": True,
+    "controls": ["length", "shuffled_labels", "logprob"],
+    "draws": 33,
+    "bootstrap": 777,
+}
+SAMPLER: dict[str, Any] = {"n": 5, "temperature": 0.33, "top_p": 0.44, "max_new_tokens": 17, "batch_rows": 21}
+
+
+def words(group: str, values: dict[str, Any]) -> list[str]:
+    return [f"{group}.{key}={value}" for key, value in values.items()]
+
+
+def composed(experiment: str, *more: str) -> dict[str, Any]:
+    said = ["++sampler.api.model=m"] if experiment.startswith(("table2", "table4")) else []
+    with initialize_config_module("qprobe_code_gen.conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", [f"experiment={experiment}", *said, *more]), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def of(procedure: Procedure) -> tuple[dict[str, Any], dict[str, Any]]:
+    return plain(procedure.training), plain(procedure.settings)
+
+
+def test_every_key_of_a_probe_and_its_evaluation_is_looked_at() -> None:
+    assert set(PROBE) == {entry.name for entry in dataclasses.fields(TrainingSettings)}
+    assert set(EVALUATION) == {entry.name for entry in dataclasses.fields(EvaluationSettings)}
+    for choice in ("linear", "mlp"):
+        assert set(yaml.safe_load((CORE / "probe" / f"{choice}.yaml").read_text())) == set(PROBE)
+    assert set(yaml.safe_load((CORE / "evaluation" / "default.yaml").read_text())) == set(EVALUATION)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: str) -> None:
+    said = [*words("probe", PROBE), *words("evaluation", EVALUATION), "layer=best"]
+    for procedure in ("ours", "paper", "both"):
+        ours, theirs = composition.procedures(composed(experiment, f"procedure={procedure}", *said))
+        assert of(ours) == (PROBE, EVALUATION), procedure
+        assert ours.layer == "best"
+        assert (theirs is not None) == (procedure == "both")
+    assert theirs is not None
+    # What the paper's procedure says is its own; the rest is the experiment's.
+    published = yaml.safe_load((CORE / "on_top" / "published.yaml").read_text())
+    training, settings = of(theirs)
+    assert training == PROBE | published["probe"]
+    assert settings == EVALUATION | published["evaluation"] | {"curve_shares": [], "curve_prompts": []}
+    # And what is said of it runs in its place, and not in ours.
+    own = {key: PROBE[key] for key in published["probe"]}
+    beside = composed(experiment, "procedure=both", *words("authors.probe", own), "authors.evaluation.beta=0.7")
+    ours, theirs = composition.procedures(beside)
+    assert theirs is not None
+    assert {key: of(theirs)[0][key] for key in own} == own
+    assert theirs.settings.beta == 0.7
+    alone, _ = composition.procedures(composed(experiment, "procedure=ours"))
+    assert of(ours) == of(alone)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
+def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(experiment: str, choice: str) -> None:
+    if experiment == "recorded":  # what was recorded has its law, and other words on it are refused
+        with pytest.raises(ConfigCompositionException, match=r"Could not override 'sampler\.temperature'"):
+            composed(experiment, choice, "sampler.temperature=0.33")
+        assert composed(experiment, choice, *words("probe", PROBE))["probe"] == PROBE
+        return
+    config = composed(experiment, choice, *words("probe", PROBE), *words("sampler", SAMPLER))
+    assert config["probe"] == PROBE
+    assert {key: config["sampler"][key] for key in SAMPLER} == SAMPLER
+    ends = composition.back_ends({**config, "model": {**config["model"], "name": "m"}}, stop=())
+    drawn = {key: getattr(ends.sampler.settings, key) for key in SAMPLER if key != "batch_rows"}
+    assert drawn | {"batch_rows": ends.batch_rows} == SAMPLER
+    assert (ends.rival.settings.temperature, ends.rival.settings.max_new_tokens) == (0.0, 17)
