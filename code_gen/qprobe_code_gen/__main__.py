@@ -41,6 +41,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         training_split=task.splits[dataset["train"]] if dataset["train"] else None,
         reward=task.reward,
         stop=task.stop,
+        rule=task.rule,
         paper=composition.published(config),
         agreement=task.agreement,
     )

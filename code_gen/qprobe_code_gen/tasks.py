@@ -6,7 +6,7 @@ There are two kinds: programs, rewarded by unit tests (HumanEval, MBPP), and que
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -15,6 +15,7 @@ from qprobe import needs
 from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.prompts import Prompt
+from qprobe.sampling import StopRule
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe_code_gen.agreement import OutputsAgree
@@ -40,8 +41,6 @@ class Style(Protocol[AnyStyled]):
 
     def prompt(self, problem: AnyStyled, /) -> Prompt: ...
 
-    def stop(self, problems: Sequence[AnyStyled], /) -> tuple[str, ...]: ...
-
 
 @dataclass(frozen=True)
 class Task:
@@ -52,12 +51,14 @@ class Task:
         stop: texts that end a completion.
         reward: what completions earn.
         agreement: when two completions say the same.
+        rule: decides in the place of the stop texts where a completion ends.
     """
 
     splits: dict[str, Split]
     stop: tuple[str, ...]
     reward: Reward
     agreement: Agreement
+    rule: StopRule | None = None
 
 
 def make(config: Mapping[str, Any], limit: int | None) -> Task:
@@ -98,7 +99,7 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
     problems, splits = _splits(config, limit, load, style, UnitTestReward.name)
     workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
     reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
-    return Task(splits, style.stop(problems), reward, OutputsAgree(reward))
+    return Task(splits, style.stop(), reward, OutputsAgree(reward), style.rule(problems))
 
 
 def _questions(config: Mapping[str, Any], limit: int | None) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ class LocalSampler:
         self.settings = settings
 
     def identity(self) -> dict[str, Any]:
-        identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        identity = {"sampler": self.back_end, "model": self.model.identity(), **self.settings.identity()}
         return identity | {"logprob": "2: the end included"}  # version 1 gave an empty completion the probability 1
 
     def prompt_identity(self) -> dict[str, Any]:
