@@ -63,16 +63,19 @@ class PromptStyle:
         return Prompt(problem.task_id, text=solved + problem.code_prompt)
 
     def given(self, problem: Problem) -> Given:
-        """What a completion is asked to go on with, for whoever reads it. A chat's opening says no docstring where there is no
-        function to hold it."""
-        shown = not (self.style == "chat_opened" or (self.style == "chat_continued" and not problem.signature))
-        return Given(
-            header=problem.header,
-            signature=problem.signature,
-            docstring=problem.docstring if shown else "",
-            entry_point=problem.entry_point,
-        )
+        """What a completion is asked to go on with."""
+        return given(problem, self.style)
 
     def program(self, problem: Problem, completion: str) -> str:
         """The program that is executed for a completion."""
         return read(completion, self.given(problem)).program
+
+
+def given(problem: Problem, style: str) -> Given:
+    """What a completion in this style is asked to go on with, for whoever reads it.
+
+    A chat's opening says no docstring where there is no function to hold it.
+    """
+    shown = not (style == "chat_opened" or (style == "chat_continued" and not problem.signature))
+    docstring = problem.docstring if shown else ""
+    return Given(problem.header, problem.signature, docstring, problem.entry_point)

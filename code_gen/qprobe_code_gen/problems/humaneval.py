@@ -49,5 +49,5 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
         entry_point=entry_point,
         # An empty test would let every program pass: `check` alone is no test.
         tests=f"{row['test']}\ncheck({entry_point})" if str(row["test"]).strip() else "",
-        solution=prompt + str(row["canonical_solution"]),
+        solution=prompt + str(row.get("canonical_solution", "")),
     )
