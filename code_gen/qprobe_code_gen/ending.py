@@ -10,7 +10,7 @@ import ast
 import functools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qprobe_code_gen.reading import Given, is_whole
@@ -46,7 +46,7 @@ class ProgramEnd:
         self._known: dict[str, Given] = {}
 
     def identity(self) -> dict[str, Any]:
-        return {"rule": "program", "version": VERSION}
+        return {"rule": f"program, version {VERSION}"}
 
     def may_end(self, recent: str) -> bool:
         """Whether the text of the last tokens ends in a line at the left margin, or behind a fence."""
@@ -61,16 +61,11 @@ class ProgramEnd:
             last: whether nothing follows it any more.
         """
         given = self._given(prompt)
-        return next(self._ends(text, given, last), None)
-
-    def _ends(self, text: str, given: Given, last: bool) -> Iterator[int]:
-        found = [(m.start(), m) for expression in (FENCE_LINE, BEGINS_NEW) for m in expression.finditer(text)]
-        for at, match in sorted(found, key=lambda pair: pair[0]):
-            if match.re is BEGINS_NEW:
-                if given.entry_point not in (match["defined"], match["assigned"]) and _is_whole(text[:at], given):
-                    yield at
-            elif not match["info"].strip() and (match["line_end"] or last) and _closes(text[:at], given):
-                yield at
+        fence = _closing_fence(text, given, last)
+        for new in BEGINS_NEW.finditer(text, 0, len(text) if fence is None else fence):
+            if given.entry_point not in (new["defined"], new["assigned"]) and _is_whole(text[: new.start()], given):
+                return new.start()
+        return fence
 
     def _given(self, prompt: str) -> Given:
         if prompt not in self._known:
@@ -84,14 +79,20 @@ class ProgramEnd:
 _is_whole = functools.lru_cache(maxsize=1024)(is_whole)
 
 
-def _closes(before: str, given: Given) -> bool:
-    """Whether a bare fence behind this text closes code."""
-    fences = list(FENCE_LINE.finditer("\n" + before))
-    if not fences:
-        return CODE.search(before) is not None and not _in_string(given.code + before)
-    opened = bool(fences[-1]["info"].strip()) or len(fences) % 2 == 1
-    named = [fence for fence in fences if fence["info"].strip()] or fences
-    return opened and not _in_string(before[named[-1].end() - 1 :])
+def _closing_fence(text: str, given: Given, last: bool) -> int | None:
+    """Where a fence closes code, the prompt's or a block's; None where none does."""
+    block: int | None = None  # where the code of a block begins
+    for fence in FENCE_LINE.finditer("\n" + text):
+        at, behind = fence.start() - 1, fence.end("info") - 1
+        if fence["info"].strip():
+            block = behind if block is None else block
+        elif block is None and not CODE.search(text, 0, max(at, 0)):
+            block = behind
+        elif (fence["line_end"] or last) and not _in_string(
+            given.code + text[:at] if block is None else text[block:at]
+        ):
+            return at
+    return None
 
 
 def _in_string(code: str) -> bool:

@@ -51,7 +51,12 @@ class UnitTestReward:
 
     def identity(self) -> dict[str, Any]:
         limits = dataclasses.asdict(self.limits)
-        return {"reward": self.name, "style": self.style.style, "reader": reading.VERSION, "limits": limits}
+        return {
+            "reward": self.name,
+            "style": self.style.style,
+            "reader": {"version": reading.VERSION},
+            "limits": limits,
+        }
 
     def check(self) -> None:
         """Start the sandbox once, so that what it lacks is said before hours of sampling.
