@@ -117,7 +117,7 @@ class Table:
             tqdm.write(f"{self.name} was made by an older version: it is made anew.", file=sys.stderr)
             for path in [*self.parts(), self._manifest]:  # the manifest last: a killed call goes on here
                 path.unlink(missing_ok=True)
-            del self.outdated  # is looked at again
+            self.__dict__.pop("outdated")  # is looked at again
         if not self._manifest.exists():
             text = json.dumps({"inputs": self.inputs, "created": _now(), "made_with": _versions()}, indent=2)
             write_whole(self._manifest, text.encode())
