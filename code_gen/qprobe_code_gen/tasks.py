@@ -6,7 +6,7 @@ There are two kinds: programs, rewarded by unit tests (HumanEval, MBPP), and que
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -15,6 +15,7 @@ from qprobe import needs
 from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.prompts import Prompt
+from qprobe.sampling import StopRule
 from qprobe.settings import accepted, build, check_keys
 from qprobe.stages import Reward, Split
 from qprobe_code_gen.agreement import OutputsAgree
@@ -40,8 +41,6 @@ class Style(Protocol[AnyStyled]):
 
     def prompt(self, problem: AnyStyled, /) -> Prompt: ...
 
-    def stop(self, problems: Sequence[AnyStyled], /) -> tuple[str, ...]: ...
-
 
 @dataclass(frozen=True)
 class Task:
@@ -53,6 +52,7 @@ class Task:
         reward: what completions earn.
         agreement: when two completions say the same.
         apart: see `Pipeline.apart`.
+        rule: decides in the place of the stop texts where a completion ends.
     """
 
     splits: dict[str, Split]
@@ -60,6 +60,7 @@ class Task:
     reward: Reward
     agreement: Agreement
     apart: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
+    rule: StopRule | None = None
 
 
 def make(config: Mapping[str, Any], limit: int | None) -> Task:
@@ -109,7 +110,7 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
         }
     else:
         apart = {name: overlap.shared_with(own[learnt], own[name], learnt) for name in own if name != learnt}
-    return Task(splits, style.stop(problems), reward, OutputsAgree(reward), apart)
+    return Task(splits, style.stop(), reward, OutputsAgree(reward), apart, style.rule(problems))
 
 
 def _questions(config: Mapping[str, Any], limit: int | None) -> Task:

@@ -13,9 +13,9 @@ finite; below 1e-9 nats in float32.
 The outliers: key and query biases of 20 in the slowest rotary pair (Qwen2.5's scores reach 12,860), one residual dimension with
 activations far above the others (massive activations), norm weights far from 1. Families without biases get large projections.
 
-`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32. `--greedy` decodes so
-many HumanEval prompts greedily, all together by ours and one by one by `generate`: where they part, how far apart their tokens are
-by a float32 pass, and how many steps of each are more than 0.1 nats below the likeliest token of that pass.
+`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32. `--greedy` decodes
+some HumanEval prompts greedily, all together by ours and one by one by `generate`: where they part, how far apart their tokens
+are by a float32 pass, and how many steps of each are more than 0.1 nats below the likeliest token of that pass.
 It exits with status 1 when a goal is missed.
 """
 

@@ -32,7 +32,7 @@ from qprobe.models import ModelSpec
 from qprobe.pipeline import SHARDED, Pipeline
 from qprobe.probe import QProbe
 from qprobe.recording import RecordedEmbedder, RecordedSampler
-from qprobe.sampling import Sampler, SamplingSettings
+from qprobe.sampling import Sampler, SamplingSettings, StopRule
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
@@ -133,11 +133,12 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     return build(ModelSpec, config["model"], "model")
 
 
-def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None) -> BackEnds:
+def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None, rule: StopRule | None = None) -> BackEnds:
     """The back ends that a configuration's model, sampler and embedder describe.
 
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
+        rule: decides in their place where a completion ends.
     """
     sampling, embedding = dict(config["sampler"]), dict(config["embedder"])
     backend, greedy, batch_rows = (sampling.pop(key) for key in ("backend", "greedy", "batch_rows"))
@@ -146,7 +147,7 @@ def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None) -> B
     embedder = _back_end(EMBEDDERS, embedding.pop("backend"), "embedder")
     # What the back end itself takes, such as which server it asks, stands beside the sampling law.
     own = {key: sampling.pop(key) for key in accepted(sampler) - {"model", "settings"} if key in sampling}
-    given = {} if stop is None else {"stop": tuple(stop)}
+    given: dict[str, Any] = {"rule": rule} if stop is None else {"stop": tuple(stop), "rule": rule}
     settings = build(SamplingSettings, sampling, "sampler", **given)
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
     rival = build(sampler, own, "sampler", model=model, settings=at_zero)
@@ -215,12 +216,12 @@ def _sft(values: Mapping[str, Any], config: Mapping[str, Any], ends: BackEnds, _
         )
     _check_drawn(config, "sft")
     own = dict(values)
-    success, stop = own.pop("success"), ends.rival.settings.stop
+    success, drawn = own.pop("success"), ends.rival.settings
 
     def adapted(folder: Path) -> Sampler:
         sampling = {key: value for key, value in config["sampler"].items() if key != "stop"}
         model = {**config["model"], "adapter": str(folder)}
-        return back_ends({**config, "sampler": sampling, "model": model}, stop).rival
+        return back_ends({**config, "sampler": sampling, "model": model}, drawn.stop, drawn.rule).rival
 
     return SFT(model_spec(config), build(LoRASettings, own, "baselines.sft"), adapted, success, config["seed"])
 
@@ -257,6 +258,7 @@ def pipeline(
     reward: Reward,
     training_split: Split | None = None,
     stop: Sequence[str] | None = None,
+    rule: StopRule | None = None,
     paper: dict[str, dict[str, float]] | None = None,
     use: dict[str, Any] | None = None,
     agreement: Agreement | None = None,
@@ -267,6 +269,7 @@ def pipeline(
 
     Args:
         stop: texts that end a completion; None takes the sampler's own key.
+        rule: decides in their place where a completion ends.
         agreement: when two completions say the same, for self-consistency.
         apart: see `Pipeline.apart`.
         outputs: where probes, results, tables and figures go; None: the run folder.
@@ -274,7 +277,7 @@ def pipeline(
     Raises:
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
-    ends = back_ends(config, stop)
+    ends = back_ends(config, stop, rule)
     procedure, authors = procedures(config)
     return Pipeline(
         run=run,

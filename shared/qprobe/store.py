@@ -16,6 +16,7 @@ import datetime
 import functools
 import json
 import platform
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from qprobe.files import fingerprint, remove_abandoned, write_whole
 
@@ -99,19 +101,24 @@ class Table:
         return str(self.folder)
 
     def begin(self) -> None:
-        """Make the table ready to be added to: write its manifest, or check the one that is there.
+        """Make the table ready to be added to: write its manifest, or check the one that is there. What is outdated goes.
 
         Raises:
             StoreError: the table was made from other inputs, or its manifest cannot be read.
         """
         self.check_inputs()
+        if self.outdated:
+            tqdm.write(f"{self.name} was made by an older version: it is made anew.", file=sys.stderr)
+            for path in [*self.parts(), self._manifest]:  # the manifest last: a killed call goes on here
+                path.unlink(missing_ok=True)
+            self.__dict__.pop("outdated")  # is looked at again
         if not self._manifest.exists():
             text = json.dumps({"inputs": self.inputs, "created": _now(), "made_with": _versions()}, indent=2)
             write_whole(self._manifest, text.encode())
         remove_abandoned(self.folder)
 
     def check_inputs(self) -> None:
-        """Raise StoreError where parts or a manifest of other inputs lie."""
+        """Raise StoreError where parts or a manifest of other inputs lie, unless they are outdated."""
         if not self._manifest.exists():
             if self.parts():
                 raise StoreError(f"{self.name} has parts but no manifest.json: move it away or delete it.")
@@ -120,11 +127,24 @@ class Table:
             found = json.loads(self._manifest.read_text())["inputs"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise StoreError(f"{self._manifest} cannot be read ({error}): move the table away or delete it.") from error
-        if found != json.loads(json.dumps(self.inputs)):
+        if found != json.loads(json.dumps(self.inputs)) and not self.outdated:
             raise StoreError(
                 f"{self.name} was made from other inputs ({_difference(found, self.inputs)}): choose another run folder, or "
                 "delete this table to make it anew."
             )
+
+    @functools.cached_property
+    def outdated(self) -> bool:
+        """Whether it was made by an older version of what makes it, and from the same inputs otherwise.
+
+        A version is a number by itself under the key "version", such as `{"reader": {"version": 2}}`. It is for what costs little
+        to make anew."""
+        try:
+            found = json.loads(self._manifest.read_text())["inputs"]
+        except (ValueError, KeyError, TypeError, OSError):
+            return False  # what is wrong with it is said by `check_inputs`
+        wanted = json.loads(json.dumps(self.inputs))
+        return bool(found != wanted) and _is_older(found, wanted)
 
     def part(self, keys: Sequence[str]) -> Path:
         """Where the part with these keys lies, or would lie."""
@@ -134,7 +154,7 @@ class Table:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def has(self, keys: Sequence[str]) -> bool:
-        return self.part(keys).exists()
+        return self.part(keys).exists() and not self.outdated
 
     def write(self, keys: Sequence[str], rows: pa.Table) -> None:
         """Add one part, whole or not at all. `keys` are the task ids that it holds, in order.
@@ -228,6 +248,8 @@ class Table:
 
     def _paths_of(self, batches: Iterable[Sequence[str]] | None) -> list[Path]:
         self.check_inputs()
+        if self.outdated:
+            raise StoreError(f"{self.name} was made by an older version: run the stage that makes it again.")
         paths = self.parts() if batches is None else [self.part(keys) for keys in batches]
         missing = [path for path in paths if not path.exists()]
         if missing:
@@ -413,6 +435,18 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
         ]
         return "; ".join([line for line in lines if line][:4])
     return "" if found == json.loads(json.dumps(wanted)) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
+
+
+def _is_older(found: Any, wanted: Any) -> bool:
+    """Whether inputs are the wanted ones, but for versions that are lower or that were not named yet."""
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return bool(found == wanted)
+    if set(found) == set(wanted) == {"version"}:
+        return bool(found["version"] <= wanted["version"])
+    unnamed = [wanted[key] for key in set(wanted) - set(found)]
+    if set(found) - set(wanted) or not all(isinstance(value, dict) and set(value) == {"version"} for value in unnamed):
+        return False
+    return all(_is_older(value, wanted[key]) for key, value in found.items())
 
 
 def _now() -> str:

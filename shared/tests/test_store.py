@@ -386,3 +386,38 @@ def test_features_are_written_plain_and_other_tables_are_not(states: Table, tabl
     group = pq.read_metadata(table.part(KEYS)).row_group(0)
     assert group.column(0).compression == "ZSTD"
     assert group.column(0).is_stats_set
+
+
+def versioned(tmp_path: Path, version: int | None, seed: int = 0) -> Table:
+    reader = {} if version is None else {"reader": {"version": version}}
+    return store.open_table(
+        tmp_path, "r", inputs={"seed": seed, "reward": {"name": "x", **reader}}, schema=store.REWARDS
+    )
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_a_table_of_an_older_version_is_made_anew(tmp_path: Path, before: int | None) -> None:
+    old = versioned(tmp_path, before)
+    old.begin()
+    old.write(["a"], rewards(["a"]))
+    new = versioned(tmp_path, 2)
+    new.check_inputs()
+    assert not new.has(["a"])
+    with pytest.raises(StoreError, match="older version"):
+        new.read()
+    new.begin()
+    assert new.parts() == []
+    new.write(["b"], rewards(["b"]))
+    assert new.has(["b"])
+    assert versioned(tmp_path, 2).read()["task_id"].to_pylist() == ["b", "b"]
+
+
+@pytest.mark.parametrize(("version", "seed"), [(3, 0), (1, 1)])
+def test_a_newer_version_or_another_input_is_not_made_anew(tmp_path: Path, version: int, seed: int) -> None:
+    old = versioned(tmp_path, version)
+    old.begin()
+    old.write(["a"], rewards(["a"]))
+    for use in (Table.check_inputs, Table.begin):
+        with pytest.raises(StoreError, match="other inputs"):
+            use(versioned(tmp_path, 2, seed))
+    assert len(old.parts()) == 1

@@ -29,12 +29,13 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
     """A problem from one line of HumanEval's file: `prompt` is imports, helpers, signature and docstring, in this order.
 
     Raises:
-        ValueError: the prompt does not define the entry point, or there are no tests.
+        ValueError: the prompt is no code or does not define the entry point, or there are no tests.
     """
     prompt, entry_point = str(row["prompt"]), str(row["entry_point"])
     lines = prompt.splitlines(keepends=True)
     function = next(
-        (n for n in ast.parse(prompt).body if isinstance(n, ast.FunctionDef) and n.name == entry_point), None
+        (n for n in _parsed(prompt, row["task_id"]).body if isinstance(n, ast.FunctionDef) and n.name == entry_point),
+        None,
     )
     if function is None:
         raise ValueError(f"Problem {row['task_id']}: its prompt does not define {entry_point}.")
@@ -49,5 +50,15 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
         entry_point=entry_point,
         # An empty test would let every program pass: `check` alone is no test.
         tests=f"{row['test']}\ncheck({entry_point})" if str(row["test"]).strip() else "",
-        solution=prompt + str(row["canonical_solution"]),
+        solution=prompt + str(row.get("canonical_solution", "")),
     )
+
+
+def _parsed(prompt: str, task_id: str) -> ast.Module:
+    """A prompt as code: it may end with the signature."""
+    for code in (prompt, f"{prompt.rstrip()}\n    pass\n"):
+        try:
+            return ast.parse(code)
+        except SyntaxError as error:
+            fault = error
+    raise ValueError(f"Problem {task_id}: its prompt is no Python ({fault.msg}, line {fault.lineno}).")

@@ -44,17 +44,23 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
     tests = "\n".join(str(test).strip() for test in row["test_list"])
     # Most of the published file has Windows line ends.
     code = str(row["code"]).replace("\r\n", "\n").strip() + "\n"
-    setup = str(row["test_setup_code"]).replace("\r\n", "\n").strip()
+    setup = str(row.get("test_setup_code") or "").replace("\r\n", "\n").strip()
     docstring = f'"""\n{str(row["text"]).strip()}\n{REQUEST}\n{tests}\n"""\n'
-    called = re.search(r"(\w+)\s*\(", tests.replace("assert", "", 1).lstrip(" (").removeprefix("not "))
     return Problem(
         task_id=f"MBPP/{int(row['task_id']):03d}",
         description=f"{str(row['text']).strip()}\n{REQUEST}\n\n{tests}",
         header="",
         signature="",
         docstring=docstring,
-        entry_point=called.group(1) if called else "",
+        entry_point=_entry_point(tests, code),
         # Two problems' set-up builds objects of classes that the program defines, so it runs after the program.
         tests=f"{setup}\n{tests}" if setup and tests else tests,
         solution=docstring + code,
     )
+
+
+def _entry_point(tests: str, code: str) -> str:
+    """The first function that the tests call and the solution defines; the first that they call where it defines none."""
+    called = re.findall(r"(\w+)\s*\(", tests)
+    defined = set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.MULTILINE))
+    return next((name for name in called if name in defined), called[0] if called else "")

@@ -12,13 +12,14 @@ from typing import Any
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
 
 
-def from_file(file: str, columns: set[str], name: str, key: str) -> Iterator[Row]:
+def from_file(file: str, columns: set[str], name: str, key: str | None, kind: str = "problem") -> Iterator[Row]:
     """Rows of a local file.
 
     Args:
         columns: those that every row must have.
         name: of the data set, for messages.
-        key: of the configuration that names the file.
+        key: of the configuration that names the file; None where none does.
+        kind: what a row is, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,7 +27,8 @@ def from_file(file: str, columns: set[str], name: str, key: str) -> Iterator[Row
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: there is no file {path}; give dataset.{key}=FILE, or null for the hub.")
+        advice = f"give dataset.{key}=FILE, or null for the hub" if key else "check the name"
+        raise FileNotFoundError(f"{name}: there is no file {path}; {advice}.")
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         try:
@@ -39,11 +41,12 @@ def from_file(file: str, columns: set[str], name: str, key: str) -> Iterator[Row
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            missing = columns - set(row)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where} is not JSON ({error}).") from error
-        if missing:
-            raise ValueError(f"{where} is no problem of {name}: it has no {', '.join(sorted(missing))}.")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({error}): write one JSON object a line.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no {kind} of {name}: write a JSON object, {{...}}, with its fields.")
+        if missing := columns - set(row):
+            raise ValueError(f"{where} is no {kind} of {name}: it has no {', '.join(sorted(missing))}.")
         yield where, row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -13,6 +14,21 @@ from qprobe.prompts import Prompt
 # What a log-probability is the sum over, in the words of whoever compares two versions. Version 1 gave an empty completion the
 # probability 1.
 LOGPROB = "2: the end included"
+
+
+class StopRule(Protocol):
+    """Where completions end that no stop text can say: given by whoever knows what they are. It is pickled with its sampler."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides where completions end."""
+
+    def may_end(self, recent: str) -> bool:
+        """Whether `end` is to be asked, by the text of the last tokens; cheap, for it is asked after every token."""
+
+    def end(self, prompt: str, text: str, last: bool) -> int | None:
+        """Where a completion ends, None while it may go on: the text of the prompt, the text so far, whether nothing follows it.
+
+        What it says of a text does not change with what follows that text."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class SamplingSettings:
         max_new_tokens: the longest completion, in tokens.
         stop: texts that end a completion; the completion is cut before the first of them. A stop text behind white space
             alone does not count: it would empty a completion that begins with it.
+        rule: decides in the place of the stop texts where a completion ends. These are then what a server is told, whose
+            answers are cut by the rule.
     """
 
     n: int = 8
@@ -35,6 +53,7 @@ class SamplingSettings:
     top_k: int = 0
     max_new_tokens: int = 300
     stop: tuple[str, ...] = ()
+    rule: StopRule | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.stop  # a configuration may hold anything
@@ -54,6 +73,18 @@ class SamplingSettings:
             )
         if "" in self.stop:
             raise ValueError("sampling: an empty stop text would end every completion at once; remove it.")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the law, JSON-able."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rule"}
+        return values if self.rule is None else values | self.rule.identity()
+
+    def end(self, prompt: str, text: str, last: bool) -> int | None:
+        """Where a completion ends, None while it may go on; as `StopRule.end`."""
+        if self.rule is not None:
+            return self.rule.end(prompt, text, last)
+        at = stop_position(text, self.stop)
+        return at if at < len(text) else None
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class _Batch:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished: list[Completion | None] = [None] * count
         self.eos = run.language_model.eos_token_ids
-        self.stops = StopTexts(tokenizer, settings.stop)
+        self.stops = StopTexts(tokenizer, settings)
 
     def run(self) -> list[Completion]:
         device = self.run_model.language_model.device

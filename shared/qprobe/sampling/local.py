@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ class LocalSampler:
         return self._drawn
 
     def identity(self) -> dict[str, Any]:
-        identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        identity = {"sampler": self.back_end, "model": self.model.identity(), **self.settings.identity()}
         return identity | {"logprob": LOGPROB}
 
     def prompt_identity(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from qprobe.api import ApiRefused, ApiSettings, Client, client
 from qprobe.models import ModelSpec, Tokenizer
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds, stop_position
+from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
 from qprobe.settings import build
 
@@ -114,7 +114,7 @@ class OpenAISampler:
         return {
             "sampler": "openai",
             "model": self.api.identity(),
-            **dataclasses.asdict(self.settings),
+            **self.settings.identity(),
             "opening": self.opening,
             "logprobs": self.logprobs,
             "extra_body": self.extra_body,
@@ -157,10 +157,8 @@ class OpenAISampler:
         if prompt.text is not None:
             text, request = prompt.text, {"text": prompt.text}
         else:
-            several = len(prompt.messages) > 1
-            said = [f"{m['role']}: {m['content']}" if several else m["content"] for m in prompt.messages]
-            text = "".join(f"{one}\n\n" for one in said) + prompt.opening
             request = {"messages": list(prompt.messages), "opening": prompt.opening}
+            text = _said(request)
         return text, list(json.dumps(request).encode())
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
@@ -178,7 +176,7 @@ class OpenAISampler:
                 left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(choices) :]]
                 for sample, choice in zip(job.samples, choices, strict=False):
                     completion, of_text = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
-                    if job.stop and self._stopped_early(choice, completion):
+                    if job.stop and self._stopped_early(choice, completion, _said(requests[job.prompt])):
                         left.append(_Job(job.prompt, (sample,), stop=False))
                     else:
                         found[job.prompt, sample] = completion
@@ -259,11 +257,17 @@ class OpenAISampler:
         body |= {key: value for key, value in optional.items() if value is not None and key not in self._left_away}
         return path, body | self.extra_body
 
-    def _stopped_early(self, choice: dict[str, Any], completion: Completion) -> bool:
-        """Whether the server may have ended an empty completion at a stop text that does not count."""
+    def _stopped_early(self, choice: dict[str, Any], completion: Completion, prompt: str) -> bool:
+        """Whether the server may have ended the completion at a stop text that does not count."""
         ended_by_itself = "stop_reason" in choice and choice["stop_reason"] is None  # vLLM says so, others say nothing
-        stops = bool(self._stop) and "stop" not in self._left_away
-        return stops and completion.finish_reason == "stop" and not completion.text.strip() and not ended_by_itself
+        if not self._stop or "stop" in self._left_away or completion.finish_reason != "stop" or ended_by_itself:
+            return False
+        if self.settings.rule is None:
+            return not completion.text.strip()
+        # It is an end if it were one behind any of the texts that the server may have stopped at.
+        at = len(completion.text)
+        ends = (self.settings.end(prompt, completion.text + told, last=True) for told in self._stop)
+        return not any(end is not None and end <= at for end in ends)
 
     def _completion(self, choice: dict[str, Any], request: dict[str, Any], seed: int) -> tuple[Completion, float]:
         """The completion, and the log-probability of its text without what ended it."""
@@ -276,8 +280,8 @@ class OpenAISampler:
         reason = str(choice.get("finish_reason") or "unknown")
         if not text and message.get("refusal"):
             reason = "refusal"
-        cut = stop_position(text, self.settings.stop)
-        if cut < len(text):
+        cut = self.settings.end(_said(request), text, last=True)
+        if cut is not None:
             text, reason = text[:cut], "stop"
         given, stop = choice.get("logprobs"), self.settings.stop
         return Completion(text, None, reason, _logprob(given, text, stop), seed), _logprob(given, text, None)
@@ -324,6 +328,15 @@ def _request(ids: Sequence[int]) -> dict[str, Any]:
     raise ValueError(
         "A prompt is no request of this sampler: an API takes text, so give sample() what its render() gave, not token ids."
     )
+
+
+def _said(request: dict[str, Any]) -> str:
+    """A prompt's text."""
+    if "text" in request:
+        return str(request["text"])
+    several = len(request["messages"]) > 1
+    said = [f"{m['role']}: {m['content']}" if several else m["content"] for m in request["messages"]]
+    return "".join(f"{one}\n\n" for one in said) + str(request["opening"])
 
 
 def _names(error: ApiRefused, name: str) -> bool:

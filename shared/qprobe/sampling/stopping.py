@@ -5,41 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qprobe.models import Tokenizer
-from qprobe.sampling.base import stop_position
+from qprobe.sampling.base import SamplingSettings
+
+# Tokens whose text a rule is shown after every token: enough for a line's end and what begins the next line.
+RECENT = 24
 
 
 class StopTexts:
-    """Finds the first stop text that counts in tokens as they come, and cuts them there.
+    """Finds where a completion ends in tokens as they come, by stop text or rule, and cuts them there.
 
     Args:
         tokenizer: of the model that samples.
-        stop: texts that end a completion.
+        settings: of which the stop texts or the rule are used.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: SamplingSettings) -> None:
         self.tokenizer = tokenizer
-        self.stop = tuple(stop)
+        self.settings = settings
         # Enough tokens to hold the longest stop text, whatever its cut: a token has a byte at least.
-        self._tail = max((len(s.encode()) for s in stop), default=0) + 1
+        self._tail = RECENT if settings.rule else max((len(s.encode()) for s in settings.stop), default=0) + 1
+        self._prompts: dict[tuple[int, ...], str] = {}
 
     def reached(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-        """Whether the tokens so far hold a stop text that counts; to be asked after every token."""
-        if not self.stop:
+        """Whether the tokens so far hold an end that counts; to be asked after every token."""
+        settings = self.settings
+        if not settings.stop and settings.rule is None:
             return False
         before = tokens[: -self._tail] or prompt
         recent = self.tokenizer.decode_completion(before, tokens[-self._tail :])
-        if not any(stop in recent for stop in self.stop):
+        if not (settings.rule.may_end(recent) if settings.rule else any(stop in recent for stop in settings.stop)):
             return False
         text = self.tokenizer.decode_completion(prompt, tokens)
-        return stop_position(text, self.stop) < len(text)
+        return settings.end(self._text(prompt), text, last=False) is not None
 
     def cut(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[str, int]:
-        """The text before the stop text, and how many tokens are kept: one that straddles the cut is."""
+        """The text before the end, and how many tokens are kept: one that straddles the cut is."""
         text = self.tokenizer.decode_completion(prompt, tokens)
-        cut, kept = stop_position(text, self.stop), len(tokens)
-        if cut < len(text):
-            # Only the last tokens can lie beyond the cut: sampling stopped as soon as a stop text was complete.
-            # Lengths would not do: a character that lacks its last bytes is as long as the whole one.
-            while kept and self.tokenizer.decode_completion(prompt, tokens[: kept - 1]).startswith(text[:cut]):
-                kept -= 1
+        cut, kept = self.settings.end(self._text(prompt), text, last=True), len(tokens)
+        if cut is None:
+            return text, kept
+        # Only the last tokens can lie beyond the cut: sampling stopped as soon as an end was reached.
+        # Lengths would not do: a character that lacks its last bytes is as long as the whole one.
+        while kept and self.tokenizer.decode_completion(prompt, tokens[: kept - 1]).startswith(text[:cut]):
+            kept -= 1
         return text[:cut], kept
+
+    def _text(self, prompt: Sequence[int]) -> str:
+        """The text of a prompt, which a rule alone looks at."""
+        if self.settings.rule is None:
+            return ""
+        key = tuple(prompt)
+        if key not in self._prompts:
+            self._prompts[key] = self.tokenizer.decode_completion([], prompt)
+        return self._prompts[key]

