@@ -110,6 +110,8 @@ def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: st
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
 def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(experiment: str, choice: str) -> None:
+    # No experiment says hidden widths on top of a choice that the user makes.
+    assert composed(experiment, choice)["probe"]["hidden"] == ([] if choice == "probe=linear" else [256])
     if experiment == "recorded":  # what was recorded has its law, and other words on it are refused
         with pytest.raises(ConfigCompositionException, match=r"Could not override 'sampler\.temperature'"):
             composed(experiment, choice, "sampler.temperature=0.33")

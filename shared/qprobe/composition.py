@@ -357,7 +357,8 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("paper has values, but paper_when does not say of which set-up: name model.name at least.")
     ours, beside = procedures(config)
     theirs = beside or ours
-    layers = config["embedder"].get("layers") or []
+    # An API has one layer, and what the configuration says of others is not used.
+    layers = [] if config["embedder"]["backend"] == "openai" else config["embedder"].get("layers") or []
     layer = theirs.layer if theirs.layer is not None else max(layers, default=None)
     procedure = {"probe": _plain(theirs.training), "evaluation": _plain(theirs.settings), "layer": layer}
     found = {key: _value_at({**config, "procedure": procedure}, key) for key in config["paper_when"]}

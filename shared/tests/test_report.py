@@ -146,11 +146,12 @@ Q-probe $L_{\mathrm{PG}}$ & 0.625 [0.550, 0.700] & $+$0.050 [$-$0.020, $+$0.120]
 
 CSV = """\
 pool,protocol,k,status,method,value,low,high,prompts,samples_per_prompt,fewest_samples,seeds,seed_spread,beta,auc,\
-auc_low,auc_high,difference,difference_low,difference_high,over_greedy,over_greedy_low,over_greedy_high,simulation_error,paper
-human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,0,,,,,,,,,,,,,0.3
-human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,0,,,,,,,,,,,,,
+auc_low,auc_high,difference,difference_low,difference_high,over_greedy,over_greedy_low,over_greedy_high,\
+over_control,over_control_low,over_control_high,simulation_error,paper
+human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,0,,,,,,,,,,,,,,,,0.3
+human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,0,,,,,,,,,,,,,,,,
 human_eval,"trained on mbpp-train, tested here",8,run,Q-probe L_PG,0.2,0.15,0.25,164,8,0,10,0.0041,0.1,0.625,0.55,0.7,\
-0.077,-0.01,0.1641,0.05,-0.02,0.12,,0.3457
+0.077,-0.01,0.1641,0.05,-0.02,0.12,,,,,0.3457
 """
 
 
@@ -216,10 +217,6 @@ def edited(*path: str | int, value: Any) -> str:
         (edited("mixed_prompts", value=165), r"165 prompts with both good and bad completions, of only 164"),
         (edited("reward_against_k", "k", value=[1, 4, 2]), r"k is \[1, 4, 2\]: give increasing numbers"),
         (edited("reward_against_k", "k", value=[1, 2]), r"'Q-probe L_PG': value, low and high have 3, 3 and 3 entries"),
-        (
-            edited("scores_per_prompt", "series", "Q-probe L_PG", 0, "base", value=1.5),
-            r"base is 1\.5.*lies in \[0, 1\]",
-        ),
         ("{}", r"results lacks the key 'title', 'protocol'"),
         ("{", r"the results are not JSON \(.*\): evaluate again"),
     ],
