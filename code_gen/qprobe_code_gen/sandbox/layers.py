@@ -1,4 +1,4 @@
-"""The layers of isolation: found once, applied to the zygote what all programs can share, and to each child the rest.
+"""The layers of isolation: found once, applied to the nursery what all programs can share, and to each child the rest.
 
 A layer that the kernel refuses is left out and reported with the reason; whether that is tolerable is the caller's choice
 (`strict`). The order in `confine` matters: mounts need capabilities, capabilities go before the program comes, and the
@@ -10,6 +10,7 @@ system-call filter is last because it forbids what the other layers are made of.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -77,7 +78,7 @@ class Isolation:
         self._tree = Tree(interpreter_folders())
         self._proc = -1
         self._own_pid_namespace = -1
-        self._zygote = -1
+        self._nursery = -1
         self._processes_before = 0
         self._threads_only = False
 
@@ -103,7 +104,7 @@ class Isolation:
     @property
     def kept_in_slot(self) -> list[int]:
         """Descriptors that `confine_program` and `kill_leftovers` need."""
-        return [self._zygote] if kernel.LINUX and not self.active("pid namespace") else []
+        return [self._nursery] if kernel.LINUX and not self.active("pid namespace") else []
 
     def _prepare_linux(self) -> None:
         try:
@@ -119,9 +120,9 @@ class Isolation:
             self._try("mount namespace", self._enter_tree)
         self._try("pid namespace", self._enter_pid_namespace)
         if not self.active("pid namespace"):
-            # Orphans then come to the zygote, which kills them.
+            # Orphans then come to the nursery, which kills them.
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-        self._zygote = os.pidfd_open(os.getpid())
+        self._nursery = os.pidfd_open(os.getpid())
         if self.active("total bound"):
             try:
                 self.processes = Processes(self._proc)
@@ -130,14 +131,28 @@ class Isolation:
         if not self.active("user namespace"):
             self._processes_before = sum(name.isdigit() for name in os.listdir(self._proc)) if self._proc >= 0 else 0
         self._probe_layers_of_a_slot()
-        if os.getuid() == 0:
+        if attempt(self._be_bounded):
             # The kernel sets root no bound. Where another id could not be taken, the filter refuses every new process.
             self._threads_only = self.active("seccomp")
-            why = "the kernel sets root no bound, and another id could not be taken"
+            why = "the kernel sets this user no bound"
             if self._threads_only:
                 self.notes["process bound"] = f"{why}: programs may start threads, but no process at all"
             else:
                 self.problems["process bound"] = why
+
+    def _be_bounded(self) -> None:
+        if self.active("user namespace"):
+            kernel.unshare(kernel.CLONE_NEWUSER)
+        kernel.drop_capabilities()
+        lower(resource.RLIMIT_NPROC, 1, 1)
+        try:
+            pid = os.fork()
+        except OSError:
+            return
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        raise OSError("a second process could be started where one is allowed")
 
     def _try(self, layer: str, action: Callable[[], None]) -> None:
         # A refused step can leave a process half moved, so a forked copy goes first.
@@ -265,25 +280,28 @@ class Isolation:
         self._limit(bounds)
         if kernel.LINUX:
             kernel.drop_capabilities()
-            self._die_with_the_zygote()
+            self.die_with_the_nursery()
             if self.active("no new privileges"):
                 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
             if self.active("landlock"):
                 self._landlock().apply(os.getcwd())
             if self.active("seccomp") and self.active("pid namespace"):
-                seccomp.install(threads_only=self._threads_only)
+                seccomp.install()
 
-    def _die_with_the_zygote(self) -> None:
+    def die_with_the_nursery(self) -> None:
+        """Have the kernel kill this process, a child of the nursery, when the nursery ends."""
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # after the ids: a change of them clears it
-        if ended(self._zygote):  # before the death signal was asked for; getppid() is 0 in a pid namespace
+        if ended(self._nursery):  # before the death signal was asked for; getppid() is 0 in a pid namespace
             os._exit(1)
 
     def confine_program(self) -> None:
-        """Put on a program what it cannot inherit: nothing, where there is a pid namespace."""
+        """Put on a program what it cannot inherit: nothing, where there is a pid namespace and processes are bounded."""
         if kernel.LINUX and not self.active("pid namespace"):
-            self._die_with_the_zygote()
+            self.die_with_the_nursery()
             if self.active("seccomp"):
                 seccomp.install(os.getpid(), self._threads_only)
+        elif self._threads_only:  # its slot itself must fork
+            seccomp.install(threads_only=True)
 
     def kill_leftovers(self, program: int) -> None:
         """Kill and reap what a program that has ended left in this slot.
@@ -304,6 +322,19 @@ class Isolation:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
+
+    def kill_orphans(self, known: set[int]) -> None:
+        """Without a pid namespace: kill what programs have left; orphans are this process's, the nursery's, children.
+
+        Args:
+            known: children that stay.
+        """
+        while self.processes is not None and (orphans := self.processes.slots().keys() - known):
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
     def _limit(self, bounds: Bounds) -> None:
         lower(resource.RLIMIT_CORE, 0, 0)

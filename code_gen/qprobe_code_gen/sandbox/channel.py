@@ -1,0 +1,148 @@
+"""The two ends of the channel between judge and candidate: frames, numbers, and what may be believed. Standard library only.
+
+The judge asks and the candidate answers, one frame each, in turns. A question carries a random number, which its answer must
+repeat, so nothing that was said before the question can pass for its answer; a byte that nobody asked for is noticed at
+the next answer, at the latest at the last one.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from typing import NoReturn
+
+from .codec import BYTES
+
+HEADER = struct.Struct("<QIB")  # number of the question, bytes that follow, kind
+PIECE = 1 << 16
+NUMBERS = 32  # random numbers that are drawn at once
+
+# Questions.
+PROGRAM, CALL, NEXT, VALUE, FINISH = range(5)
+# Answers.
+RETURNED, RAISED, EXHAUSTED, UNSENDABLE, LEFT, ENDED = range(5, 11)
+
+
+class Gone(Exception):  # noqa: N818 - how a candidate ended, not an error of the harness
+    """The candidate has closed its end, or has ended."""
+
+
+class Unasked(Exception):  # noqa: N818
+    """The candidate said what nobody asked for."""
+
+
+class Asking:
+    """The judge's end. It never waits for a candidate that does not read while that one waits for it.
+
+    Args:
+        fd: connected socket; it is made non-blocking.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._poll = select.poll()
+        self._numbers: list[int] = []
+        self._number = 0
+
+    def ask(self, kind: int, payload: bytes) -> None:
+        """Send one question.
+
+        Raises:
+            Gone, Unasked: see there.
+        """
+        if not self._numbers:
+            self._numbers = [number for (number,) in struct.iter_unpack("<Q", os.urandom(8 * NUMBERS))]
+        self._number = self._numbers.pop()
+        data = memoryview(HEADER.pack(self._number, len(payload), kind) + payload)
+        while data:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:
+                if self._wait(select.POLLIN | select.POLLOUT) & select.POLLIN:
+                    raise Unasked("bytes that nobody asked for") from None
+            except OSError:
+                raise Gone from None
+
+    def answer(self) -> tuple[int, bytes]:
+        """Wait for the answer: its kind and what it says.
+
+        Raises:
+            Gone, Unasked: see there.
+        """
+        data = bytearray()
+        wanted = HEADER.size
+        while len(data) < wanted:
+            try:
+                piece = os.read(self._fd, PIECE)
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            except OSError:
+                raise Gone from None
+            if not piece:
+                raise Gone
+            known = len(data) >= HEADER.size
+            data += piece
+            if not known and len(data) >= HEADER.size:
+                number, length, _ = HEADER.unpack_from(data)
+                if number != self._number or length > BYTES:
+                    raise Unasked("an answer to another question")
+                wanted = HEADER.size + length
+        if len(data) > wanted:
+            raise Unasked("bytes that nobody asked for")
+        return data[HEADER.size - 1], bytes(data[HEADER.size :])
+
+    def _wait(self, events: int) -> int:
+        self._poll.register(self._fd, events)
+        [(_, found)] = self._poll.poll()
+        return found
+
+
+class Answering:
+    """The candidate's end. Whatever the program does to it, it hurts the program alone.
+
+    Args:
+        fd: connected socket.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._number = 0
+        self._read, self._write, self._leave, self._pid = os.read, os.write, os._exit, os.getpid
+        self._own_pid = os.getpid()
+
+    def question(self) -> tuple[int, bytes] | None:
+        """Wait for a question: its kind and what it says; None: there will be no more."""
+        data = bytearray()
+        wanted = HEADER.size
+        length = kind = 0
+        while len(data) < wanted:
+            try:
+                piece = self._read(self._fd, PIECE)
+            except OSError:
+                return None
+            if not piece:
+                return None
+            data += piece
+            if wanted == HEADER.size and len(data) >= wanted:
+                self._number, length, kind = HEADER.unpack_from(data)
+                wanted += length
+        return kind, bytes(data[HEADER.size :])
+
+    def answer(self, kind: int, payload: bytes) -> None:
+        """Answer the last question. A forked copy of the program leaves instead: only the original may answer."""
+        if self._pid() != self._own_pid:
+            self.leave(0)
+        data = memoryview(HEADER.pack(self._number, len(payload), kind) + payload)
+        try:
+            while data:
+                data = data[self._write(self._fd, data) :]
+        except OSError:  # the program has closed the channel: there is nobody to speak to
+            self.leave(1)
+
+    def leave(self, status: int) -> NoReturn:
+        """End this process at once."""
+        self._leave(status)
+        raise SystemExit(status)  # not reached; `os._exit` may have been replaced in the program's copy
