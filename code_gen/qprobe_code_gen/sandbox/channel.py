@@ -16,6 +16,7 @@ from .codec import BYTES
 
 HEADER = struct.Struct("<QIB")  # number of the question, bytes that follow, kind
 PIECE = 1 << 16
+FITS = 1 << 15  # bytes that an empty socket takes at once
 NUMBERS = 32  # random numbers that are drawn at once
 
 # Questions.
@@ -36,13 +37,11 @@ class Asking:
     """The judge's end. It never waits for a candidate that does not read while that one waits for it.
 
     Args:
-        fd: connected socket; it is made non-blocking.
+        fd: connected socket.
     """
 
     def __init__(self, fd: int) -> None:
-        os.set_blocking(fd, False)
         self._fd = fd
-        self._poll = select.poll()
         self._numbers: list[int] = []
         self._number = 0
 
@@ -55,15 +54,27 @@ class Asking:
         if not self._numbers:
             self._numbers = [number for (number,) in struct.iter_unpack("<Q", os.urandom(8 * NUMBERS))]
         self._number = self._numbers.pop()
-        data = memoryview(HEADER.pack(self._number, len(payload), kind) + payload)
+        data = HEADER.pack(self._number, len(payload), kind) + payload
+        try:
+            # The last question has been read, for it was answered: this one finds an empty buffer.
+            sent = os.write(self._fd, data) if len(data) <= FITS else 0
+            if sent < len(data):
+                self._ask_at_length(memoryview(data)[sent:])
+        except OSError:
+            raise Gone from None
+
+    def _ask_at_length(self, data: memoryview) -> None:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN | select.POLLOUT)
+        os.set_blocking(self._fd, False)
         while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                if self._wait(select.POLLIN | select.POLLOUT) & select.POLLIN:
-                    raise Unasked("bytes that nobody asked for") from None
-            except OSError:
-                raise Gone from None
+            [(_, found)] = poll.poll()
+            if found & select.POLLHUP:
+                raise Gone
+            if found & select.POLLIN:
+                raise Unasked("bytes that nobody asked for")
+            data = data[os.write(self._fd, data) :]
+        os.set_blocking(self._fd, True)
 
     def answer(self) -> tuple[int, bytes]:
         """Wait for the answer: its kind and what it says.
@@ -71,21 +82,20 @@ class Asking:
         Raises:
             Gone, Unasked: see there.
         """
-        data = bytearray()
+        data = b""
         wanted = HEADER.size
         while len(data) < wanted:
             try:
                 piece = os.read(self._fd, PIECE)
-            except BlockingIOError:
-                self._wait(select.POLLIN)
-                continue
             except OSError:
                 raise Gone from None
             if not piece:
                 raise Gone
-            known = len(data) >= HEADER.size
-            data += piece
-            if not known and len(data) >= HEADER.size:
+            if len(data) >= HEADER.size:
+                data += piece
+                continue
+            data = bytearray(data + piece) if data or len(piece) == PIECE else piece
+            if len(data) >= HEADER.size:
                 number, length, _ = HEADER.unpack_from(data)
                 if number != self._number or length > BYTES:
                     raise Unasked("an answer to another question")
@@ -93,11 +103,6 @@ class Asking:
         if len(data) > wanted:
             raise Unasked("bytes that nobody asked for")
         return data[HEADER.size - 1], bytes(data[HEADER.size :])
-
-    def _wait(self, events: int) -> int:
-        self._poll.register(self._fd, events)
-        [(_, found)] = self._poll.poll()
-        return found
 
 
 class Answering:
@@ -115,9 +120,9 @@ class Answering:
 
     def question(self) -> tuple[int, bytes] | None:
         """Wait for a question: its kind and what it says; None: there will be no more."""
-        data = bytearray()
+        data = b""
         wanted = HEADER.size
-        length = kind = 0
+        kind = 0
         while len(data) < wanted:
             try:
                 piece = self._read(self._fd, PIECE)
@@ -129,6 +134,7 @@ class Answering:
             if wanted == HEADER.size and len(data) >= wanted:
                 self._number, length, kind = HEADER.unpack_from(data)
                 wanted += length
+                data = bytearray(data) if len(data) < wanted else data
         return kind, bytes(data[HEADER.size :])
 
     def answer(self, kind: int, payload: bytes) -> None:

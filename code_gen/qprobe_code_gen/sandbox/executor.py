@@ -256,7 +256,7 @@ class Executor:
         self._send(
             {
                 "id": ident,
-                "request": request,
+                "request": json.dumps(request),  # read by the process that it is for, and by none between
                 "expression": bool(program.expression),
                 "together": bool(way.reason),
                 "limits": {

@@ -87,8 +87,9 @@ class Judge:
         """What the tests see: this process's builtins, the header and its imports, the candidate's functions by proxy."""
         read = self.request["values"]
         namespace = Names(child.MODULE.__dict__, self.value, read) if read else child.MODULE.__dict__
-        exec(child.compiled(self.request["header"], child.HEADER), namespace)
-        exec(child.compiled(self.request["imports"], child.HEADER), namespace)
+        for source in (self.request["header"], self.request["imports"]):
+            if source:
+                exec(child.compiled(source, child.HEADER), namespace)
         for name in self.request["calls"]:
             namespace[name] = self.proxy(name)
         return namespace

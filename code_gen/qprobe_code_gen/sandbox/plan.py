@@ -34,10 +34,10 @@ ARRAY_ATTRIBUTES = frozenset(
 # Words of tests that reach into the process of the program: its streams, files, modules, threads, frames.
 REACHES = {
     "its streams": "stdout stdin stderr redirect_stdout redirect_stderr capsys capfd",
-    "what it has replaced": "mock patch MagicMock Mock monkeypatch setattr delattr",
+    "its modules and names": "mock patch MagicMock Mock monkeypatch setattr delattr",
     "its files": "open os pathlib Path shutil glob tempfile",
-    "its processes, threads or coroutines": "multiprocessing threading concurrent asyncio signal",
-    "its source, frames or names": "inspect globals locals vars exec eval __import__ importlib gc dis getsource",
+    "its processes, threads and coroutines": "multiprocessing threading concurrent asyncio signal",
+    "its source, frames and names": "inspect globals locals vars exec eval __import__ importlib gc dis getsource",
 }
 CAPITAL_WORDS = re.compile(r"(?:[A-Z][a-z0-9]+)+")
 REACHED = {word: what for what, words in REACHES.items() for word in words.split()}
@@ -219,7 +219,7 @@ class _Uses:
             words = [(node.module or "").partition(".")[0], *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Await | ast.AsyncFor | ast.AsyncWith | ast.AsyncFunctionDef):
             words = ["asyncio"]
-        return next((f"{word}, and with it {REACHED[word]}" for word in words if word in REACHED), "")
+        return next((f"{word}, with which they reach {REACHED[word]}" for word in words if word in REACHED), "")
 
     def _results(self, theirs: set[str]) -> Iterator[str]:
         """Names that hold results of the program's functions."""
