@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import kernel, landlock, seccomp
-from .filesystem import DEVICES, SYSTEM, Tree, interpreter_folders
+from .filesystem import DEVICES, SYSTEM, Tree, interpreter_folders, virtual_environment
+from .hidden import around
 from .processes import Processes
 
 STOPS = {
@@ -31,6 +32,7 @@ STOPS = {
     "ipc namespace": "message queues, semaphores and shared memory of other processes",
     "mount namespace": "reading home and secrets, writing anywhere but in an empty /tmp of its own, filling the disk",
     "no new privileges": "gaining rights by running set-user-id programs",
+    "hidden answers": "reading the benchmarks' solutions out of installed packages, caches and recordings",
     "landlock": "opening any file beyond the interpreter, the system's libraries and /tmp, a second time",
     "seccomp": "ptrace, sockets, mounts, namespaces, keys, bpf, io_uring and other calls no honest program makes",
     "resource limits": "more CPU time, address space, file size or open files than allowed; core dumps",
@@ -66,16 +68,18 @@ class Isolation:
     Args:
         workers: programs that run at the same time.
         temporary: where folders for programs are made when there is no mount namespace.
+        answers: folders with answers that no program may read, wherever they are.
     """
 
-    def __init__(self, workers: int, temporary: str) -> None:
+    def __init__(self, workers: int, temporary: str, answers: list[str]) -> None:
         self.problems: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.workers = workers
         self.processes: Processes | None = None
         self.scratch = ""  # the folder of the programs' folders, when they need one
         self._temporary = os.path.realpath(temporary)
-        self._tree = Tree(interpreter_folders())
+        self._tree = Tree(interpreter_folders(), answers)
+        self._readable: tuple[list[str], list[str]] | None = None  # by Landlock alone
         self._proc = -1
         self._own_pid_namespace = -1
         self._nursery = -1
@@ -131,6 +135,8 @@ class Isolation:
         if not self.active("user namespace"):
             self._processes_before = sum(name.isdigit() for name in os.listdir(self._proc)) if self._proc >= 0 else 0
         self._probe_layers_of_a_slot()
+        if not self.active("mount namespace") and not self.active("landlock"):
+            self.problems["hidden answers"] = "needs a mount namespace or Landlock"
         if attempt(self._be_bounded):
             # The kernel sets root no bound. Where another id could not be taken, the filter refuses every new process.
             self._threads_only = self.active("seccomp")
@@ -212,7 +218,7 @@ class Isolation:
 
         def rules() -> None:
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-            self._landlock().apply("/")
+            self._landlock("/").apply()
 
         def filtered() -> None:
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -232,11 +238,14 @@ class Isolation:
             if problem:
                 self.problems[layer] = problem
 
-    def _landlock(self) -> landlock.Rules:
+    def _landlock(self, own_folder: str) -> landlock.Rules:
         if self.active("mount namespace"):
-            return landlock.Rules(["/"])
-        files = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", *DEVICES)
-        return landlock.Rules([path for path in (*SYSTEM, *self._tree.folders, *files) if os.path.exists(path)])
+            return landlock.Rules(["/"], [], own_folder)
+        if self._readable is None:
+            files = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", virtual_environment(), *DEVICES)
+            present = [path for path in (*SYSTEM, *self._tree.folders, *files) if os.path.exists(path)]
+            self._readable = around(present, self._tree.hidden)
+        return landlock.Rules(*self._readable, own_folder)
 
     def fork(self) -> int:
         """Fork a child; 0 in the child, which is the first process of its own pid namespace.
@@ -277,14 +286,15 @@ class Isolation:
             os.environ["TMPDIR"] = os.environ["HOME"] = folder
         if self.active("user namespace"):
             kernel.unshare(kernel.CLONE_NEWUSER)
+        rules = self._landlock(os.getcwd()) if kernel.LINUX and self.active("landlock") else None
         self._limit(bounds)
         if kernel.LINUX:
             kernel.drop_capabilities()
             self.die_with_the_nursery()
             if self.active("no new privileges"):
                 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-            if self.active("landlock"):
-                self._landlock().apply(os.getcwd())
+            if rules is not None:
+                rules.apply()
             if self.active("seccomp") and self.active("pid namespace"):
                 seccomp.install()
 

@@ -120,7 +120,8 @@ class Zygote:
                 elif key.data == "parent":
                     self.leave()
                 elif isinstance(key.data, Slot):
-                    self.hear(key.data)
+                    if key.data.control.fileno() >= 0:  # else it was discarded for an event before this one
+                        self.hear(key.data)
                 else:
                     running, name = key.data
                     running.drain(name, self.selector)
@@ -360,7 +361,7 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # three descriptors a worker; some systems refuse their own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))
-    isolation = Isolation(settings["workers"], settings["temporary"])
+    isolation = Isolation(settings["workers"], settings["temporary"], settings["answers"])
     isolation.prepare()
     # Programs shall import what they name, not what the harness is made of, and not be told how it was started.
     for name in [name for name in sys.modules if name.split(".")[0] == "qprobe_code_gen"]:
