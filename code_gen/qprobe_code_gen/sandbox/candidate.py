@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import child
-from .channel import CALL, ENDED, EXHAUSTED, FINISH, NEXT, PROGRAM, RAISED, RETURNED, UNSENDABLE, VALUE, Answering
+from .channel import CALL, ENDED, EXHAUSTED, FINISH, FUNCTION, NEXT, PROGRAM, RAISED, RETURNED, UNSENDABLE, VALUE, Answering
 from .codec import ITEMS, NAME_OF, Decoder, Encoder, Unsendable, contents, same
 
 globals()["__builtins__"] = dict(child.SHARED_BUILTINS)
@@ -73,6 +73,8 @@ class Answers:
             if Exception not in bases or MemoryError in bases or any(base in bases for base in ENDING):
                 return ENDED, self.plain(child.describe(fault))
             outcome, said = RAISED, self._raised(fault, bases)
+        if kind == VALUE and outcome == RETURNED and callable(said) and not isinstance(said, type):
+            return FUNCTION, b""
         changes = []
         for number, value in enumerate(decoder.containers):
             if before[number] is not None and not same(before[number], after := contents(value)):

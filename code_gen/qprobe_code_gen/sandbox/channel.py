@@ -22,7 +22,7 @@ NUMBERS = 32  # random numbers that are drawn at once
 # Questions.
 PROGRAM, CALL, NEXT, VALUE, FINISH = range(5)
 # Answers.
-RETURNED, RAISED, EXHAUSTED, UNSENDABLE, LEFT, ENDED = range(5, 11)
+RETURNED, RAISED, EXHAUSTED, UNSENDABLE, FUNCTION, ENDED = range(5, 11)
 
 
 class Gone(Exception):  # noqa: N818 - how a candidate ended, not an error of the harness

@@ -104,7 +104,7 @@ class Judge:
         return call
 
     def value(self, name: str) -> Any:
-        """A value of the candidate's module, as it is now."""
+        """A value of the candidate's module, as it is now; for a function its proxy."""
         return self.call(asked.VALUE, name, (), {})
 
     def call(self, kind: int, name: str | int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -113,6 +113,8 @@ class Judge:
         answer, data = self._hear()
         if answer == asked.EXHAUSTED and kind == asked.NEXT and not data:
             raise StopIteration
+        if answer == asked.FUNCTION and kind == asked.VALUE and not data:
+            return self.proxy(str(name))
         if answer not in (asked.RETURNED, asked.RAISED):
             if answer == asked.UNSENDABLE:
                 where = f"the result of {name}()" if kind == asked.CALL else "an item" if kind == asked.NEXT else name

@@ -19,7 +19,7 @@ from .processes import Processes, Usage
 from .slots import Slot
 
 PIPES = ("output", "errors", "result")
-SLACK = 0.1  # seconds by which the kernel's two counts of CPU time may differ
+SLACK = 0.2  # seconds by which the kernel's two counts of CPU time may differ
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,14 @@ class Running:
     def too_slow(self, slot: Slot) -> str:
         """The detail of a CPU timeout."""
         who = "the tests used " if slot is self.judge else ""
+        if slot.pid in self.ends and _at_ceiling(self.ends[slot.pid]):
+            ceiling = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            return f"{who}more than {ceiling} s of CPU time, all that a process may use here (ulimit -t)"
         return f"{who}more than {self.limits['cpu_seconds']:g} s of CPU time"
 
     def _too_slow(self, end: End) -> bool:
-        ceiling = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        at_ceiling = ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - SLACK
         over = os.WIFSIGNALED(end.status) and os.WTERMSIG(end.status) == signal.SIGXCPU
-        return bool(end.seconds > self.limits["cpu_seconds"] or at_ceiling or over)
+        return bool(end.seconds > self.limits["cpu_seconds"] or over or _at_ceiling(end))
 
     def _record(self) -> tuple[str, str, str | None]:
         """Verdict, detail and value as the process with the tests wrote them; an empty verdict: it wrote none."""
@@ -253,6 +254,12 @@ class Running:
         if os.WIFEXITED(end.status):
             return "error", f"left with status {os.WEXITSTATUS(end.status)} before the tests had returned", None
         return "error", in_words(end.status), None
+
+
+def _at_ceiling(end: End) -> bool:
+    """Whether the kernel killed a process because it is allowed no more CPU time, whatever the program's own limit."""
+    ceiling = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    return ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - SLACK
 
 
 def in_words(status: int) -> str:
