@@ -170,7 +170,8 @@ def _fields(tag: int, names: str) -> Callable[[Any], Children]:
 
 
 def _timezone(value: Any) -> Children:
-    return TIMEZONE, [value.utcoffset(None), value.tzname(None)], 2
+    given = value.__getinitargs__()  # with a name only where it has one of its own
+    return TIMEZONE, given, len(given)
 
 
 CLOCK = "hour minute second microsecond fold tzinfo"
@@ -317,11 +318,12 @@ class Encoder:
         if changeable is not None:
             return changeable(value)
         numpy = sys.modules.get("numpy")
-        for base in type.__dict__["__mro__"].__get__(kind):
-            if numpy is not None and base is getattr(numpy, "ndarray", None):
-                return _ndarray(value)
-            if numpy is not None and base is getattr(numpy, "generic", None):
-                return _scalar(value)
+        bases = type.__dict__["__mro__"].__get__(kind)
+        if numpy is not None and getattr(numpy, "ndarray", None) in bases:
+            return _ndarray(value)
+        if numpy is not None and getattr(numpy, "generic", None) in bases:  # some stand on float or str too
+            return _scalar(value)
+        for base in bases:
             if base in STANDS_ON:
                 return LEAVES[base](STANDS_ON[base](value))
             if base is tuple and _is_named(kind):
@@ -397,7 +399,7 @@ BUILD: dict[int, Callable[[list[Any]], Any]] = {
     TIME: _clock(time),
     DATETIME: _clock(datetime),
     TIMEDELTA: lambda items: timedelta(*_exactly(items, 3)),
-    TIMEZONE: lambda items: timezone(*_exactly(items, 2)),
+    TIMEZONE: lambda items: timezone(*items),
     KEYS: lambda items: dict.fromkeys(items).keys(),
     VALUES: lambda items: dict(enumerate(items)).values(),
     PAIRS: lambda items: dict(items).items(),
@@ -622,27 +624,27 @@ def replace(target: Any, new: Any) -> None:
     Raises:
         Garbled: the container cannot be changed, or cannot hold this.
     """
+    numpy = sys.modules.get("numpy")
     try:
-        if isinstance(target, bytearray | array) or "numpy" in sys.modules:
+        if type(new) is bytes:
             if isinstance(target, bytearray):
-                target[:] = bytes(new)
-                return
-            if isinstance(target, array):
-                del target[:]
-                target.frombytes(new)
-                return
-            numpy = sys.modules["numpy"]
-            if isinstance(target, numpy.ndarray):
+                target[:] = new
+            elif isinstance(target, array):
+                fresh = array(target.typecode, new)
+                target[:] = fresh
+            elif numpy is not None and isinstance(target, numpy.ndarray):
                 target[...] = numpy.frombuffer(new, target.dtype).reshape(target.shape)
-                return
+            else:
+                raise Garbled("bytes as the changes of what holds none")
+            return
         if type(new) is not list:
             raise Garbled("changes that are no list")
         if isinstance(target, list):
             list.__setitem__(target, slice(None), new)
         elif isinstance(target, dict):
-            fresh = list(_pairs(new))
+            pairs = list(_pairs(new))
             dict.clear(target)
-            dict.update(target, fresh)
+            dict.update(target, pairs)
         elif isinstance(target, set):
             set.clear(target)
             set.update(target, new)

@@ -65,6 +65,7 @@ class Running:
         self.judge = judge
         self.slots = [slot for slot in (program, judge) if slot is not None]
         self.ends: dict[int, End] = {}  # of the slots' processes, by the slot's pid
+        self.killed: set[int] = set()  # slots that were killed here, by pid
         self.started = started
         self.next_look = next_look
         self.finish_by = float("inf")  # the program's last moment, once it has been judged
@@ -184,6 +185,7 @@ class Running:
 
     def _kill(self, slot: Slot) -> None:
         if slot.pid not in self.ends:  # else another program may run there
+            self.killed.add(slot.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(slot.pid, signal.SIGKILL)
 

@@ -283,6 +283,8 @@ class Zygote:
         status, seconds, then = signal.SIGKILL, 0.0, slots.ENDS
         if len(reply) >= slots.REPLY.size:
             status, seconds, then = slots.REPLY.unpack_from(reply)
+        if running is not None and slot.pid in running.killed:
+            then = slots.ENDS  # it may have said otherwise just before
         if then == slots.AGAIN:
             self.idle.append(slot)
         else:
