@@ -172,6 +172,7 @@ class Pipeline:
             pool.prompts.check_inputs()
             pool.completions.check_inputs()
         for pool in self.pools if "reward" in names else []:
+            stages.drop_older_rewards(pool.rewards(self.reward_of(pool.split)))
             pool.rewards(self.reward_of(pool.split)).check_inputs()
         for pool in self.sample_pools if "embed" in names else []:
             for layer in self.embedder.layers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Reward(Protocol):
     name: str
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rewards."""
+        """What decides the rewards. `judge`, if there, is a version that counts up: older rewards are made anew."""
 
     def check(self) -> None:
         """Raise, in a sentence, what can be known to fail before any completion is drawn: it is said before hours of work."""
@@ -302,9 +303,16 @@ def sample(pool: Pool, progress: bool = True) -> None:
     _run(pool, f"sample {pool.kind}", table, _metered(pool.sampler, table, stage), progress)
 
 
+def drop_older_rewards(table: Table) -> None:
+    """Remove rewards that differ by an older judge alone, with a word on it: they cost no model and are made anew."""
+    if table.drop_older("reward", "judge"):
+        print(f"{table.name}: made by an older judge, and now made anew.", file=sys.stderr)
+
+
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
     """Reward the pool's completions."""
     table = pool.rewards(reward_stage)
+    drop_older_rewards(table)
     table.check_inputs()
     begun = False
 

@@ -16,7 +16,9 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import platform
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,15 +124,39 @@ class Table:
             if self.parts():
                 raise StoreError(f"{self.name} has parts but no manifest.json: move it away or delete it.")
             return
-        try:
-            found = json.loads(self._manifest.read_text())["inputs"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{self._manifest} cannot be read ({error}): move the table away or delete it.") from error
+        found = self._found_inputs()
         if found != json.loads(json.dumps(self.inputs)):
             raise StoreError(
                 f"{self.name} was made from other inputs ({_difference(found, self.inputs)}): choose another run folder, or "
                 "delete this table to make it anew."
             )
+
+    def _found_inputs(self) -> Any:
+        try:
+            return json.loads(self._manifest.read_text())["inputs"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreError(f"{self._manifest} cannot be read ({error}): move the table away or delete it.") from error
+
+    def drop_older(self, *where: str) -> bool:
+        """Remove what lies here if nothing but an older version made it: it will be made anew.
+
+        Args:
+            where: path of the version in the inputs; a whole number that counts up, and 0 where there is none.
+
+        Returns:
+            Whether it was removed. Tables of other inputs stay, for `check_inputs` to refuse.
+        """
+        found = self._found_inputs() if self._manifest.exists() else None
+        if found is None:
+            return False
+        wanted = json.loads(json.dumps(self.inputs))
+        versions = [_pop(inputs, where) for inputs in (found, wanted)]
+        if found != wanted or not all(type(version) is int for version in versions) or versions[0] >= versions[1]:
+            return False
+        aside = self.folder.with_name(f".{self.folder.name}.{platform.node()}.{os.getpid()}.tmp")
+        self.folder.rename(aside)  # at once: a killed run leaves all or nothing
+        shutil.rmtree(aside)
+        return True
 
     def part(self, keys: Sequence[str]) -> Path:
         """Where the part with these keys lies, or would lie."""
@@ -398,6 +424,13 @@ def _same_width(tables: list[pa.Table], paths: list[Path]) -> list[pa.Table]:
         )
         for table in tables
     ]
+
+
+def _pop(inputs: Any, where: Sequence[str]) -> Any:
+    """Take a value out of nested inputs; 0 where it is not there."""
+    for name in where[:-1]:
+        inputs = inputs.get(name) if isinstance(inputs, dict) else None
+    return inputs.pop(where[-1], 0) if isinstance(inputs, dict) else None
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:

@@ -386,3 +386,37 @@ def test_features_are_written_plain_and_other_tables_are_not(states: Table, tabl
     group = pq.read_metadata(table.part(KEYS)).row_group(0)
     assert group.column(0).compression == "ZSTD"
     assert group.column(0).is_stats_set
+
+
+def versioned(run: Path, **judge: int) -> Table:
+    inputs = {"completions": "x", "reward": {"name": "unit_tests", "limits": {"cpu": 3}, **judge}}
+    return store.open_table(run, "rewards", "pool", "name", inputs=inputs, schema=store.REWARDS)
+
+
+@pytest.mark.parametrize("older", [{}, {"judge": 1}])
+def test_a_table_of_an_older_version_alone_is_removed_and_made_anew(tmp_path: Path, older: dict[str, int]) -> None:
+    table = versioned(tmp_path, **older)
+    table.begin()
+    table.write(KEYS, rewards(KEYS))
+    assert not table.drop_older("reward", "judge")
+    newer = versioned(tmp_path, judge=2)
+    with pytest.raises(StoreError, match="judge"):
+        newer.check_inputs()
+    assert newer.drop_older("reward", "judge")
+    newer.begin()
+    assert not newer.has(KEYS)
+    assert os.listdir(newer.folder.parent) == ["name"]
+
+
+def test_a_table_of_a_newer_version_or_of_other_inputs_stays(tmp_path: Path) -> None:
+    table = versioned(tmp_path, judge=3)
+    assert not table.drop_older("reward", "judge")  # nothing is there yet
+    table.begin()
+    assert not versioned(tmp_path, judge=2).drop_older("reward", "judge")
+    other = store.open_table(
+        tmp_path, "rewards", "pool", "name", inputs={**table.inputs, "completions": "y"}, schema=store.REWARDS
+    )
+    other.inputs["reward"] = {**table.inputs["reward"], "judge": 4}
+    assert not other.drop_older("reward", "judge")
+    with pytest.raises(StoreError, match="completions"):
+        other.check_inputs()

@@ -6,7 +6,7 @@ training and validation together, 374 + 90 problems.
 
 from __future__ import annotations
 
-import re
+import ast
 from typing import Any
 
 from qprobe_code_gen.problems import rows
@@ -46,15 +46,31 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
     code = str(row["code"]).replace("\r\n", "\n").strip() + "\n"
     setup = str(row["test_setup_code"]).replace("\r\n", "\n").strip()
     docstring = f'"""\n{str(row["text"]).strip()}\n{REQUEST}\n{tests}\n"""\n'
-    called = re.search(r"(\w+)\s*\(", tests.replace("assert", "", 1).lstrip(" (").removeprefix("not "))
     return Problem(
         task_id=f"MBPP/{int(row['task_id']):03d}",
         description=f"{str(row['text']).strip()}\n{REQUEST}\n\n{tests}",
         header="",
         signature="",
         docstring=docstring,
-        entry_point=called.group(1) if called else "",
+        entry_point=entry_point(code, tests),
         # Two problems' set-up builds objects of classes that the program defines, so it runs after the program.
         tests=f"{setup}\n{tests}" if setup and tests else tests,
         solution=docstring + code,
     )
+
+
+def entry_point(code: str, tests: str) -> str:
+    """The function that the tests are about: the first of those that they call which the solution defines.
+
+    Args:
+        code: the data set's own solution.
+        tests: its assertions.
+
+    Returns: a name; empty where the two do not parse, or have none in common.
+    """
+    try:
+        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+        names = [node for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name) and node.id in defined]
+    except (SyntaxError, ValueError):
+        return ""
+    return min(names, key=lambda name: (name.lineno, name.col_offset)).id if names else ""

@@ -184,6 +184,25 @@ class Executor:
         finally:
             self._busy = False
 
+    def check(self) -> None:
+        """Execute a right and a wrong program, apart from their tests and together with them.
+
+        Raises:
+            ExecutorError: the harness fails, or gives a wrong verdict.
+        """
+        right, wrong = "def f(x):\n    return [x]", "def f(x):\n    return x"
+        apart = "assert f(1) == [1]"
+        ways = [apart, f"globals()\n{apart}"] if self.one_process else [apart]
+        due = [(Program(code, tests), code is right) for tests in ways for code in (right, wrong)]
+        for number, execution in self.run([program for program, _ in due]):
+            program, passes = due[number]
+            if execution.verdict is not (Verdict.PASSED if passes else Verdict.FAILED):
+                raise ExecutorError(
+                    f"the sandbox says {execution.verdict} ({execution.detail or 'without a detail'}) of {program.code!r} with "
+                    f"the tests {program.tests!r}, which must be {'passed' if passes else 'failed'}: its verdicts cannot be "
+                    "believed on this machine, or its limits are too tight for any program."
+                )
+
     def execute(self, program: Program) -> Execution:
         """Execute one program."""
         for _, execution in self.run([program]):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
+JUDGE = 2  # version of what decides verdicts; it counts up with every change that may change one. 1: in one process
+
+
 class ExecutorError(RuntimeError):
     """The harness itself failed. Never turned into a verdict: a broken harness must not look like a wrong program."""
 
