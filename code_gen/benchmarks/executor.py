@@ -2,7 +2,8 @@
 
 All take the same programs (HumanEval's canonical solutions with their tests) with the same number of workers, in turns
 within one run, several rounds: what else the machine does falls on all of them. The bare baseline has no isolation at all;
-it forks twice a program, as the executor with its judge apart does: one fork runs the program, the other program and tests. Run it with
+it forks twice a program, as the executor with its judge apart does: one fork runs the program, the other program and
+tests. Run it with
 
     python code_gen/benchmarks/executor.py [--workers 2] [--rounds 5] [--json FILE]
 

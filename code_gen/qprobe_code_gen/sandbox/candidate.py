@@ -12,7 +12,20 @@ import sys
 from typing import Any, NoReturn
 
 from . import child
-from .channel import CALL, ENDED, EXHAUSTED, FINISH, FUNCTION, NEXT, PROGRAM, RAISED, RETURNED, UNSENDABLE, VALUE, Answering
+from .channel import (
+    CALL,
+    ENDED,
+    EXHAUSTED,
+    FINISH,
+    FUNCTION,
+    NEXT,
+    PROGRAM,
+    RAISED,
+    RETURNED,
+    UNSENDABLE,
+    VALUE,
+    Answering,
+)
 from .codec import ITEMS, NAME_OF, Decoder, Encoder, Unsendable, contents, same
 
 globals()["__builtins__"] = dict(child.SHARED_BUILTINS)

@@ -25,11 +25,11 @@ PROGRAM, CALL, NEXT, VALUE, FINISH = range(5)
 RETURNED, RAISED, EXHAUSTED, UNSENDABLE, FUNCTION, ENDED = range(5, 11)
 
 
-class Gone(Exception):  # noqa: N818 - how a candidate ended, not an error of the harness
+class Gone(Exception):
     """The candidate has closed its end, or has ended."""
 
 
-class Unasked(Exception):  # noqa: N818
+class Unasked(Exception):
     """The candidate said what nobody asked for."""
 
 
@@ -82,7 +82,7 @@ class Asking:
         Raises:
             Gone, Unasked: see there.
         """
-        data = b""
+        data: bytes | bytearray = b""
         wanted = HEADER.size
         while len(data) < wanted:
             try:
@@ -120,7 +120,7 @@ class Answering:
 
     def question(self) -> tuple[int, bytes] | None:
         """Wait for a question: its kind and what it says; None: there will be no more."""
-        data = b""
+        data: bytes | bytearray = b""
         wanted = HEADER.size
         kind = 0
         while len(data) < wanted:

@@ -23,11 +23,13 @@ globals()["__builtins__"] = dict(SHARED_BUILTINS)  # what the functions below us
 PROGRAM, HEADER, TESTS, EXPRESSION = "<program>", "<header>", "<tests>", "<expression>"
 PLACES = {PROGRAM: "the program", HEADER: "the problem's header", TESTS: "the tests", EXPRESSION: "the expression"}
 RECURSION_LIMIT = 1000  # CPython's default
-FRAMES = 5  # from the slot's life to a program's first line, `exec` itself among them; a test compares with plain CPython
+FRAMES = (
+    5  # from the slot's life to a program's first line, `exec` itself among them; a test compares with plain CPython
+)
 GONE = "gone"  # a judge's word, and no verdict: the program's own end says what it was
 
 
-class Refused(Exception):  # noqa: N818 - how a program ends, not an error of the harness
+class Refused(Exception):
     """A program does not compile; the arguments are verdict and detail."""
 
 
@@ -72,7 +74,7 @@ def flush(stdout: object) -> None:
     """Write out what the standard output of now, and the one there was at first, still hold."""
     for stream in (stdout,) if sys.stdout is stdout else (sys.stdout, stdout):
         try:
-            stream.flush()  # type: ignore[attr-defined]
+            stream.flush()  # type: ignore[union-attr]
         except BaseException:  # a closed or replaced stream is the program's own affair
             continue
 
@@ -102,7 +104,7 @@ def judge_together(request: dict[str, str], value_bytes: int) -> tuple[str, str,
         code, tests = compiled(request["code"], PROGRAM), compiled(request["tests"], TESTS)
         expression = compiled(request["expression"], EXPRESSION) if request["expression"] else None
     except Refused as refusal:
-        return (*refusal.args, b"")  # type: ignore[return-value]
+        return (*refusal.args, b"")
     namespace = MODULE.__dict__
     try:
         exec(code, namespace)

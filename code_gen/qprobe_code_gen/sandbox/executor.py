@@ -210,7 +210,9 @@ class Executor:
         raise ExecutorError("the zygote gave no answer")
 
     def _stream(self, programs: Iterator[Program]) -> Iterator[tuple[int, Execution]]:
-        asked: dict[int, tuple[bytes, str]] = {}  # number of a request -> key of its program, why it is not judged apart
+        asked: dict[
+            int, tuple[bytes, str]
+        ] = {}  # number of a request -> key of its program, why it is not judged apart
         waiting: dict[bytes, list[int]] = {}  # key of a program -> indices that wait for it
         longest = 0.0
         # The least keeps every worker busy while this process does something else; several are sent at a time, so that the

@@ -1,6 +1,6 @@
 """Where answers lie: what holds the problems' solutions, and no program may read. One list, here. Standard library only."""
 
-# ruff: noqa: PTH118, PTH208
+# ruff: noqa: PTH100, PTH111, PTH114, PTH118, PTH119, PTH207, PTH208
 # The zygote does without pathlib: what it loads, every fork copies.
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import builtins
 import sys
 from collections.abc import Callable
 from itertools import islice
+from types import FrameType
 from typing import Any, NoReturn
 
 from . import channel as asked
@@ -81,7 +82,8 @@ class Judge:
             if refusal is None or verdict == "syntax_error":
                 self.tell(verdict, detail, b"")
         if refusal is not None:
-            self.tell(*refusal.args, b"")
+            verdict, detail = refusal.args
+            self.tell(verdict, detail, b"")
 
     def _names(self) -> dict[str, Any]:
         """What the tests see: this process's builtins, the header and its imports, the candidate's functions by proxy."""
@@ -173,14 +175,14 @@ class Judge:
         return "error", "the program garbled its channel to the tests: an answer of another kind"
 
     def _plain(self, data: bytes, count: int) -> list[str]:
+        reason = "texts were due"
         try:
             texts = Decoder((), None).decode(data)
-            if type(texts) is list and len(texts) == count and all(type(text) is str for text in texts):
-                return texts
-            reason = "texts were due"
         except Garbled as fault:
-            reason = str(fault)
-        self.tell("error", f"the program garbled its channel to the tests: {reason}", b"")
+            texts, reason = None, str(fault)
+        if type(texts) is not list or len(texts) != count or not all(type(text) is str for text in texts):
+            self.tell("error", f"the program garbled its channel to the tests: {reason}", b"")
+        return texts
 
     def _items(self, iterator: Any) -> int | list[Any]:
         if type(iterator) is Remote:
@@ -188,14 +190,13 @@ class Judge:
         return list(islice(iterator, ITEMS + 1))
 
     def _exception(self, name: str, arguments: list[Any], text: str, verdict: str, detail: str) -> BaseException:
-        kind = NAMED[name] if type(name) is str else None
+        kind: Any = NAMED.get(name) if type(name) is str else None
         # A StopIteration would cut a `zip(map(f, ...), ...)` of the tests short.
         ordinary = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, STOPS)
         if not ordinary or verdict not in ENDS or type(text) is not str:
             raise Garbled("an exception of no built-in class")
-        fault: Exception
         try:
-            fault = kind(*arguments)
+            fault: Exception = kind(*arguments)
             fault = fault if str(fault) == text else kind(text)
         except Exception:  # some built-in classes want arguments of their own
             fault = Exception(text)
@@ -212,11 +213,11 @@ class Judge:
         self.tell(verdict, detail, b"")
 
     def _line(self) -> str:
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_filename in child.PLACES:
                 return f" at line {frame.f_lineno} of {child.PLACES[frame.f_code.co_filename]}"
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
 

@@ -27,9 +27,13 @@ PLAIN = (
     *(int, float, complex, str, bytes, bytearray, bool, list, tuple, dict, set, frozenset, range, slice, memoryview),
     *(OrderedDict, defaultdict, Counter, deque, Decimal, Fraction, date, datetime, time, timedelta, timezone),
 )
-PLAIN_ATTRIBUTES = frozenset(name for kind in PLAIN for name in dir(kind)) - {"__dict__", "__closure__", "__code__"}
+PLAIN_ATTRIBUTES = frozenset(name for kind in PLAIN for name in dir(kind)) - {"__doc__"}
+# Of numpy's arrays, which are plain values too.
 ARRAY_ATTRIBUTES = frozenset(
-    "shape dtype ndim size T tolist all any sum min max mean std astype reshape flatten ravel item round".split()
+    (
+        *("shape", "dtype", "ndim", "size", "T", "tolist", "item", "all", "any", "sum", "min", "max", "mean", "std"),
+        *("astype", "reshape", "flatten", "ravel", "round"),
+    )
 )
 # Words of tests that reach into the process of the program: its streams, files, modules, threads, frames.
 REACHES = {
@@ -75,7 +79,9 @@ def plan(tests: str, expression: str, reference: Reference | None) -> Plan:
     theirs = _Definitions(reference.solution if reference else "")
     given = _Definitions(reference.header if reference else "")
     known = theirs.functions | theirs.classes | theirs.variables
-    calls, values, sources = [], [], []
+    calls: list[str] = []
+    values: list[str] = []
+    sources: list[str] = []
     for name in used.free:
         if name in given.classes | theirs.classes:
             return Plan(f"the class {name} of the program")
@@ -177,7 +183,9 @@ class _Uses:
             theirs: the candidate's names.
             given: functions of the problem's header.
         """
-        classes = {n.name for n in self.nodes if isinstance(n, ast.ClassDef)} & self.called
+        defined = [n for n in self.nodes if isinstance(n, ast.ClassDef)]
+        cases = [n for n in defined if any(ast.unparse(base).endswith("TestCase") for base in n.bases)]
+        classes = ({n.name for n in defined} - {n.name for n in cases}) & self.called
         if classes:
             return f"objects of their own class {min(classes)}, which the program would be given"
         functions = given | self.functions.keys()

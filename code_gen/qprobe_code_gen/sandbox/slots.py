@@ -115,9 +115,7 @@ def _run_next(kind: str, control: socket.socket, isolation: Isolation) -> tuple[
     return status, usage.ru_utime + usage.ru_stime
 
 
-def _become_program(
-    kind: str, data: bytes, fds: list[int], control: socket.socket, isolation: Isolation
-) -> NoReturn:
+def _become_program(kind: str, data: bytes, fds: list[int], control: socket.socket, isolation: Isolation) -> NoReturn:
     cpu_seconds, value_bytes, token, _ = REQUEST.unpack_from(data)
     try:
         os.setsid()
