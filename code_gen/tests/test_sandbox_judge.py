@@ -312,5 +312,4 @@ def test_judge_and_zygote_cannot_be_looked_into() -> None:
         zygote = next(pid for pid in everything if not below(pid))
         for pid in (zygote, judge_slot, judge):
             # The memory of a process that cannot be dumped belongs to root, whatever id the process has.
-            if f"\nUid:\t{os.getuid()}\t" not in Path(f"/proc/{pid}/status").read_text() or os.getuid() != 0:
-                assert Path(f"/proc/{pid}/mem").stat().st_uid == 0
+            assert Path(f"/proc/{pid}/mem").stat().st_uid == 0

@@ -27,6 +27,7 @@ REQUEST = struct.Struct("=dq32sI")
 # Wait status, CPU seconds, whether the slot takes another program; after FAULT a sentence follows.
 REPLY = struct.Struct("=idB")
 AGAIN, ENDS, FAULT = 0, 1, 2
+LONGEST_REPLY = 4096
 # Descriptors in the programs: after standard output and error come, for a judge, result and channel; for a program with its
 # tests the result; for a candidate the channel.
 FIRST, SECOND = 3, 4
@@ -59,12 +60,25 @@ def send(slot: Slot, cpu_seconds: float, value_bytes: int, token: bytes, body: b
     """Give a slot what it shall run.
 
     Raises:
-        OSError: it is not there any more.
+        OSError: it is not there any more; the text says why, if it said so.
     """
     request = REQUEST.pack(cpu_seconds, value_bytes, token, len(body)) + body
-    sent = socket.send_fds(slot.control, [request], fds)
-    if sent < len(request):
-        slot.control.sendall(memoryview(request)[sent:])
+    try:
+        sent = socket.send_fds(slot.control, [request], fds)
+        if sent < len(request):
+            slot.control.sendall(memoryview(request)[sent:])
+    except OSError:
+        slot.control.setblocking(False)
+        if why := fault_in(slot.control.recv(LONGEST_REPLY)):
+            raise OSError(why) from None
+        raise
+
+
+def fault_in(reply: bytes) -> str:
+    """The sentence in a slot's reply that says what the harness could not do; empty in every other reply."""
+    if len(reply) < REPLY.size or REPLY.unpack_from(reply)[2] != FAULT:
+        return ""
+    return "a layer of isolation that held before is refused now: " + reply[REPLY.size :].decode("utf-8", "replace")
 
 
 def live(kind: str, control: socket.socket, isolation: Isolation, bounds: Bounds, folder: str) -> NoReturn:

@@ -276,7 +276,7 @@ class Zygote:
     def hear(self, slot: Slot) -> None:
         """Take a slot's word, or its silence, for the end of what ran in it."""
         try:
-            reply = slot.control.recv(4096)
+            reply = slot.control.recv(slots.LONGEST_REPLY)
         except ConnectionResetError:  # it ended with a request unread
             reply = b""
         running = self.running.pop(slot.pid, None)
@@ -291,10 +291,9 @@ class Zygote:
             self.discard(slot)
         if running is None:
             return
-        if then == slots.FAULT:
+        if why := slots.fault_in(reply):
             self.abandon(running)
-            why = reply[slots.REPLY.size :].decode("utf-8", "replace")
-            self.again(running.message, f"a layer of isolation that held before is refused now: {why}")
+            self.again(running.message, why)
         elif running.ended(slot, End(status, seconds), time.monotonic(), GRACE):
             self.conclude(running)
 
