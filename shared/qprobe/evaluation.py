@@ -184,7 +184,7 @@ class _Evaluation:
             [best_of_k(self.joined.rewards[r], self.joined.rewards[r], self.ks) for r in self.by_prompt], axis=1
         )
         at_k = self.ks.index(self.k)
-        rows = [self.row("pass@1", self.base, samples)]
+        rows = [self.row("pass@1", self.base, samples, fewest_samples=self.smallest if self.smallest < samples else 0)]
         for name, rewards in {"greedy": self.greedy, **rivals}.items():
             rows.append(Row(method=name) if rewards is None else self.row(name, rewards, 1))
         by_control = {name: None if q is None else self.best_of(q) for name, q in controls.items()}

@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and fingerprints of what is written."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -30,6 +33,11 @@ def write_whole(path: Path, content: bytes) -> None:
             f"{path} could not be written ({error.strerror or error}): it is absent or as it was before, and what else was "
             "written stays; make room or correct the permissions, then start the same command again."
         ) from error
+
+
+def fingerprint(value: Any) -> str:
+    """Of anything JSON can write; equal for equal content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -52,7 +52,9 @@ def _states(run: Path) -> Iterator[TableState]:
         samples = table.inputs.get("sampler", {}).get("n")
         recorded = table.inputs.get("recorded", {}).get("rows")
         expected[pool] = recorded if of_split is None or samples is None else of_split * int(samples)
-        yield TableState(_path(run, table), _rows(table), expected[pool], _finish_reasons(table) + _usage(table))
+        yield TableState(
+            _path(run, table), _rows(table), expected[pool], _finish_reasons(table) + _usage(table) + _law(table)
+        )
     for table in _tables(run / "rewards", store.REWARDS):
         yield TableState(_path(run, table), _rows(table), expected.get(table.folder.parent.name), _reward_remark(table))
     for table in _tables(run / "features", None):
@@ -91,6 +93,12 @@ def _usage(table: Table) -> str:
     """What was spent at an API."""
     spent = [f"{count:,} {name.replace('_', ' ')}" for name, count in table.usage().items() if count]
     return f"; spent {', '.join(spent)}" if spent else ""
+
+
+def _law(table: Table) -> str:
+    """How far the sampler was from its model, where that was looked at."""
+    noted = table.noted("law")
+    return f"; {noted['sentence'].rstrip('.')}" if isinstance(noted, dict) and noted.get("sentence") else ""
 
 
 def _reward_remark(table: Table) -> str:

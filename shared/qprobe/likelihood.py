@@ -13,7 +13,7 @@ import torch
 from qprobe import models
 from qprobe.models import ModelSpec, OwnTokens
 from qprobe.passes import Footprint, Passes
-from qprobe.prefix import PrefixRun, check_prompts, parts_of
+from qprobe.prefix import PrefixRun, check_prompts, law_of, parts_of
 
 # Scores of the whole vocabulary in one pass, in float32 twice: 2,048 tokens of 150,000 words are 2.5 GB.
 MOST_TOKENS = 2048
@@ -32,7 +32,13 @@ class Likelihood(OwnTokens):
         self._passes: Passes | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"likelihood": "hf", "model": self.model.identity()}
+        return {"likelihood": "hf", "model": self.model.identity(), **law_of(self.model)}
+
+    @property
+    def end(self) -> list[int]:
+        """The token that ends a text or a turn of the model; none where its tokenizer names none."""
+        end = models.load_tokenizer(self.model).tokenizer.eos_token_id
+        return [] if end is None else [int(end)]
 
     def log_likelihood(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -34,6 +35,9 @@ EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DECODING_CONTEXT = 4
 # A folder is recognised by this many blocks of each file, spread evenly: files up to 16 MiB are read in full.
 SAMPLES, SAMPLE_BYTES = 256, 65536
+# Rows of an output head that are compared with the embeddings. Two quantisations of one matrix are .01 to .3 of its norm apart,
+# different matrices 1.4.
+HEAD_ROWS, HEAD_DISTANCE = 256, 0.5
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class ModelSpec:
         device_map: accelerate's placement ("auto", ...) for a model larger than one device; replaces `device`.
         memory_gib: GiB beside the weights that sampling and embedding plan with, above 0; None is a share of what is free
             (see `qprobe.passes`).
+        attention: "auto", or "copied": every completion has a copy of its prompt's keys and values, and the model's own attention
+            reads them; slower, for a model whose shared attention a run's check refuses (see `qprobe.sampling.law`).
         adapter: a folder with a LoRA adapter (safetensors), merged into the weights when they are loaded; None: none.
     """
 
@@ -57,9 +63,12 @@ class ModelSpec:
     device: str = "auto"
     device_map: str | None = None
     memory_gib: float | None = None
+    attention: str = "auto"
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        if self.attention not in ("auto", "copied"):
+            raise ValueError(f"model attention is {self.attention!r}: choose auto or copied.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model dtype is {self.dtype!r}: choose auto, float32, bfloat16 or float16.")
         if self.memory_gib is not None and not self.memory_gib > 0:
@@ -119,6 +128,8 @@ class ModelSpec:
             "content": content,
             "dtype": str(self.resolved_dtype()).removeprefix("torch."),
         }
+        if self.attention != "auto":
+            identity["attention"] = self.attention
         return identity if self.adapter is None else {**identity, "adapter": adapters.digest(self.adapter)}
 
 
@@ -417,6 +428,28 @@ def skeleton(spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(folder, **arguments)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+
+
+@functools.lru_cache(maxsize=4)
+def repeated_head(spec: ModelSpec) -> int:
+    """Numbers in a GGUF file's output head where that is its token embeddings once more, quantised otherwise; else 0.
+
+    Such a model was trained with one matrix for both: it has the parameters once, though they are unpacked twice.
+    """
+    folder, gguf_name = spec.source()
+    if gguf_name is None or skeleton(spec).config.get_text_config(decoder=True).tie_word_embeddings:
+        return 0
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    found = {tensor.name: tensor for tensor in GGUFReader(Path(folder) / gguf_name).tensors}
+    embeddings, head = found.get("token_embd.weight"), found.get("output.weight")
+    if embeddings is None or head is None or list(embeddings.shape) != list(head.shape):
+        return 0
+    rows = np.linspace(0, len(head.data) - 1, min(len(head.data), HEAD_ROWS)).astype(int)
+    one, other = (dequantize(tensor.data[rows], tensor.tensor_type) for tensor in (embeddings, head))
+    same = bool(np.linalg.norm(one - other) < HEAD_DISTANCE * np.linalg.norm(other))
+    return int(np.prod(head.shape)) if same else 0
 
 
 def safetensors(spec: ModelSpec) -> tuple[str, str | None]:

@@ -232,7 +232,7 @@ class Size:
     """How large a model is.
 
     Args:
-        parameters: how many.
+        parameters: how many; one matrix that a file holds twice counts once.
         width: of its hidden states.
         weights: bytes, in the type that it is loaded in.
     """
@@ -251,7 +251,8 @@ class Size:
         model = models.skeleton(spec)
         parameters = sum(p.numel() for p in model.parameters())
         width = int(model.config.get_text_config(decoder=True).hidden_size)
-        return cls(parameters, width, parameters * spec.resolved_dtype().itemsize)
+        weights = parameters * spec.resolved_dtype().itemsize
+        return cls(parameters - models.repeated_head(spec), width, weights)
 
     def words(self, spec: ModelSpec) -> str:
         where = "memory" if spec.resolved_device() == "cpu" else "GPU memory"

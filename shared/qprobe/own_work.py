@@ -13,13 +13,14 @@ from typing import Any
 
 from qprobe import composition, jsonl, models
 from qprobe.closing import closing_words
+from qprobe.files import fingerprint
 from qprobe.jsonl import PromptRow
 from qprobe.losses import find_loss
 from qprobe.pipeline import Pipeline
 from qprobe.rewards import FunctionReward, RecordedReward
 from qprobe.settings import check_keys
 from qprobe.stages import Split
-from qprobe.store import COMPLETIONS, fingerprint, found_table
+from qprobe.store import COMPLETIONS, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
 PROMPTS, TEST = "prompts", "test"

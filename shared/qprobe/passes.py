@@ -87,7 +87,10 @@ class Footprint:
         seen = width + new_tokens
         if self.shared:
             held = self.prompts(count, width) + self.prompts(rows, new_tokens)
-            step = rows * self.heads * seen * (2 * self.bytes + 8) + self.prompts(rows, new_tokens, 1)
+            # Scores in float32, masked, joined and as weights; narrower keys and values are there in float32 too.
+            one_layer = self.prompts(count, width, 1) + self.prompts(rows, new_tokens, 1)
+            widened = one_layer * 4 // self.bytes if self.bytes < 4 else 0
+            step = rows * self.heads * seen * 16 + widened + self.prompts(rows, new_tokens, 1)
         else:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)

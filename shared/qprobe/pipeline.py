@@ -25,6 +25,7 @@ from qprobe import candidates, controls, evaluation, layers, stages, sweep
 from qprobe.baselines import Baseline, Baselines, Lessons
 from qprobe.embedding import Embedder
 from qprobe.evaluation import Authors, Example
+from qprobe.files import fingerprint
 from qprobe.joined import Joined, join, with_layer
 from qprobe.likelihood import Likelihood
 from qprobe.probe import EmbeddingSource, QProbe, is_saved
@@ -33,7 +34,6 @@ from qprobe.report.results import Results
 from qprobe.sampling import Sampler
 from qprobe.scoring import Scored
 from qprobe.stages import Pool, Reward, Split
-from qprobe.store import fingerprint
 from qprobe.sweep import EvaluationSettings, Maker, Procedure, SweepProbe
 from qprobe.training import TrainingSettings
 
@@ -192,6 +192,7 @@ class Pipeline:
     def embed(self) -> None:
         for pool in self.sample_pools:
             stages.embed(pool, self.embedder, self.progress)
+            stages.compare_law(pool, self.embedder)
         self.give_back("embed")
         for pool in self.test_pools:
             if model := self.reads(pool):

@@ -27,13 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models import LanguageModel
+from qprobe.models import LanguageModel, ModelSpec
 from qprobe.shared_attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
 # few: intermediate results stay in its cache, and 512 tokens took 0.75 of the time of 2048 and more (135M, bfloat16).
 TOKENS_PER_PASS = {"cpu": 512}
 TOKENS_PER_PASS_OF_A_GPU = 8192
+
+
+# How attention is computed, in the words of whoever compares two versions: tables of another one are refused. Version 1 rounded
+# the scores of shared prompts to the model's type, so completions in bfloat16 were not the model's.
+LAW = "2: attention scores in float32"
+
+
+def law_of(spec: ModelSpec) -> dict[str, str]:
+    """What the identity of a table says of the attention that made it: nothing in float32, where all versions are one."""
+    return {} if spec.resolved_dtype() == torch.float32 else {"law": LAW}
 
 
 @dataclass
@@ -67,19 +77,36 @@ class _EnoughLayers(Exception):
     """Raised by the deepest hook to leave the forward pass: the layers above it are never run."""
 
 
+def plain_name(model: Any) -> str:
+    """The attention of transformers that computes what the model's authors meant."""
+    # transformers' default (sdpa) leaves the cap on Gemma 2's scores away.
+    capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """While inside, the model runs with transformers' own attention, and nothing of ours."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(plain_name(model))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 class PrefixRun:
     """A language model made ready to continue shared prompts."""
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
         self.model = language_model.model
-        self.shared = shares_prefix(self.model)
+        self.shared = language_model.spec.attention != "copied" and shares_prefix(self.model)
         if self.shared:
             register()
             self.model.set_attn_implementation(ATTENTION_NAME)
-        elif getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
-            # transformers' default (sdpa) leaves the cap on Gemma 2's scores away.
-            self.model.set_attn_implementation("eager")
+        else:
+            self.model.set_attn_implementation(plain_name(self.model))
 
     @property
     def tokens_per_pass(self) -> int:

@@ -22,9 +22,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from qprobe import losses, network, policy
-from qprobe.files import write_whole
+from qprobe.files import fingerprint, write_whole
 from qprobe.network import ProbeNetwork
-from qprobe.store import fingerprint
 from qprobe.training import ROWS_AT_A_TIME, Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
 
 CARD_FILE = "probe.json"
@@ -48,7 +47,7 @@ class EmbeddingSource:
 
     def __post_init__(self) -> None:
         # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
-        object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k != "dtype"})
+        object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k not in ("dtype", "attention")})
 
     @classmethod
     def of(cls, identity: dict[str, Any], layer: int, template: str = "") -> EmbeddingSource:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qprobe import store
-from qprobe.files import write_whole
+from qprobe.files import fingerprint, write_whole
 from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings
@@ -151,7 +151,7 @@ class Recording:
     @functools.cached_property
     def identity(self) -> str:
         """By content: of the card, which holds the identity of everything that was recorded."""
-        return store.fingerprint(self.card)
+        return fingerprint(self.card)
 
     @functools.cached_property
     def prompts(self) -> dict[str, dict[str, Any]]:

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from qprobe.files import fingerprint
 from qprobe.jsonl import PromptRow
 from qprobe.stages import RewardBatch, RewardRow
-from qprobe.store import fingerprint
 
 
 class RewardError(RuntimeError):

@@ -7,6 +7,7 @@ lost is made anew from the same batch as the first time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -22,13 +23,17 @@ import pyarrow as pa
 from torch import Tensor
 from tqdm import tqdm
 
-from qprobe import store
+from qprobe import models, store
 from qprobe.api import Metered
 from qprobe.embedding import Embedder, ReadsTokens, tokens_to_read
+from qprobe.embedding.hf import HFEmbedder
+from qprobe.files import fingerprint
 from qprobe.likelihood import Likelihood
+from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.runners.local import Work, run_stage
 from qprobe.sampling import Completion, Sampler, sample_seeds
+from qprobe.sampling.law import TellsDrawn, Verifies, compare, noted
 from qprobe.store import Table
 
 Keys = tuple[str, ...]
@@ -74,6 +79,13 @@ class Split:
             raise ValueError(
                 f"The split {self.name} has no cluster for {loose[0]}: name one for every task id, or none."
             )
+
+    @functools.cached_property
+    def recorded_identity(self) -> dict[str, Any]:
+        """What decides the completions that are there already: worked out once, however many pools and batches ask."""
+        recorded = self.recorded or {}
+        texts = [[key, *recorded[key]] for key in sorted(prompt.task_id for prompt in self.prompts)]
+        return {"completions": fingerprint(texts), "rows": sum(len(text) - 1 for text in texts)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,8 @@ class Pool:
     def name(self) -> str:
         return f"{self.split.name}.{self.kind}"
 
-    @property
+    # What every batch asks for is worked out once a pool: else a stage takes a time that grows with the square of its rows.
+    @functools.cached_property
     def task_ids(self) -> list[str]:
         return sorted(prompt.task_id for prompt in self.split.prompts)
 
@@ -197,7 +210,7 @@ class Pool:
         numbers: dict[str, int] = {}
         return np.array([numbers.setdefault(self.split.clusters[i], len(numbers)) for i in self.task_ids])
 
-    @property
+    @functools.cached_property
     def batches(self) -> list[Keys]:
         """Prompts by task id, as many as fit into `batch_rows` completions."""
         batches: list[list[str]] = []
@@ -216,7 +229,7 @@ class Pool:
         number, count = self.shard
         return self.batches[number - 1 :: count]
 
-    @property
+    @functools.cached_property
     def prompts(self) -> Table:
         inputs = {
             "split": self.split.source,
@@ -227,14 +240,13 @@ class Pool:
         name = self.split.name if self.kind in OF_SPLIT else self.name
         return store.open_table(self.run, "prompts", name, inputs=inputs, schema=store.PROMPTS)
 
-    @property
+    @functools.cached_property
     def completions(self) -> Table:
         inputs: dict[str, Any] = {"prompts": self.prompts.identity, "batch_rows": self.batch_rows}
         if self.split.recorded is None:
             inputs |= {"sampler": self.sampler.identity(), "seed": self.seed}
         else:
-            texts = [[key, *self.split.recorded[key]] for key in self.task_ids]
-            inputs["recorded"] = {"completions": store.fingerprint(texts), "rows": self.rows(tuple(self.task_ids))}
+            inputs["recorded"] = self.split.recorded_identity
         return store.open_table(self.run, "completions", self.name, inputs=inputs, schema=store.COMPLETIONS)
 
     def draw(self, keys: Keys, prompts: Sequence[list[int]]) -> list[list[Completion]]:
@@ -248,7 +260,7 @@ class Pool:
         return store.open_table(self.run, "rewards", self.name, reward.name, inputs=inputs, schema=store.REWARDS)
 
     def likelihoods(self, model: Likelihood) -> Table:
-        inputs = {"completions": self.completions.identity, "likelihood": model.identity()}
+        inputs = {"completions": self.completions.identity, "likelihood": model.identity(), "end": "included"}
         return store.open_table(self.run, "likelihoods", self.name, inputs=inputs, schema=store.LIKELIHOODS)
 
     def features(self, embedder: Embedder, layer: int) -> Table:
@@ -285,9 +297,17 @@ def sample(pool: Pool, progress: bool = True) -> None:
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
+    sampler: Any = pool.sampler
+    verifies = isinstance(sampler, Verifies) and pool.split.recorded is None
+    verified = False
+
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+        nonlocal verified
         for keys in batches:
             completions = pool.draw(keys, [prompt_ids[key] for key in keys])
+            if verifies and not verified:  # before anything of it is kept
+                table.note("law", noted(sampler.verify()))
+                verified = True
             flat = [completion for of_prompt in completions for completion in of_prompt]
             columns = {
                 "task_id": [key for key in keys for _ in range(pool.samples(key))],
@@ -386,6 +406,23 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
 
 
+def compare_law(pool: Pool, embedder: Embedder) -> None:
+    """How far a sampler that computes elsewhere (vLLM, an API) is from its model, where the embedder has that model here.
+
+    For information: said on stderr and noted with the completions of a first batch that this process drew.
+    """
+    sampler, spec = pool.sampler, getattr(embedder, "model", None)
+    if isinstance(sampler, Verifies) or not isinstance(sampler, TellsDrawn) or not isinstance(embedder, HFEmbedder):
+        return
+    if not isinstance(spec, ModelSpec) or not sampler.draws_from(spec):
+        return
+    drawn = sampler.drawn(models.load_tokenizer(spec))
+    if any(drawn):
+        check = compare(models.load(spec), drawn)
+        tqdm.write(f"For information: {check.sentence()}", file=sys.stderr)
+        pool.completions.note("law", noted(check))
+
+
 def _embed_once(embedder: Embedder, prompts: list[list[int]], completions: list[list[list[int]]]) -> dict[int, Tensor]:
     """The states of every row; where prompts are the same, as those of pairs may be, their equal rows are worked out once."""
     own: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}  # prompt -> completion -> its place among the prompt's
@@ -411,7 +448,9 @@ def likelihood(pool: Pool, model: Likelihood, progress: bool = True) -> None:
         for keys in batches:
             rows = completions_of(pool, keys)
             prompt_ids, completion_ids = tokens_of(pool, keys, rows, prompts, model)
-            found = model.log_likelihood(prompt_ids, completion_ids)
+            # With the end, as what is drawn: else an empty completion would be the likeliest.
+            ended = [[[*ids, *model.end] for ids in of_prompt] for of_prompt in completion_ids]
+            found = model.log_likelihood(prompt_ids, ended)
             columns = {
                 "task_id": [row["task_id"] for row in rows],
                 "sample": [row["sample"] for row in rows],

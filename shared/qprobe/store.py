@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qprobe.files import remove_abandoned, write_whole
+from qprobe.files import fingerprint, remove_abandoned, write_whole
 
 # Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
 # memory then does not grow with the number of samples. Below it a file would only cost time.
@@ -77,11 +76,6 @@ def features_schema(dimension: int, exact: bool = False) -> pa.Schema:
 
 class StoreError(RuntimeError):
     """The run folder cannot be used as it is; the message says what to do."""
-
-
-def fingerprint(value: Any) -> str:
-    """Of anything JSON can write; equal for equal content."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -269,6 +263,15 @@ class Table:
         if not paths:
             raise StoreError(f"{self.name} has no rows yet: run the stage that makes it.")
         return paths
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down something of how the table was made, beside its inputs: it is no input, no later table depends on it."""
+        manifest = json.loads(self._manifest.read_text())
+        write_whole(self._manifest, json.dumps(manifest | {name: value}, indent=2).encode())
+
+    def noted(self, name: str) -> Any:
+        """What `note` wrote; None where nothing."""
+        return json.loads(self._manifest.read_text()).get(name) if self._manifest.exists() else None
 
     def note_usage(self, spent: dict[str, int]) -> None:
         """Add a line to usage.jsonl, where something was spent at an API. It is no input: no later table depends on it."""

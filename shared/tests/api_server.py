@@ -174,7 +174,8 @@ class Server:
         )
         try:
             seeds = [body.get("seed", 0) + i for i in range(n)]
-            completions = HFSampler(self.spec, law).sample([ids], [seeds])[0]
+            sampler = HFSampler(self.spec, law)
+            completions = sampler.sample([ids], [seeds])[0]
         except ValueError as error:
             raise Refusal(400, f"maximum context length exceeded: {error}", code="context_length_exceeded") from error
         choices: list[Json] = []
@@ -188,15 +189,14 @@ class Server:
             if self.says_stop_reason:
                 choice["stop_reason"] = None if at is None else next(w for w in stop if completion.text.find(w) == at)
             if body.get("logprobs"):
-                choice["logprobs"] = self._logprobs(ids, completion.token_ids or [], chat)
+                choice["logprobs"] = self._logprobs(ids, sampler.drawn()[0][index].tokens, chat)
             choices.append(choice)
         usage = {"prompt_tokens": len(ids), "completion_tokens": sum(len(c.token_ids or []) for c in completions)}
         return {"model": f"{MODEL}-2026-11", "choices": choices, "usage": usage}
 
     def _logprobs(self, prompt: Sequence[int], ids: Sequence[int], chat: bool) -> Json:
-        """Of every token and of the end-of-sequence token behind them, as vLLM gives them."""
+        """Of every token that was drawn, the end of sequence among them, as vLLM gives them."""
         language_model = models.load(self.spec)
-        ids = [*ids, 1]
         with torch.inference_mode():
             scores = language_model.model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
         values = [float(scores[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]

@@ -1,5 +1,7 @@
 """From configurations to back ends and policies: every key has its place, and what cannot be is a sentence."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,12 @@ def test_a_card_is_not_changed_by_overrides() -> None:
     assert (changed["sampler"]["n"], changed["sampler"]["stop"], changed["prompts"]) == (5, ["x"], "text")
     assert changed["model"]["device"] is None
     assert USE["sampler"]["n"] == 3
+
+
+def test_import_qprobe_costs_torch_and_nothing_more() -> None:
+    """Neither a back end nor what run folders and reports are made of."""
+    heavy = ("pyarrow", "transformers", "matplotlib", "openai", "hydra", "datasets", "ray", "scipy", "pandas")
+    code = f"import sys, qprobe; print([name for name in {heavy!r} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -76,7 +76,7 @@ def test_length_and_log_probability_by_hand() -> None:
         "longest (tokens)": [5, 2, 0, 4],
         "shortest (tokens)": [-5, -2, 0, -4],
         "highest logprob": [-4, -3, 0, -4],
-        "highest logprob per token": [-0.8, -1.5, 0, -1],
+        "highest logprob per token": [-4 / 6, -1, 0, -4 / 5],
     }
     assert list(made) == list(expected)
     for name, values in expected.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,3 +193,53 @@ def test_a_skeleton_has_every_parameter_and_no_weight(tiny_model: ModelSpec) -> 
     skeleton, model = models.skeleton(tiny_model), models.load(tiny_model).model
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize(("head", "counted"), [("none", 1), ("the embeddings, rounded", 1), ("another", 2)])
+def test_a_head_that_a_gguf_file_holds_a_second_time_is_counted_once(tmp_path: Path, head: str, counted: int) -> None:
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    rng = np.random.default_rng(0)
+    width, vocabulary = 32, 64
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, value in {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": width,
+        "feed_forward_length": 48,
+    }.items():
+        writer.add_uint32(f"llama.{name}", value)
+    for name, value in {"attention.head_count": 4, "attention.head_count_kv": 4, "rope.dimension_count": 8}.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_uint32("llama.vocab_size", vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(vocabulary)])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(1)
+    embeddings = rng.normal(size=(vocabulary, width)).astype(np.float32)
+    shapes = {
+        "attn_q": (width, width),
+        "attn_k": (width, width),
+        "attn_v": (width, width),
+        "attn_output": (width, width),
+    }
+    shapes |= {"ffn_gate": (48, width), "ffn_up": (48, width), "ffn_down": (width, 48)}
+    inner = {f"blk.0.{name}.weight": rng.normal(size=shape) for name, shape in shapes.items()}
+    norms = {name: np.ones(width) for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight")}
+    tensors = {"token_embd.weight": embeddings, **inner, **norms}
+    for name, values in tensors.items():
+        writer.add_tensor(name, values.astype(np.float32))
+    if head != "none":
+        values = (
+            embeddings if head == "the embeddings, rounded" else rng.normal(size=embeddings.shape).astype(np.float32)
+        )
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor("output.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    size = needs.Size.of(ModelSpec(str(tmp_path / "m.gguf"), dtype="float32", device="cpu"))
+    without = sum(values.size for name, values in tensors.items() if name != "token_embd.weight")
+    assert size.parameters == without + counted * vocabulary * width
+    assert size.weights == 4 * (without + (1 if head == "none" else 2) * vocabulary * width)  # what is held in memory

@@ -207,6 +207,8 @@ def test_candidates_of_unequal_groups_are_imported_and_answered_from(
     assert "5 prompts, 16 samples (at most 5 of a prompt)" in said.out
     assert "k = 2" in said.out  # as many as the smallest group has
     assert "skyline pass@2" in said.out
+    # What a row is a mean over is said of every row: pass@1 of all candidates, a choice of k of them.
+    assert [line.split()[-3:] for line in said.out.splitlines() if line.startswith("pass@1 ")] == [["2", "to", "5"]]
     completions = rows("runs/mine/completions/prompts.sample", store.COMPLETIONS)
     assert [(row["task_id"], row["sample"], row["completion"]) for row in completions] == [
         (f"prompts-{p + 1:05d}", s, f"{p} and {s}")

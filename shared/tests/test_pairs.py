@@ -142,6 +142,8 @@ def test_probes_of_pairs_choose_among_more_candidates_of_another_reward(
 class Likes:
     """A model that finds an answer the likelier, the higher its number."""
 
+    end: tuple[int, ...] = ()
+
     def identity(self) -> dict[str, Any]:
         return {"likelihood": "likes"}
 

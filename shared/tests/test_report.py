@@ -145,11 +145,11 @@ Q-probe $L_{\mathrm{PG}}$ & 0.625 [0.550, 0.700] & $+$0.050 [$-$0.020, $+$0.120]
 )
 
 CSV = """\
-pool,protocol,k,status,method,value,low,high,prompts,samples_per_prompt,seeds,seed_spread,beta,auc,auc_low,auc_high,\
-difference,difference_low,difference_high,over_greedy,over_greedy_low,over_greedy_high,simulation_error,paper
-human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,,,,,,,,,,,,,0.3
-human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,,,,,,,,,,,,,
-human_eval,"trained on mbpp-train, tested here",8,run,Q-probe L_PG,0.2,0.15,0.25,164,8,10,0.0041,0.1,0.625,0.55,0.7,\
+pool,protocol,k,status,method,value,low,high,prompts,samples_per_prompt,fewest_samples,seeds,seed_spread,beta,auc,\
+auc_low,auc_high,difference,difference_low,difference_high,over_greedy,over_greedy_low,over_greedy_high,simulation_error,paper
+human_eval,"trained on mbpp-train, tested here",8,run,pass@1,0.123,0.087,0.16,164,8,0,0,,,,,,,,,,,,,0.3
+human_eval,"trained on mbpp-train, tested here",8,not run,SFT,,,,0,0,0,0,,,,,,,,,,,,,
+human_eval,"trained on mbpp-train, tested here",8,run,Q-probe L_PG,0.2,0.15,0.25,164,8,0,10,0.0041,0.1,0.625,0.55,0.7,\
 0.077,-0.01,0.1641,0.05,-0.02,0.12,,0.3457
 """
 

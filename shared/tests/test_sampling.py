@@ -244,20 +244,54 @@ def test_settings_that_change_no_token_change_no_completion(tiny_model: ModelSpe
     assert [c.token_ids for c in short] == [(c.token_ids or [])[:9] for c in long]
 
 
-def test_the_log_probability_is_the_untempered_sum(
+def test_the_log_probability_is_the_untempered_sum_of_all_that_was_drawn_the_end_included(
     leaving_model: ModelSpec, random_ids: Ids, stock_logprobs: Logprobs
 ) -> None:
-    prompts = random_ids(PROMPT_LENGTHS)
-    settings = SamplingSettings(**vars(LEAVING) | {"temperature": 1.7, "top_p": 0.9, "top_k": 50})
-    for prompt, completions in zip(
-        prompts, HFSampler(leaving_model, settings).sample(prompts, seeds_for(4, 3)), strict=True
-    ):
+    prompts, ends = random_ids(PROMPT_LENGTHS), sorted(models.load(leaving_model).eos_token_ids)
+    settings = SamplingSettings(n=40, temperature=1.7, top_p=0.9, top_k=50, max_new_tokens=12)
+    sampled = HFSampler(leaving_model, settings).sample(prompts, seeds_for(4, 40))
+    empty = 0
+    for prompt, completions in zip(prompts, sampled, strict=True):
         for completion in completions:
             ids = completion.token_ids
             assert ids is not None
             table = stock_logprobs(leaving_model, [*prompt, *ids])
-            wanted = sum(float(table[len(prompt) - 1 + t, token]) for t, token in enumerate(ids))
-            assert completion.logprob == pytest.approx(wanted, abs=1e-3)
+            kept = sum(float(table[len(prompt) - 1 + t, token]) for t, token in enumerate(ids))
+            if completion.finish_reason == "length":
+                assert completion.logprob == pytest.approx(kept, abs=1e-3)
+                continue
+            # Which of the ends was drawn is not told: it is one of them.
+            nearest = min(abs(completion.logprob - kept - float(table[-1, end])) for end in ends)
+            assert nearest <= 1e-3
+            if not ids:
+                empty += 1
+                assert completion.logprob < 0
+    assert empty
+
+
+def test_the_tokens_of_a_stop_text_count_in_the_log_probability(
+    tiny_model: ModelSpec, random_ids: Ids, stock_logprobs: Logprobs
+) -> None:
+    prompts = random_ids(PROMPT_LENGTHS)
+    free = SamplingSettings(n=3, temperature=1.0, top_p=1.0, max_new_tokens=20)
+    whole = HFSampler(tiny_model, free).sample(prompts, seeds_for(4, 3))
+    tokenizer = models.load_tokenizer(tiny_model)
+    stopped = 0
+    for prompt, completions, own in zip(prompts, whole, seeds_for(4, 3), strict=True):
+        for completion, seed in zip(completions, own, strict=True):
+            ids = completion.token_ids or []
+            if len(ids) < 12 or not (word := tokenizer.decode_completion(prompt, ids)[4:6]).isalnum():
+                continue
+            one = SamplingSettings(n=1, temperature=1.0, top_p=1.0, max_new_tokens=20, stop=(word,))
+            ((cut,),) = HFSampler(tiny_model, one).sample([prompt], [[seed]])
+            # The text up to and with the stop text, by the tokens of the longer completion.
+            drawn = next(t for t in range(len(ids) + 1) if word in tokenizer.decode_completion(prompt, ids[:t])[1:])
+            table = stock_logprobs(tiny_model, [*prompt, *ids[:drawn]])
+            wanted = sum(float(table[len(prompt) - 1 + t, token]) for t, token in enumerate(ids[:drawn]))
+            assert len(cut.token_ids or []) < drawn
+            assert cut.logprob == pytest.approx(wanted, abs=1e-3)
+            stopped += 1
+    assert stopped
 
 
 def test_the_end_token_is_dropped_and_ends_the_completion(leaving_model: ModelSpec, random_ids: Ids) -> None:

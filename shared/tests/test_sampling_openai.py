@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qprobe import models
 from qprobe.api import ApiError
 from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
@@ -77,7 +78,7 @@ def test_completions_equal_the_local_sampler_for_equal_seeds(
     assert all(len(body.get("stop", [])) <= 4 for body in bodies(server))
 
 
-def test_log_probabilities_are_those_of_the_kept_tokens(server: Any, tiny_model: ModelSpec) -> None:
+def test_log_probabilities_are_those_of_all_that_was_drawn_the_end_included(server: Any, tiny_model: ModelSpec) -> None:
     settings = SamplingSettings(n=80, temperature=1.0, top_p=1.0, max_new_tokens=3, stop=("e", "\n"))
     for prompts in (TEXTS[:1], CHATS[:1]):
         seeds = [list(range(80))]
@@ -261,7 +262,7 @@ def test_a_stop_inside_the_white_space_that_begins_a_completion_does_not_empty_i
 
 @pytest.mark.parametrize("says_stop_reason", [False, True])
 def test_a_completion_that_ends_at_once_is_empty_and_stays_so(
-    make_server: Any, make_model: Any, tiny_model: ModelSpec, says_stop_reason: bool
+    make_server: Any, make_model: Any, tiny_model: ModelSpec, stock_logprobs: Any, says_stop_reason: bool
 ) -> None:
     settings = SamplingSettings(n=1, temperature=0.0, top_p=1.0, max_new_tokens=4, stop=("zzz",))
     first = draw(HFSampler(tiny_model, settings), TEXTS[:1], [[0]])[0][0].token_ids
@@ -269,7 +270,9 @@ def test_a_completion_that_ends_at_once_is_empty_and_stays_so(
     server = make_server(make_model(eos_token_id=[1, first[0]]))
     server.says_stop_reason = says_stop_reason
     ((completion,),) = draw(sampler(server, settings), TEXTS[:1], [[0]])
-    assert (completion.text, completion.finish_reason, completion.logprob) == ("", "stop", 0.0)
+    assert (completion.text, completion.finish_reason) == ("", "stop")
+    likeliest = stock_logprobs(tiny_model, models.load_tokenizer(tiny_model).render_prompt(TEXTS[0])[1])[-1].max()
+    assert completion.logprob == pytest.approx(float(likeliest), abs=1e-3)
     assert len(server.requests) == (1 if says_stop_reason else 2)
 
 

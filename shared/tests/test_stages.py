@@ -1,5 +1,6 @@
 """Stages: whole batches, resumed without a row twice or lost, no reward invented, tokens reused only where they mean the same."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -453,3 +454,28 @@ def test_prompts_of_the_same_tokens_and_their_equal_rows_are_embedded_once(fakes
     )
     _, found = pool.features(embedder, 1).read_embeddings(pool.batches)
     assert np.array_equal(found, expected[1].numpy().astype(found.dtype))
+
+
+def test_texts_that_were_brought_along_are_fingerprinted_once_however_many_batches(
+    fakes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 160,000 pairs once a batch would be hours."""
+    split = fakes.split("brought", 40)
+    texts = {prompt.task_id: ["7", "8"] for prompt in split.prompts}
+    brought = dataclasses.replace(split, recorded=texts)
+    seen: list[int] = []
+    real = stages.fingerprint
+
+    def counting(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], list):  # of texts; parts are named by keys
+            seen.append(len(value))
+        return real(value)
+
+    monkeypatch.setattr(stages, "fingerprint", counting)
+    for _ in range(2):
+        pool = Pool(tmp_path / "run", brought, "sample", fakes.Sampler(2), seed=0, batch_rows=4)
+        assert len(pool.batches) == 20
+        stages.sample(pool, progress=False)
+        stages.reward(pool, fakes.Reward(), progress=False)
+        stages.embed(pool, fakes.Embedder((1,)), progress=False)
+    assert len(seen) == 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from qprobe.store import fingerprint
+from qprobe.files import fingerprint
 
 
 @dataclass(frozen=True)

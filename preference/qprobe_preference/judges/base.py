@@ -21,9 +21,9 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from qprobe import stages
+from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
 from qprobe.stages import RewardBatch, RewardRow
-from qprobe.store import fingerprint
 
 Conversation = str | tuple[dict[str, str], ...]
 DECIDED = ("win", "loss", "tie")

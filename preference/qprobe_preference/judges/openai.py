@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
+from qprobe.files import fingerprint
 from qprobe.settings import build
-from qprobe.store import fingerprint
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, folder_name, undecided
 from qprobe_preference.judges.cache import Reply, ReplyCache
 

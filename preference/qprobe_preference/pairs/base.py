@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
-from qprobe.store import fingerprint
 
 Conversation = tuple[dict[str, str], ...]
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
-from qprobe.store import COMPLETIONS, PROMPTS, REWARDS, fingerprint, found_table
+from qprobe.store import COMPLETIONS, PROMPTS, REWARDS, found_table
 from qprobe_preference.pairs.base import Found
 
 

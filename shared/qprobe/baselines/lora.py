@@ -36,10 +36,9 @@ from qprobe import adapters, models
 from qprobe.baselines.base import Lessons
 from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective, check_targets, digest_of
 from qprobe.embedding import ReadsTokens, tokens_to_read
-from qprobe.files import write_whole
+from qprobe.files import fingerprint, write_whole
 from qprobe.models import LanguageModel, ModelSpec
 from qprobe.passes import GIB, Footprint, Passes
-from qprobe.store import fingerprint
 
 HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.

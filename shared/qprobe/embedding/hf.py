@@ -7,6 +7,7 @@ from one pass. The states equal `output_hidden_states` of the joined sequence (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
 from qprobe.models import ModelSpec
 from qprobe.passes import Footprint, Passes
-from qprobe.prefix import PrefixRun, parts_of
+from qprobe.prefix import PrefixRun, law_of, parts_of
 
 
 class HFEmbedder(LocalEmbedder):
@@ -27,6 +28,9 @@ class HFEmbedder(LocalEmbedder):
     """
 
     back_end = "hf"
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | law_of(self.model)
 
     def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,)) -> None:
         super().__init__(model, layers)

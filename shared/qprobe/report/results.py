@@ -33,7 +33,8 @@ class Row:
         low: lower end of the 95 % interval of `value`, by bootstrap over prompts.
         high: its upper end.
         prompts: prompts that the value is a mean over.
-        samples_per_prompt: completions of a prompt that the method used.
+        samples_per_prompt: completions of a prompt that the method used; where prompts differ, the most.
+        fewest_samples: the fewest, where prompts differ; 0 where they do not.
         seeds: probes that were trained and averaged; 0 if nothing is random in the method but the completions.
         seed_spread: standard deviation of the value over seeds.
         beta: temperature of the softmax over scores; 0 picks the highest score.
@@ -59,6 +60,7 @@ class Row:
     high: float | None = None
     prompts: int = 0
     samples_per_prompt: int = 0
+    fewest_samples: int = 0
     seeds: int = 0
     seed_spread: float | None = None
     beta: float | None = None
@@ -78,7 +80,9 @@ class Row:
         _convert_fields(self)
         where = f"row {self.method!r}"
         _refuse_negative(
-            self, ("prompts", "samples_per_prompt", "seeds", "seed_spread", "beta", "simulation_error"), where
+            self,
+            ("prompts", "samples_per_prompt", "fewest_samples", "seeds", "seed_spread", "beta", "simulation_error"),
+            where,
         )
         for name, low, high in (
             ("value", self.low, self.high),

@@ -280,8 +280,10 @@ def _reward_cells(row: Row) -> list[str]:
     difference = _interval(row.difference, row.difference_low, row.difference_high, signed=True)
     if row.method == BASE_METHOD and row.value is not None:
         difference = _DASH
-    counts = [str(number) if number else _DASH for number in (row.prompts, row.samples_per_prompt)]
-    return [_one_line(row.method), _interval(row.value, row.low, row.high), difference, *counts]
+    prompts, samples = (str(number) if number else _DASH for number in (row.prompts, row.samples_per_prompt))
+    if row.fewest_samples:
+        samples = f"{row.fewest_samples} to {samples}"
+    return [_one_line(row.method), _interval(row.value, row.low, row.high), difference, prompts, samples]
 
 
 def _is_probe(row: Row) -> bool:

@@ -10,6 +10,10 @@ from typing import Any, Protocol
 
 from qprobe.prompts import Prompt
 
+# What a log-probability is the sum over, in the words of whoever compares two versions. Version 1 gave an empty completion the
+# probability 1.
+LOGPROB = "2: the end included"
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -61,7 +65,9 @@ class Completion:
         token_ids: its tokens, without end-of-sequence and stop tokens; a token that straddles the cut is kept. None where
             the back end gives no tokens.
         finish_reason: "stop" (end of sequence or a stop text), "length", or an API's own word, such as "content_filter".
-        logprob: untempered log-probability of `token_ids` given the prompt, summed, in nats; NaN where unknown.
+        logprob: untempered log-probability given the prompt, in nats, summed over the tokens that were drawn: `token_ids` and
+            those that ended the completion (end of sequence, stop text). NaN where unknown. An API that does not tell the
+            probability of the end is summed over what it tells.
         seed: of this sample.
     """
 

@@ -9,22 +9,28 @@ Where it stops: one process, one model; beam search and repetition penalties are
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qprobe import models
 from qprobe.models import ModelSpec
 from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
-from qprobe.prefix import PrefixRun, check_prompts
+from qprobe.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
+from qprobe.sampling.law import Drawn, LawCheck, compare, refuse
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.stopping import StopTexts
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
 # Sorting 49,152 scores of every row at every step costs more than a 135M-parameter model on a CPU.
 CANDIDATES = 256
+# What came of comparing this process's samplers with their models.
+_checked: dict[ModelSpec, LawCheck] = {}
 
 
 class HFSampler(LocalSampler):
@@ -36,6 +42,9 @@ class HFSampler(LocalSampler):
     """
 
     back_end = "hf"
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | law_of(self.model)
 
     def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
         super().__init__(model, settings)
@@ -56,6 +65,7 @@ class HFSampler(LocalSampler):
         owner = [p for p in range(len(prompts)) for _ in range(n)]
         lengths = [len(prompt) for prompt in prompts]
         completions: dict[int, Completion] = {}
+        drawn: dict[int, Drawn] = {}
 
         def need(rows: Sequence[int]) -> int:
             used = {owner[row] for row in rows}
@@ -77,9 +87,25 @@ class HFSampler(LocalSampler):
                 [seeds[owner[row]][row % n] for row in rows],
             )
             completions.update(zip(rows, batch.run(), strict=True))
+            drawn.update(zip(rows, batch.drawn(), strict=True))
 
         self._passes.run(range(len(owner)), owner, lengths, need, draw)
+        if not self._drawn:
+            self._drawn = [[drawn[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
         return [[completions[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
+
+    def verify(self) -> LawCheck:
+        """The first batch compared with the model; samplers of one model in one process share the answer.
+
+        Raises:
+            RuntimeError: what was drawn is not the model's.
+        """
+        if self.model not in _checked:
+            check = compare(models.load(self.model), self._drawn)
+            refuse(check, self.model)
+            tqdm.write(check.sentence(), file=sys.stderr)
+            _checked[self.model] = check
+        return _checked[self.model]
 
 
 class _Batch:
@@ -101,6 +127,7 @@ class _Batch:
         self.seeds = seeds
         count = len(seeds)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.ends: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished: list[Completion | None] = [None] * count
         self.eos = run.language_model.eos_token_ids
@@ -140,15 +167,23 @@ class _Batch:
         assert len(completions) == len(self.seeds)
         return completions
 
+    def drawn(self) -> list[Drawn]:
+        """The rows with all their tokens."""
+        return [
+            Drawn(self.prompts[p], [*tokens, *end], float(sum(logprobs)))
+            for p, tokens, end, logprobs in zip(self.owner, self.tokens, self.ends, self.logprobs, strict=True)
+        ]
+
     def _take(self, alive: list[int], tokens: list[int], logprobs: list[float]) -> list[int]:
         """Add a token to every living row; returns the places (in `alive`) of the rows that go on."""
         going_on = []
         for place, (row, token, logprob) in enumerate(zip(alive, tokens, logprobs, strict=True)):
+            self.logprobs[row].append(logprob)
             if token in self.eos:
+                self.ends[row] = [token]
                 self._finish(row, "stop")
                 continue
             self.tokens[row].append(token)
-            self.logprobs[row].append(logprob)
             if self.stops.reached(self.prompts[self.owner[row]], self.tokens[row]):
                 self._finish(row, "stop")
             elif len(self.tokens[row]) == self.settings.max_new_tokens:
@@ -159,7 +194,7 @@ class _Batch:
 
     def _finish(self, row: int, reason: str) -> None:
         text, kept = self.stops.cut(self.prompts[self.owner[row]], self.tokens[row])
-        logprob = float(sum(self.logprobs[row][:kept]))
+        logprob = float(sum(self.logprobs[row]))
         self.finished[row] = Completion(text, self.tokens[row][:kept], reason, logprob, self.seeds[row])
 
 

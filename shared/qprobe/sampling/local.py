@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from qprobe import models
 from qprobe.models import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import SamplingSettings
+from qprobe.sampling.base import LOGPROB, SamplingSettings
+from qprobe.sampling.law import Drawn
 
 
 class LocalSampler:
@@ -25,13 +26,24 @@ class LocalSampler:
     def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
         self.model = model
         self.settings = settings
+        self._drawn: list[list[Drawn]] = []
+
+    def draws_from(self, spec: ModelSpec) -> bool:
+        """Whether this is the sampler's model, on whatever device."""
+        return spec.identity() == self.model.identity()
+
+    def drawn(self, tokenizer: models.Tokenizer | None = None) -> list[list[Drawn]]:
+        """The completions of the first batch, by prompt, as they were drawn."""
+        return self._drawn
 
     def identity(self) -> dict[str, Any]:
-        return {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        identity = {"sampler": self.back_end, "model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        return identity | {"logprob": LOGPROB}
 
     def prompt_identity(self) -> dict[str, Any]:
         identity = self.model.identity()
-        del identity["dtype"]  # rounds the states, leaves the tokens
+        del identity["dtype"]  # rounds the states, leaves the tokens; so does the way of attention
+        identity.pop("attention", None)
         return identity
 
     def tokenizer_fingerprint(self) -> str:

@@ -27,9 +27,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qprobe.api import ApiRefused, ApiSettings, Client, client
-from qprobe.models import ModelSpec
+from qprobe.models import ModelSpec, Tokenizer
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import Completion, SamplingSettings, check_seeds, stop_position
+from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds, stop_position
+from qprobe.sampling.law import Drawn
 from qprobe.settings import build
 
 OPENINGS = ("continue_final_message", "prefix")
@@ -91,6 +92,8 @@ class OpenAISampler:
         self.choices_per_call = choices_per_call or settings.n
         self._stop = sent_stop_texts(settings.stop, stop_limit)
         self._left_away: set[str] = set()
+        # Of the first batch, by prompt: request, text, and the log-probability of the text alone.
+        self._first: list[list[tuple[dict[str, Any], str, float]]] = []
 
     @property
     def client(self) -> Client:
@@ -115,7 +118,22 @@ class OpenAISampler:
             "opening": self.opening,
             "logprobs": self.logprobs,
             "extra_body": self.extra_body,
+            "logprob": LOGPROB,
         }
+
+    def draws_from(self, spec: ModelSpec) -> bool:
+        """Whether the server's model is this one, by its name."""
+        return spec.name == self.api.model and spec.adapter is None
+
+    def drawn(self, tokenizer: Tokenizer) -> list[list[Drawn]]:
+        """The texts of the first batch in the tokens of `tokenizer`, without what ended them, which few servers tell."""
+        found = []
+        for of_prompt in self._first:
+            rows = [row for row in of_prompt if row[1] and math.isfinite(row[2])]
+            found.append(
+                [Drawn(_tokens(tokenizer, request), tokenizer.encode_completion(text), p) for request, text, p in rows]
+            )
+        return found
 
     def prompt_identity(self) -> dict[str, Any]:
         return {"rendered_by": "the server"}
@@ -149,6 +167,7 @@ class OpenAISampler:
         check_seeds(prompts, seeds, self.settings.n)
         requests = [_request(ids) for ids in prompts]
         found: dict[tuple[int, int], Completion] = {}
+        alone: dict[tuple[int, int], float] = {}
         left = [_Job(p, (i,)) for p in range(len(prompts)) for i in range(self.settings.n)]
         while left:
             jobs, left = self._together(left), []
@@ -158,11 +177,17 @@ class OpenAISampler:
                     self.choices_per_call = 1  # such servers take `n` and do not look at it
                 left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(choices) :]]
                 for sample, choice in zip(job.samples, choices, strict=False):
-                    completion = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
+                    completion, of_text = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
                     if job.stop and self._stopped_early(choice, completion):
                         left.append(_Job(job.prompt, (sample,), stop=False))
                     else:
                         found[job.prompt, sample] = completion
+                        alone[job.prompt, sample] = of_text
+        if not self._first:
+            self._first = [
+                [(requests[p], found[p, i].text, alone[p, i]) for i in range(self.settings.n)]
+                for p in range(len(prompts))
+            ]
         return [[found[p, i] for i in range(self.settings.n)] for p in range(len(prompts))]
 
     def _together(self, single: Sequence[_Job]) -> list[_Job]:
@@ -240,7 +265,8 @@ class OpenAISampler:
         stops = bool(self._stop) and "stop" not in self._left_away
         return stops and completion.finish_reason == "stop" and not completion.text.strip() and not ended_by_itself
 
-    def _completion(self, choice: dict[str, Any], request: dict[str, Any], seed: int) -> Completion:
+    def _completion(self, choice: dict[str, Any], request: dict[str, Any], seed: int) -> tuple[Completion, float]:
+        """The completion, and the log-probability of its text without what ended it."""
         message = choice.get("message")
         message = message if isinstance(message, dict) else {}
         text = _plain(choice.get("text") if "text" in request else message.get("content"))
@@ -253,7 +279,8 @@ class OpenAISampler:
         cut = stop_position(text, self.settings.stop)
         if cut < len(text):
             text, reason = text[:cut], "stop"
-        return Completion(text, None, reason, _logprob(choice.get("logprobs"), text), seed)
+        given, stop = choice.get("logprobs"), self.settings.stop
+        return Completion(text, None, reason, _logprob(given, text, stop), seed), _logprob(given, text, None)
 
 
 def sent_stop_texts(stop: Sequence[str], limit: int) -> tuple[str, ...]:
@@ -314,8 +341,23 @@ def _plain(content: Any) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _logprob(given: Any, text: str) -> float:
-    """The log-probability of a text, summed over the tokens that it is made of; NaN where that cannot be told."""
+def _tokens(tokenizer: Tokenizer, request: dict[str, Any]) -> list[int]:
+    """A request as a local tokenizer reads it."""
+    if "text" in request:
+        return tokenizer.render_prompt(Prompt("request", text=request["text"]))[1]
+    prompt = Prompt("request", messages=tuple(request["messages"]), opening=request["opening"])
+    return tokenizer.render_prompt(prompt)[1]
+
+
+def _logprob(given: Any, text: str, stop: Sequence[str] | None) -> float:
+    """The log-probability of a text, summed over its tokens and those that ended it; NaN where that is unknown.
+
+    Args:
+        given: what the server says of its tokens. Many do not tell the token that ended the completion: then it is left out,
+            and an empty text is unknown.
+        text: as kept, cut before a stop text.
+        stop: the stop texts; what a server drew behind one does not count. None leaves out what ended the text.
+    """
     if not isinstance(given, dict) or "\ufffd" in text:  # that sign stands for any number of tokens
         return math.nan
     tokens: list[tuple[bytes, Any]] = []
@@ -325,12 +367,17 @@ def _logprob(given: Any, text: str) -> float:
             tokens.append((bytes(spelled) if spelled else str(part.get("token")).encode(), part.get("logprob")))
     elif isinstance(given.get("tokens"), list) and isinstance(given.get("token_logprobs"), list):
         tokens = [(str(t).encode(), v) for t, v in zip(given["tokens"], given["token_logprobs"], strict=False)]
-    wanted, spelled_out, total = text.encode(), b"", 0.0
+    wanted, every = text.encode(), b"".join(token for token, _ in tokens)
+    if not tokens or not every.startswith(wanted):
+        return math.nan
+    behind = every[len(wanted) :]
+    ends = [0] if stop is None else [len(word.encode()) for word in stop if behind.startswith(word.encode())]
+    length, read, total = len(wanted) + min(ends, default=len(behind)), 0, 0.0
     for token, value in tokens:
-        if len(spelled_out) >= len(wanted):
+        if ends and read >= length:
             break
         if not isinstance(value, int | float):
             return math.nan
-        spelled_out += token
+        read += len(token)
         total += value
-    return total if tokens and spelled_out.startswith(wanted) else math.nan
+    return total

@@ -17,6 +17,7 @@ from qprobe import models, vllm_engine
 from qprobe.models import ModelSpec
 from qprobe.prefix import check_prompts
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
+from qprobe.sampling.law import Drawn
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.stopping import StopTexts
 from qprobe.settings import build
@@ -78,6 +79,9 @@ class VLLMSampler(LocalSampler):
         params = [self._params(row.seed, eos) for row in rows]
         engine.run([row.prompt for row in rows], params, lambda place, outputs: rows[place].take(outputs[0]))
         completions = [row.completion() for row in rows]
+        if not self._drawn:
+            drawn = [row.drawn() for row in rows]
+            self._drawn = [drawn[p * n : (p + 1) * n] for p in range(len(prompts))]
         return [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
 
     def _params(self, seed: int, eos: frozenset[int]) -> Any:
@@ -112,17 +116,19 @@ class _Row:
         self.eos = eos
         self.stops = stops
         self.tokens: list[int] = []
+        self.ends: list[int] = []
         self.logprobs: list[float] = []
         self.reason = ""
 
     def take(self, output: Any) -> bool:
         """Add what vLLM drew, token by token; returns whether the completion goes on."""
         for token, of_token in zip(output.token_ids, output.logprobs, strict=True):
+            self.logprobs.append(of_token[token].logprob)
             if token in self.eos:
+                self.ends = [token]
                 self.reason = "stop"
                 return False
             self.tokens.append(token)
-            self.logprobs.append(of_token[token].logprob)
             if self.stops.reached(self.prompt, self.tokens):
                 self.reason = "stop"
                 return False
@@ -131,10 +137,14 @@ class _Row:
                 return False
         return True
 
+    def drawn(self) -> Drawn:
+        """With all its tokens."""
+        return Drawn(self.prompt, [*self.tokens, *self.ends], float(sum(self.logprobs)))
+
     def completion(self) -> Completion:
         if not self.reason:
             raise RuntimeError(
                 f"vLLM ended the completion of seed {self.seed} after {len(self.tokens)} tokens, unasked."
             )
         text, kept = self.stops.cut(self.prompt, self.tokens)
-        return Completion(text, self.tokens[:kept], self.reason, float(sum(self.logprobs[:kept])), self.seed)
+        return Completion(text, self.tokens[:kept], self.reason, float(sum(self.logprobs)), self.seed)

