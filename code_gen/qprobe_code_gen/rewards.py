@@ -1,4 +1,4 @@
-"""The reward of a program: 1 if its unit tests pass, else 0, by running them in the sandbox."""
+"""The reward of a program: 1 if its unit tests pass, else 0, by a judge apart from it in the sandbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from qprobe.stages import RewardBatch, RewardRow
 from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
-from qprobe_code_gen.sandbox import Executor, Limits, Program, Verdict
+from qprobe_code_gen.sandbox import JUDGE, Executor, Limits, Program, Reference, Verdict
 
 
 class Reader(Protocol):
@@ -31,6 +31,8 @@ class UnitTestReward:
         limits: of one program.
         workers: programs that run at once; None is the number of processors.
         strict: refuse to run when a layer of isolation is missing.
+        one_process: run programs together with tests that need more of them than their functions' results; such programs
+            can forge their reward. False refuses problems with such tests.
     """
 
     name = "unit_tests"
@@ -42,12 +44,14 @@ class UnitTestReward:
         limits: Limits | None = None,
         workers: int | None = None,
         strict: bool = False,
+        one_process: bool = True,
     ) -> None:
         self.problems = {problem.task_id: problem for problem in problems}
         self.style = style
         self.limits = limits or Limits()
         self.workers = os.cpu_count() or 1 if workers is None else workers
         self.strict = strict
+        self.one_process = one_process
 
     def identity(self) -> dict[str, Any]:
         limits = dataclasses.asdict(self.limits)
@@ -55,21 +59,37 @@ class UnitTestReward:
             "reward": self.name,
             "style": self.style.style,
             "reader": {"version": reading.VERSION},
+            "judge": {"version": JUDGE},
             "limits": limits,
         }
 
+    def executor(self, workers: int | None = None) -> Executor:
+        """The sandbox in which programs are executed.
+
+        Args:
+            workers: programs at once; None takes the stage's own.
+        """
+        return Executor(workers or self.workers, self.limits, self.strict, one_process=self.one_process)
+
     def check(self) -> None:
-        """Start the sandbox once, so that what it lacks is said before hours of sampling.
+        """Start the sandbox and execute a right and a wrong program, so that what it lacks is said before hours of sampling.
 
         Raises:
-            ExecutorError: it does not start, or `strict` and a layer is missing.
+            ExecutorError: it does not start, `strict` and a layer is missing, or its verdicts are wrong.
+            ValueError: problems whose tests need one process with their program, where `one_process` is False.
         """
-        Executor(1, self.limits, self.strict).close()
+        with self.executor(1) as executor:
+            executor.check()
+            for problem in self.problems.values():
+                try:
+                    executor.plan(_executed("", problem))
+                except ValueError as error:
+                    raise ValueError(f"The problem {problem.task_id}: {error}") from None
 
     def program(self, task_id: str, completion: str) -> Program:
         """What is executed for a completion."""
         problem = self.problems[task_id]
-        return Program(code=self.style.program(problem, completion), tests=problem.tests)
+        return _executed(self.style.program(problem, completion), problem)
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         """Batches as they are finished: the executor's pool is fed across their borders, so it never waits for one."""
@@ -84,7 +104,7 @@ class UnitTestReward:
                     number += 1
                     yield self.program(task_id, completion)
 
-        with Executor(self.workers, self.limits, self.strict) as executor:
+        with self.executor() as executor:
             for number, execution in executor.run(programs()):
                 batch, rows, row = waiting.pop(number)
                 rows[row] = RewardRow(
@@ -96,3 +116,7 @@ class UnitTestReward:
                 finished = [r for r in rows if r is not None]
                 if len(finished) == len(rows):
                     yield batch, finished
+
+
+def _executed(code: str, problem: Problem) -> Program:
+    return Program(code, problem.tests, reference=Reference(problem.header, problem.solution))

@@ -80,7 +80,7 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
     if len({name in QUESTIONS for name in names}) > 1:
         raise ValueError(f"dataset: {', '.join(names)} are not all rewarded in the same way: run them apart.")
     sandbox = dict(config["sandbox"])
-    check_keys(sandbox, accepted(Limits) | {"workers", "strict"}, "sandbox")
+    check_keys(sandbox, accepted(Limits) | {"workers", "strict", "one_process"}, "sandbox")
     try:
         return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
     except OSError as error:
@@ -99,8 +99,8 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
 
     style = PromptStyle(dataset["prompt_style"], examples=_examples(dataset, load))
     problems, splits = _splits(config, limit, load, style, UnitTestReward.name)
-    workers, strict = sandbox.pop("workers"), sandbox.pop("strict")
-    reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict)
+    workers, strict, one_process = (sandbox.pop(key) for key in ("workers", "strict", "one_process"))
+    reward = UnitTestReward(problems, style, build(Limits, sandbox, "sandbox"), workers, strict, one_process)
     by_id = {problem.task_id: problem for problem in problems}
     own = {name: [by_id[prompt.task_id] for prompt in split.prompts] for name, split in splits.items()}
     apart: dict[str, dict[str, frozenset[str]]] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from qprobe_code_gen.problems.mbpp import SPLITS, load, problem_from_row
 from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.sandbox import Executor, Limits, Program
+from qprobe_code_gen.sandbox import Executor, Limits, Program, Reference
 
 ROW = {
     "task_id": 11,
@@ -53,6 +53,23 @@ def test_a_row_becomes_a_problem() -> None:
     )
     assert problem.code_prompt.startswith('"""\nWrite a function to add one.\n')
     assert "\r" not in problem.solution
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "name"),
+    [
+        ("def f(x): return x", "assert int(f(1)) == int(1.2)", "f"),
+        ("def sum(a, b): return a", "assert sum(1, 2) == 1", "sum"),
+        ("def g(x): return x\ndef f(x): return g(x)", "assert set(f(1)) == {1}\nassert g(2)", "f"),
+        ("class Pair: pass\ndef f(x): return x", "assert f([Pair()]) == 4", "f"),
+        ("def f(x: return", "assert f(1)", ""),
+        ("x = 1", "assert abs(x) == 1", ""),
+    ],
+)
+def test_the_entry_point_is_the_function_that_the_tests_call_and_the_solution_defines(
+    code: str, tests: str, name: str
+) -> None:
+    assert problem_from_row(ROW | {"code": code, "test_list": [tests]}).entry_point == name
 
 
 def test_set_up_code_runs_after_the_program_and_before_the_tests() -> None:
@@ -102,6 +119,12 @@ def test_reference_solutions_pass_their_tests() -> None:
     problems = [problem for name in SPLITS for problem in load(name, file).problems]
     assert len(problems) == 974
     with Executor(workers=2, limits=LIMITS) as executor:
-        programs = (Program(problem.solution, problem.tests) for problem in problems)
-        failed = {problems[i].task_id: str(e.verdict) for i, e in executor.run(programs) if e.verdict != "passed"}
-    assert failed == {}
+        programs = (
+            Program(problem.solution, problem.tests, reference=Reference(problem.header, problem.solution))
+            for problem in problems
+        )
+        found = {problems[i].task_id: execution for i, execution in executor.run(programs)}
+    assert {name: str(execution.verdict) for name, execution in found.items() if not execution.passed} == {}
+    # Their tests build objects of classes that the program defines; all others are judged apart.
+    together = {name for name, execution in found.items() if not execution.apart}
+    assert together == {"MBPP/367", "MBPP/601", "MBPP/927"}

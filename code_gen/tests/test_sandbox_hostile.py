@@ -247,14 +247,15 @@ def children(pid: int) -> list[int]:
 
 
 def left_behind(executor: Executor) -> list[int]:
-    """Processes below the executor that are neither its zygote nor one of its slots, after a moment to end."""
+    """Processes below the executor that are neither its own nor one of its slots, after a moment to end."""
     parents = [executor.pid]
     if next(layer for layer in executor.info() if layer.name == "pid namespace").active:
         parents = children(executor.pid)  # the one that was started waits outside
     for _ in range(100):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a slot that is ending
-            slots = [slot for parent in parents for slot in children(parent)]
-            found = [program for slot in slots for program in children(slot)] + slots[executor.workers :]
+            # Below the nursery are the zygote and the slots, up to three kinds of them a worker.
+            below = [slot for parent in parents for slot in children(parent)]
+            found = [program for slot in below for program in children(slot)] + below[1 + 3 * executor.workers :]
             if not found:
                 return []
         time.sleep(0.02)
@@ -299,18 +300,7 @@ def test_an_attack_is_refused_and_the_honest_rest_passes(executor: Executor, nam
     assert all(execution.passed for execution in after), after
 
 
-def test_a_program_holds_its_three_streams_and_the_result_channel_and_no_other_descriptor(executor: Executor) -> None:
+def test_a_program_holds_its_three_streams_and_the_channel_and_no_other_descriptor(executor: Executor) -> None:
     look = "import os\nopen_ones = []\nfor fd in range(4096):\n    try:\n        os.fstat(fd)\n        open_ones.append(fd)\n"
     execution = executor.execute(Program(look + "    except OSError:\n        pass", expression="open_ones"))
     assert execution.value == "[0, 1, 2, 3]"
-
-
-def test_the_deliberate_forgeries_that_the_documentation_names_do_pass(executor: Executor) -> None:
-    """They share a process with the tests. If one of these stops passing, the README must stop naming it."""
-    equal = "class E:\n    def __eq__(self, other):\n        return True\ndef answer():\n    return E()"
-    frames = (
-        "import os, sys\nframe = sys._getframe()\nwhile 'token' not in frame.f_locals:\n    frame = frame.f_back\n"
-        "os.write(3, frame.f_locals['token'] + b'\\npassed\\n\\n')\nos._exit(0)"
-    )
-    for code in (equal, frames):
-        assert executor.execute(Program(code, TESTS)).passed

@@ -170,4 +170,4 @@ def test_without_namespaces_programs_run_with_what_there_is_and_strict_refuses()
 
 def test_every_layer_says_what_it_stops() -> None:
     assert all(stops for stops in STOPS.values())
-    assert len(STOPS) == 15
+    assert len(STOPS) == 16

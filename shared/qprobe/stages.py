@@ -112,7 +112,7 @@ class Reward(Protocol):
     name: str
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rewards."""
+        """What decides the rewards. `judge`, if there, is a version that counts up: older rewards are made anew."""
 
     def check(self) -> None:
         """Raise, in a sentence, what can be known to fail before any completion is drawn: it is said before hours of work."""

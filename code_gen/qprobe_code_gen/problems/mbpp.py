@@ -6,7 +6,7 @@ training and validation together, 374 + 90 problems.
 
 from __future__ import annotations
 
-import re
+import ast
 from typing import Any
 
 from qprobe_code_gen.problems import rows
@@ -52,15 +52,25 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
         header="",
         signature="",
         docstring=docstring,
-        entry_point=_entry_point(tests, code),
+        entry_point=entry_point(code, tests),
         # Two problems' set-up builds objects of classes that the program defines, so it runs after the program.
         tests=f"{setup}\n{tests}" if setup and tests else tests,
         solution=docstring + code,
     )
 
 
-def _entry_point(tests: str, code: str) -> str:
-    """The first function that the tests call and the solution defines; the first that they call where it defines none."""
-    called = re.findall(r"(\w+)\s*\(", tests)
-    defined = set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.MULTILINE))
-    return next((name for name in called if name in defined), called[0] if called else "")
+def entry_point(code: str, tests: str) -> str:
+    """The function that the tests are about: the first of those that they call which the solution defines.
+
+    Args:
+        code: the data set's own solution.
+        tests: its assertions.
+
+    Returns: a name; empty where the two do not parse, or have none in common.
+    """
+    try:
+        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+        names = [node for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name) and node.id in defined]
+    except (SyntaxError, ValueError):
+        return ""
+    return min(names, key=lambda name: (name.lineno, name.col_offset)).id if names else ""

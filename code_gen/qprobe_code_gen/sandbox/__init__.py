@@ -1,6 +1,6 @@
 """The executor of untrusted programs. README.md beside this file says what each layer stops and what none does."""
 
 from .executor import Executor
-from .verdicts import Execution, ExecutorError, Layer, Limits, Program, Verdict
+from .verdicts import JUDGE, Execution, ExecutorError, Layer, Limits, Program, Reference, Verdict
 
-__all__ = ["Execution", "Executor", "ExecutorError", "Layer", "Limits", "Program", "Verdict"]
+__all__ = ["JUDGE", "Execution", "Executor", "ExecutorError", "Layer", "Limits", "Program", "Reference", "Verdict"]

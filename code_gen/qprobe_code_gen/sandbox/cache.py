@@ -26,7 +26,7 @@ class Cache:
 
     def key(self, program: Program, limits: Limits) -> bytes:
         """What the outcome depends on, as a digest."""
-        parts = (program.code, program.tests, program.expression, limits, self._version)
+        parts = (program.code, program.tests, program.expression, program.reference, limits, self._version)
         # repr keeps the parts apart and shows lone surrogates as escapes.
         return hashlib.sha256(repr(parts).encode()).digest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
-from . import wire
+from . import hidden, wire
 from .cache import Cache
+from .kernel import LINUX
+from .plan import Plan, plan
 from .verdicts import Execution, ExecutorError, Layer, Limits, Program, Verdict
 
 START_SECONDS = 60.0  # a cold disk and a busy machine included
@@ -49,6 +52,8 @@ class Executor:
             all others.
         cache: execute the same program (code, tests, expression, limits) only once. Turn it off to measure time, or for
             programs that are meant to end differently each time.
+        one_process: execute programs together with tests that need more of them than their functions' results (their own
+            classes, their streams). Such a program can forge its verdict, which says so; False refuses it.
 
     Raises:
         ExecutorError: the zygote did not start, or `strict` and a layer is missing.
@@ -61,11 +66,13 @@ class Executor:
         strict: bool = False,
         preload: Iterable[str] = (),
         cache: bool = True,
+        one_process: bool = True,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}: give at least 1")
         self.workers = workers
         self.limits = Limits() if limits is None else limits
+        self.one_process = one_process
         self._busy = False
         self._owner = os.getpid()
         self._next_ident = 0
@@ -92,8 +99,8 @@ class Executor:
             )
 
     def _start(self, preload: list[str]) -> None:
-        ours, theirs = socket.socketpair()
-        parent = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
+        ours, theirs = map(above_standard, socket.socketpair())
+        parent = fcntl.fcntl(os.pidfd_open(os.getpid()), fcntl.F_DUPFD_CLOEXEC, 3) if LINUX else None
         packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
         settings = {
             "channel": theirs.fileno(),
@@ -102,6 +109,7 @@ class Executor:
             "preload": preload,
             "packages": packages,
             "temporary": tempfile.gettempdir(),
+            "answers": hidden.caches(),
         }
         sandbox = Path(__file__).resolve().parent
         bootstrap = BOOTSTRAP.format(package=str(sandbox.parent), sandbox=str(sandbox))
@@ -167,6 +175,7 @@ class Executor:
 
         Raises:
             ExecutorError: the harness failed; no verdict is invented for what it was doing.
+            ValueError: tests that need one process with their program, where `one_process` is False.
         """
         self._check_usable()
         self._busy = True
@@ -175,6 +184,25 @@ class Executor:
         finally:
             self._busy = False
 
+    def check(self) -> None:
+        """Execute a right and a wrong program, apart from their tests and together with them.
+
+        Raises:
+            ExecutorError: the harness fails, or gives a wrong verdict.
+        """
+        right, wrong = "def f(x):\n    return [x]", "def f(x):\n    return x"
+        apart = "assert f(1) == [1]"
+        ways = [apart, f"globals()\n{apart}"] if self.one_process else [apart]
+        due = [(Program(code, tests), code is right) for tests in ways for code in (right, wrong)]
+        for number, execution in self.run([program for program, _ in due]):
+            program, passes = due[number]
+            if execution.verdict is not (Verdict.PASSED if passes else Verdict.FAILED):
+                raise ExecutorError(
+                    f"the sandbox says {execution.verdict} ({execution.detail or 'without a detail'}) of {program.code!r} with "
+                    f"the tests {program.tests!r}, which must be {'passed' if passes else 'failed'}: its verdicts cannot be "
+                    "believed on this machine, or its limits are too tight for any program."
+                )
+
     def execute(self, program: Program) -> Execution:
         """Execute one program."""
         for _, execution in self.run([program]):
@@ -182,7 +210,9 @@ class Executor:
         raise ExecutorError("the zygote gave no answer")
 
     def _stream(self, programs: Iterator[Program]) -> Iterator[tuple[int, Execution]]:
-        asked: dict[int, bytes] = {}  # number of a request -> key of its program
+        asked: dict[
+            int, tuple[bytes, str]
+        ] = {}  # number of a request -> key of its program, why it is not judged apart
         waiting: dict[bytes, list[int]] = {}  # key of a program -> indices that wait for it
         longest = 0.0
         # The least keeps every worker busy while this process does something else; several are sent at a time, so that the
@@ -209,12 +239,13 @@ class Executor:
                         waiting[key].append(index)
                     else:
                         waiting[key] = [index]
-                        asked[self._send_program(program, limits)] = key
+                        way = self.plan(program)
+                        asked[self._send_program(program, limits, way)] = key, way.reason
                 if not asked:
                     return
                 answer = self._receive(SILENCE * longest + GRACE_SECONDS)
-                key = asked.pop(answer["id"])
-                execution = self._read(answer)
+                key, reason = asked.pop(answer["id"])
+                execution = self._read(answer, reason)
                 if self._use_cache and answer["settled"]:
                     self._cache.put(key, execution)
                 for index in waiting.pop(key):
@@ -223,15 +254,33 @@ class Executor:
             if asked:
                 self._cancel()
 
-    def _send_program(self, program: Program, limits: Limits) -> int:
+    def plan(self, program: Program) -> Plan:
+        """How a program will be judged.
+
+        Raises:
+            ValueError: not apart, where `one_process` is False.
+        """
+        found = plan(program.tests, program.expression, program.reference)
+        if found.reason and not self.one_process:
+            raise ValueError(
+                f"tests that use {found.reason} must run in one process with their program, which can then forge its "
+                "verdict, and one_process=False refuses that: leave the problem out, or allow it."
+            )
+        return found
+
+    def _send_program(self, program: Program, limits: Limits, way: Plan) -> int:
         ident = self._next_ident
         self._next_ident += 1
+        request: dict[str, Any] = {"code": program.code, "tests": program.tests, "expression": program.expression}
+        if not way.reason:
+            header = program.reference.header if program.reference else ""
+            request |= {"header": header, "imports": way.imports, "calls": way.calls, "values": way.values}
         self._send(
             {
                 "id": ident,
-                "code": program.code,
-                "tests": program.tests,
-                "expression": program.expression,
+                "request": json.dumps(request),  # read by the process that it is for, and by none between
+                "expression": bool(program.expression),
+                "together": bool(way.reason),
                 "limits": {
                     "cpu_seconds": limits.cpu_seconds,
                     "wall_seconds": limits.wall,
@@ -244,11 +293,14 @@ class Executor:
         )
         return ident
 
-    def _read(self, answer: wire.Message) -> Execution:
+    def _read(self, answer: wire.Message, reason: str) -> Execution:
         if "fault" in answer:
             raise ExecutorError(f"a program could not be executed: {answer['fault']}")
+        detail = answer["detail"]
+        if reason:
+            detail = f"in one process, since the tests use {reason}" + (f"; {detail}" if detail else "")
         return Execution(
-            Verdict(answer["verdict"]), answer["seconds"], answer["detail"], answer["output"], answer["value"]
+            Verdict(answer["verdict"]), answer["seconds"], detail[:300], answer["output"], answer["value"], not reason
         )
 
     def _cancel(self) -> None:
@@ -295,6 +347,13 @@ class Executor:
         said = self._errors.read()[-2000:].decode(errors="replace").strip()
         self.close()
         return ExecutorError(f"the executor's zygote failed ({why})" + (f"; it said:\n{said}" if said else ""))
+
+
+def above_standard(end: socket.socket) -> socket.socket:
+    """The same socket under a number that none of the three standard streams has, though they may be closed."""
+    fd = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    end.close()
+    return socket.socket(fileno=fd)
 
 
 def _shut_down(

@@ -14,7 +14,7 @@ import os
 import sys
 import sysconfig
 
-from . import kernel
+from . import hidden, kernel
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -37,7 +37,15 @@ def interpreter_folders() -> list[str]:
         *(os.path.join(sys.base_prefix, x) for x in ("bin", "lib", "lib64")),
     ]
     wanted += [entry for entry in sys.path if os.path.isdir(entry)]
+    if virtual_environment():  # else `sys.executable`, which is in it, would not exist
+        wanted.append(os.path.dirname(sys.executable))
     return outermost([os.path.realpath(path) for path in wanted if os.path.isdir(path)] + wanted)
+
+
+def virtual_environment() -> str:
+    """The file that makes the interpreter's folder a virtual environment; empty where it is none."""
+    path = os.path.join(os.path.dirname(os.path.dirname(sys.executable)), "pyvenv.cfg")
+    return path if os.path.isfile(path) else ""
 
 
 def outermost(paths: list[str]) -> list[str]:
@@ -55,11 +63,14 @@ class Tree:
 
     Args:
         folders: what `interpreter_folders` gave, found before anything was mounted.
+        answers: folders with answers, wherever they are.
     """
 
-    def __init__(self, folders: list[str]) -> None:
+    def __init__(self, folders: list[str], answers: list[str]) -> None:
         self.folders = folders
         self.staged: set[str] = set()
+        self.visible = [*(path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)), *folders]
+        self.hidden = hidden.found(self.visible, answers)
 
     def build(self) -> None:
         """Make the tree and move this process (alone in its mount namespace) into it.
@@ -68,16 +79,19 @@ class Tree:
             OSError: the kernel refused; the namespace may be half built, so try it in a process that can be thrown away.
         """
         top = next(path for path in ("/tmp", "/mnt", "/var/tmp") if os.path.isdir(path))
-        contents = {path: read(path) for path in COPIED if os.path.isfile(path)}
+        contents = {path: read(path) for path in (*COPIED, virtual_environment()) if os.path.isfile(path)}
         sources = {path: os.open(path, os.O_PATH) for path in self._bound()}
         links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         kernel.mount("qprobe", top, "tmpfs", kernel.MS_NOSUID, "size=4m,mode=0755")
+
+        def place(path: str) -> str:
+            return top + (STAGE if path.startswith("/tmp/") else "") + path
+
         for path, fd in sources.items():
-            target = top + path
+            target = place(path)
             if path.startswith("/tmp/"):
                 self.staged.add(path.split("/")[2])
-                target = top + STAGE + path
             os.makedirs(os.path.dirname(target), exist_ok=True)
             if path in DEVICES:
                 write(target, b"")
@@ -85,12 +99,17 @@ class Tree:
                 os.makedirs(target, exist_ok=True)
             kernel.mount(f"/proc/self/fd/{fd}", target, None, kernel.MS_BIND | kernel.MS_REC)
             os.close(fd)
+        for path in self.hidden:
+            if os.path.isdir(place(path)):
+                kernel.mount("hidden", place(path), "tmpfs", kernel.MS_NOSUID, "size=4k,mode=0000")
+            elif os.path.isfile(place(path)):
+                kernel.mount(top + "/dev/null", place(path), None, kernel.MS_BIND)
         for path, link in {**links, **LINKED}.items():
             os.makedirs(os.path.dirname(top + path), exist_ok=True)
             os.symlink(link, top + path)
         for path, data in {**contents, **{path: text.encode() for path, text in WRITTEN.items()}}.items():
-            os.makedirs(os.path.dirname(top + path), exist_ok=True)
-            write(top + path, data)
+            os.makedirs(os.path.dirname(place(path)), exist_ok=True)
+            write(place(path), data)
         os.makedirs(top + "/tmp", exist_ok=True)
         kernel.make_read_only(top)
         os.chdir(top)
@@ -99,8 +118,7 @@ class Tree:
         os.chdir("/")
 
     def _bound(self) -> list[str]:
-        system = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
-        return [*system, *self.folders, *(path for path in DEVICES if os.path.exists(path))]
+        return [*self.visible, *(path for path in DEVICES if os.path.exists(path))]
 
     def enter_own_tmp(self, disk_mib: int) -> None:
         """Give this process (alone in a copy of the namespace) an empty /tmp.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Iterable
 
 from . import kernel
 
@@ -38,40 +39,43 @@ class Rules:
     """What may be read, and what may be changed besides the program's own folder.
 
     Args:
-        readable: folders and files, opened once here.
+        readable: files and folders.
+        listed: folders whose names alone may be read.
+        own_folder: where everything is allowed but device files.
+
+    Raises:
+        OSError: the kernel refused.
     """
 
-    def __init__(self, readable: list[str]) -> None:
-        self._version = version()
-        self._files = (1 << BITS_OF_FILES.get(self._version, 16)) - 1
+    def __init__(self, readable: Iterable[str], listed: Iterable[str], own_folder: str) -> None:
+        abi = version()
+        self._files = (1 << BITS_OF_FILES.get(abi, 16)) - 1
         fields = [self._files]
-        if self._version >= 4:
+        if abi >= 4:
             fields.append(NETWORK)
-        if self._version >= 6:
+        if abi >= 6:
             fields.append(SCOPES)
-        self._attributes = struct.pack(f"{len(fields)}Q", *fields)
-        self._readable = [(os.open(path, os.O_PATH), os.path.isdir(path)) for path in readable]
-        self._null = os.open(os.devnull, os.O_PATH)
+        attributes = struct.pack(f"{len(fields)}Q", *fields)
+        self._ruleset = kernel.syscall("landlock_create_ruleset", attributes, len(attributes), 0)
+        for path in readable:
+            self._allow(path, READ if os.path.isdir(path) else READ & ~READ_DIR)
+        for path in listed:
+            self._allow(path, READ_DIR)
+        self._allow(os.devnull, READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV)
+        self._allow(own_folder, ~(MAKE_CHAR | MAKE_BLOCK))
 
-    def apply(self, own_folder: str) -> None:
+    def apply(self) -> None:
         """Confine this process and its descendants, for good (after no-new-privileges).
-
-        Args:
-            own_folder: where everything is allowed but device files.
 
         Raises:
             OSError: the kernel refused.
         """
-        own = os.open(own_folder, os.O_PATH)
-        ruleset = kernel.syscall("landlock_create_ruleset", self._attributes, len(self._attributes), 0)
-        for fd, is_folder in self._readable:
-            self._allow(ruleset, fd, READ if is_folder else READ & ~READ_DIR)
-        self._allow(ruleset, self._null, READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV)
-        self._allow(ruleset, own, ~(MAKE_CHAR | MAKE_BLOCK))
-        kernel.syscall("landlock_restrict_self", ruleset, 0)
-        os.close(own)
-        os.close(ruleset)
+        kernel.syscall("landlock_restrict_self", self._ruleset, 0)
+        os.close(self._ruleset)
 
-    def _allow(self, ruleset: int, fd: int, rights: int) -> None:
+    def _allow(self, path: str, rights: int) -> None:
+        fd = os.open(path, os.O_PATH)
         rule = struct.pack("=Qi", rights & self._files, fd)
-        kernel.syscall("landlock_add_rule", ruleset, RULE_PATH_BENEATH, ctypes.create_string_buffer(rule, len(rule)), 0)
+        buffer = ctypes.create_string_buffer(rule, len(rule))
+        kernel.syscall("landlock_add_rule", self._ruleset, RULE_PATH_BENEATH, buffer, 0)
+        os.close(fd)

@@ -1,4 +1,4 @@
-"""The layers of isolation: found once, applied to the zygote what all programs can share, and to each child the rest.
+"""The layers of isolation: found once, applied to the nursery what all programs can share, and to each child the rest.
 
 A layer that the kernel refuses is left out and reported with the reason; whether that is tolerable is the caller's choice
 (`strict`). The order in `confine` matters: mounts need capabilities, capabilities go before the program comes, and the
@@ -10,6 +10,7 @@ system-call filter is last because it forbids what the other layers are made of.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -19,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import kernel, landlock, seccomp
-from .filesystem import DEVICES, SYSTEM, Tree, interpreter_folders
+from .filesystem import DEVICES, SYSTEM, Tree, interpreter_folders, virtual_environment
+from .hidden import around
 from .processes import Processes
 
 STOPS = {
@@ -30,6 +32,7 @@ STOPS = {
     "ipc namespace": "message queues, semaphores and shared memory of other processes",
     "mount namespace": "reading home and secrets, writing anywhere but in an empty /tmp of its own, filling the disk",
     "no new privileges": "gaining rights by running set-user-id programs",
+    "hidden answers": "reading the benchmarks' solutions out of installed packages, caches and recordings",
     "landlock": "opening any file beyond the interpreter, the system's libraries and /tmp, a second time",
     "seccomp": "ptrace, sockets, mounts, namespaces, keys, bpf, io_uring and other calls no honest program makes",
     "resource limits": "more CPU time, address space, file size or open files than allowed; core dumps",
@@ -65,19 +68,21 @@ class Isolation:
     Args:
         workers: programs that run at the same time.
         temporary: where folders for programs are made when there is no mount namespace.
+        answers: folders with answers that no program may read, wherever they are.
     """
 
-    def __init__(self, workers: int, temporary: str) -> None:
+    def __init__(self, workers: int, temporary: str, answers: list[str]) -> None:
         self.problems: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.workers = workers
         self.processes: Processes | None = None
         self.scratch = ""  # the folder of the programs' folders, when they need one
         self._temporary = os.path.realpath(temporary)
-        self._tree = Tree(interpreter_folders())
+        self._tree = Tree(interpreter_folders(), answers)
+        self._readable: tuple[list[str], list[str]] | None = None  # by Landlock alone
         self._proc = -1
         self._own_pid_namespace = -1
-        self._zygote = -1
+        self._nursery = -1
         self._processes_before = 0
         self._threads_only = False
 
@@ -103,7 +108,7 @@ class Isolation:
     @property
     def kept_in_slot(self) -> list[int]:
         """Descriptors that `confine_program` and `kill_leftovers` need."""
-        return [self._zygote] if kernel.LINUX and not self.active("pid namespace") else []
+        return [self._nursery] if kernel.LINUX and not self.active("pid namespace") else []
 
     def _prepare_linux(self) -> None:
         try:
@@ -119,9 +124,9 @@ class Isolation:
             self._try("mount namespace", self._enter_tree)
         self._try("pid namespace", self._enter_pid_namespace)
         if not self.active("pid namespace"):
-            # Orphans then come to the zygote, which kills them.
+            # Orphans then come to the nursery, which kills them.
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-        self._zygote = os.pidfd_open(os.getpid())
+        self._nursery = os.pidfd_open(os.getpid())
         if self.active("total bound"):
             try:
                 self.processes = Processes(self._proc)
@@ -130,14 +135,30 @@ class Isolation:
         if not self.active("user namespace"):
             self._processes_before = sum(name.isdigit() for name in os.listdir(self._proc)) if self._proc >= 0 else 0
         self._probe_layers_of_a_slot()
-        if os.getuid() == 0:
+        if not self.active("mount namespace") and not self.active("landlock"):
+            self.problems["hidden answers"] = "needs a mount namespace or Landlock"
+        if attempt(self._be_bounded):
             # The kernel sets root no bound. Where another id could not be taken, the filter refuses every new process.
             self._threads_only = self.active("seccomp")
-            why = "the kernel sets root no bound, and another id could not be taken"
+            why = "the kernel sets this user no bound"
             if self._threads_only:
                 self.notes["process bound"] = f"{why}: programs may start threads, but no process at all"
             else:
                 self.problems["process bound"] = why
+
+    def _be_bounded(self) -> None:
+        if self.active("user namespace"):
+            kernel.unshare(kernel.CLONE_NEWUSER)
+        kernel.drop_capabilities()
+        lower(resource.RLIMIT_NPROC, 1, 1)
+        try:
+            pid = os.fork()
+        except OSError:
+            return
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        raise OSError("a second process could be started where one is allowed")
 
     def _try(self, layer: str, action: Callable[[], None]) -> None:
         # A refused step can leave a process half moved, so a forked copy goes first.
@@ -197,7 +218,7 @@ class Isolation:
 
         def rules() -> None:
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-            self._landlock().apply("/")
+            self._landlock("/").apply()
 
         def filtered() -> None:
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -217,11 +238,14 @@ class Isolation:
             if problem:
                 self.problems[layer] = problem
 
-    def _landlock(self) -> landlock.Rules:
+    def _landlock(self, own_folder: str) -> landlock.Rules:
         if self.active("mount namespace"):
-            return landlock.Rules(["/"])
-        files = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", *DEVICES)
-        return landlock.Rules([path for path in (*SYSTEM, *self._tree.folders, *files) if os.path.exists(path)])
+            return landlock.Rules(["/"], [], own_folder)
+        if self._readable is None:
+            files = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", virtual_environment(), *DEVICES)
+            present = [path for path in (*SYSTEM, *self._tree.folders, *files) if os.path.exists(path)]
+            self._readable = around(present, self._tree.hidden)
+        return landlock.Rules(*self._readable, own_folder)
 
     def fork(self) -> int:
         """Fork a child; 0 in the child, which is the first process of its own pid namespace.
@@ -262,28 +286,32 @@ class Isolation:
             os.environ["TMPDIR"] = os.environ["HOME"] = folder
         if self.active("user namespace"):
             kernel.unshare(kernel.CLONE_NEWUSER)
+        rules = self._landlock(os.getcwd()) if kernel.LINUX and self.active("landlock") else None
         self._limit(bounds)
         if kernel.LINUX:
             kernel.drop_capabilities()
-            self._die_with_the_zygote()
+            self.die_with_the_nursery()
             if self.active("no new privileges"):
                 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-            if self.active("landlock"):
-                self._landlock().apply(os.getcwd())
+            if rules is not None:
+                rules.apply()
             if self.active("seccomp") and self.active("pid namespace"):
-                seccomp.install(threads_only=self._threads_only)
+                seccomp.install()
 
-    def _die_with_the_zygote(self) -> None:
+    def die_with_the_nursery(self) -> None:
+        """Have the kernel kill this process, a child of the nursery, when the nursery ends."""
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # after the ids: a change of them clears it
-        if ended(self._zygote):  # before the death signal was asked for; getppid() is 0 in a pid namespace
+        if ended(self._nursery):  # before the death signal was asked for; getppid() is 0 in a pid namespace
             os._exit(1)
 
     def confine_program(self) -> None:
-        """Put on a program what it cannot inherit: nothing, where there is a pid namespace."""
+        """Put on a program what it cannot inherit: nothing, where there is a pid namespace and processes are bounded."""
         if kernel.LINUX and not self.active("pid namespace"):
-            self._die_with_the_zygote()
+            self.die_with_the_nursery()
             if self.active("seccomp"):
                 seccomp.install(os.getpid(), self._threads_only)
+        elif self._threads_only:  # its slot itself must fork
+            seccomp.install(threads_only=True)
 
     def kill_leftovers(self, program: int) -> None:
         """Kill and reap what a program that has ended left in this slot.
@@ -304,6 +332,19 @@ class Isolation:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
+
+    def kill_orphans(self, known: set[int]) -> None:
+        """Without a pid namespace: kill what programs have left; orphans are this process's, the nursery's, children.
+
+        Args:
+            known: children that stay.
+        """
+        while self.processes is not None and (orphans := self.processes.slots().keys() - known):
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
     def _limit(self, bounds: Bounds) -> None:
         lower(resource.RLIMIT_CORE, 0, 0)

@@ -1,6 +1,6 @@
 """Looking at a program's processes through /proc: how many there are, what they use together. Standard library only.
 
-The zygote may live in a pid namespace of its own, while /proc belongs to the outer one; names in /proc are therefore
+The nursery may live in a pid namespace of its own, while /proc belongs to the outer one; names in /proc are therefore
 resolved through what /proc itself says ("self", "NSpid") and never taken from getpid or fork.
 """
 
@@ -23,7 +23,7 @@ class Usage:
     Args:
         processes: how many there are.
         cpu_seconds: CPU time, ended and awaited children included, seconds.
-        memory: resident anonymous memory beyond what each shares with the zygote it was forked from, bytes.
+        memory: resident anonymous memory beyond what each shares with the nursery it was forked from, bytes.
     """
 
     processes: int
@@ -47,8 +47,8 @@ class Processes:
         self.baseline = self._anonymous(self._self)
         self._read(f"{self._self}/task/{self._self}/children")
 
-    def children_of_zygote(self) -> dict[int, str]:
-        """The zygote's children: pid as the zygote knows it -> name in /proc."""
+    def slots(self) -> dict[int, str]:
+        """The nursery's children: pid as the nursery and the zygote know it -> name in /proc."""
         found: dict[int, str] = {}
         for name in self._children(self._self):
             for line in self._read(f"{name}/status").splitlines():

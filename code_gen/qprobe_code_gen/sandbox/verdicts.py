@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+JUDGE = 2  # version of what decides verdicts; it counts up with every change that may change one. 1: in one process
+
 
 class ExecutorError(RuntimeError):
     """The harness itself failed. Never turned into a verdict: a broken harness must not look like a wrong program."""
@@ -86,20 +88,36 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a problem says besides its tests: it decides which names of the tests are the program's.
+
+    Args:
+        header: Python source that the problem gives (imports, helper functions); the judge runs it before the tests.
+        solution: a right program, never run here: the functions that its syntax tree defines are the program's.
+    """
+
+    header: str = ""
+    solution: str = ""
+
+
+@dataclass(frozen=True)
 class Program:
     """One thing to execute.
 
     Args:
-        code: Python source.
-        tests: Python source that runs after the code, in the same namespace. `__name__` is "program", not "__main__".
+        code: Python source. `__name__` is "program", not "__main__".
+        tests: Python source that calls the code's functions. It runs in a process of its own, unless it needs more of the
+            program than its functions' results.
         expression: evaluated after the tests; its `repr` becomes `Execution.value`. Empty: nothing is evaluated.
         limits: this program's own limits; None takes the executor's.
+        reference: of the problem; None: the program's are the names that neither the tests nor the built-ins define.
     """
 
     code: str
     tests: str = ""
     expression: str = ""
     limits: Limits | None = None
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         for name in ("code", "tests", "expression"):
@@ -113,10 +131,11 @@ class Execution:
 
     Args:
         verdict: one of the seven.
-        seconds: CPU time of the program and its waited-for descendants, seconds.
-        detail: "AssertionError at line 12 of the tests", at most 300 characters; empty when passed.
+        seconds: CPU time of the program and its waited-for descendants, seconds; not that of the judge.
+        detail: "AssertionError at line 12 of the tests", at most 300 characters; empty when passed by a judge apart.
         output: what the program printed to standard output, bounded.
         value: `repr` of the program's expression, bounded; None when there was none or the program did not pass.
+        apart: whether the tests ran in a process that the program could not reach; where not, `detail` says why.
     """
 
     verdict: Verdict
@@ -124,6 +143,7 @@ class Execution:
     detail: str = ""
     output: str = ""
     value: str | None = None
+    apart: bool = True
 
     @property
     def passed(self) -> bool:

@@ -1,9 +1,9 @@
-"""The zygote: a small process whose forks, the slots, run the programs; it watches them and always reaps them.
+"""The zygote: the event loop that gives programs and tests to their processes, watches them, and sees them reaped.
 
 It is started by the executor as a fresh interpreter (never forked from a process that may hold threads and a loaded torch),
-imports what tests usually import, and then is one event loop. It does not fork the programs itself: a process that forks
-pays for every page it touches afterwards, and this one touches many. Standard library only: what it loads, every fork
-copies.
+and imports what tests usually import. Then it forks once: one half is the nursery, from which all slots are forked, the
+other is this loop. It forks no slot itself: what it was sent would stay in the memory of every fork, and a process that
+forks pays for every page it touches afterwards. Standard library only: what it loads, every fork copies.
 """
 
 # ruff: noqa: PTH102, PTH106
@@ -23,13 +23,14 @@ import socket
 import sys
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NoReturn
 
-from . import slots, wire
+from . import kernel, nursery, slots, wire
 from .child import MODULE
 from .layers import STOPS, Bounds, Isolation
-from .running import Running
-from .slots import Slot
+from .nursery import Nursery
+from .running import End, Running
+from .slots import CANDIDATE, JUDGE, TOGETHER, Slot
 
 # Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for. Not hashlib,
 # which brings OpenSSL, nor numpy: every fork would pay for them; `preload` adds them where most programs want them.
@@ -39,6 +40,7 @@ PRELOADED = """
 """
 FIRST_LOOK = 0.02  # seconds; most programs have ended by then and are never looked at
 LOOK_EVERY = 0.05  # seconds between looks at a program that goes on
+GRACE = 1.0  # seconds that a program has to write out what it printed, once it has been judged
 MOST_QUEUED = 5.0  # times the wall limit that a program may wait for a processor on top of it
 ATTEMPTS = 250  # to start a program, with 20 ms between: a machine that is full for seconds is no reason to stop
 
@@ -50,32 +52,31 @@ class Zygote:
         channel: connected socket to the executor.
         parent: a descriptor that becomes readable when the executor's process dies; None where there is none.
         workers: programs at the same time.
-        temporary: folder for temporary files.
+        isolation: what holds.
+        nursery: makes and ends slots.
     """
 
-    def __init__(self, channel: socket.socket, parent: int | None, workers: int, temporary: str) -> None:
+    def __init__(
+        self, channel: socket.socket, parent: int | None, workers: int, isolation: Isolation, nursery: Nursery
+    ) -> None:
         self.channel = channel
-        self.parent = parent
         self.workers = workers
-        self.isolation = Isolation(workers, temporary)
+        self.isolation = isolation
+        self.nursery = nursery
         self.inbox = wire.Inbox()
         self.outbox = bytearray()
         self.waiting: deque[dict[str, Any]] = deque()
-        self.running: dict[int, Running] = {}
+        self.programs: list[Running] = []
+        self.running: dict[int, Running] = {}  # by the pids of their slots
         self.idle: list[Slot] = []
         self.slots_made = 0
         self.retry_at = 0.0
         self.failures = 0
-
-    def prepare(self) -> None:
-        """Put the shared layers on, get ready to listen, and tell the executor what holds."""
-        self.isolation.prepare()
         self.channel.setblocking(False)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.channel, selectors.EVENT_READ, "channel")
-        if self.parent is not None:
-            self.selector.register(self.parent, selectors.EVENT_READ, "parent")
-        isolation = self.isolation
+        if parent is not None:
+            self.selector.register(parent, selectors.EVENT_READ, "parent")
         hello = {"problems": isolation.problems, "notes": isolation.notes, "layers": STOPS}
         self.send(hello | {"version": sys.version, "scratch": isolation.scratch})
 
@@ -106,8 +107,8 @@ class Zygote:
             os.rmdir(self.isolation.scratch or "/")
         os._exit(0)
 
-    def serve(self) -> None:
-        """The loop; it never returns."""
+    def serve(self) -> NoReturn:
+        """The loop."""
         while True:
             self.fill()
             for key, mask in self.selector.select(self.pause()):
@@ -119,19 +120,20 @@ class Zygote:
                 elif key.data == "parent":
                     self.leave()
                 elif isinstance(key.data, Slot):
-                    self.hear(key.data)
+                    if key.data.control.fileno() >= 0:  # else it was discarded for an event before this one
+                        self.hear(key.data)
                 else:
                     running, name = key.data
                     running.drain(name, self.selector)
             now = time.monotonic()
-            for running in self.running.values():
+            for running in self.programs:
                 if now >= running.next_look:
                     self.look(running, now)
 
     def pause(self) -> float | None:
         """Seconds until something must be done without being woken; None: for ever."""
-        times = [running.next_look for running in self.running.values()]
-        if self.waiting and len(self.running) < self.workers:
+        times = [running.next_look for running in self.programs]
+        if self.waiting and len(self.programs) < self.workers:
             times.append(self.retry_at)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
@@ -157,80 +159,108 @@ class Zygote:
     def cancel(self) -> None:
         """Drop what waits, kill and reap what runs, answer nothing."""
         self.waiting.clear()
-        for running in list(self.running.values()):
-            running.close_all(self.selector)
-            self.discard(running.slot)
+        for running in list(self.programs):
+            self.abandon(running)
+
+    def abandon(self, running: Running) -> None:
+        """Kill and reap a program, without a word on it."""
+        running.close_all(self.selector)
+        self.programs.remove(running)
+        for slot in running.slots:
+            if self.running.get(slot.pid) is running:
+                self.discard(slot)
 
     def fill(self) -> None:
         """Start programs while there is room."""
-        while self.waiting and len(self.running) < self.workers and time.monotonic() >= self.retry_at:
+        while self.waiting and len(self.programs) < self.workers and time.monotonic() >= self.retry_at:
+            message = self.waiting.popleft()
             try:
-                self.start(self.waiting[0])
+                self.start(message)
             except OSError as fault:
-                self.failures += 1
-                self.retry_at = time.monotonic() + 0.02
-                if self.failures > ATTEMPTS:
-                    self.fail(self.waiting.popleft(), f"no program could be started: {fault}")
-                return
-            self.failures = 0
-            self.waiting.popleft()
+                self.again(message, f"no program could be started: {fault}")
 
-    def fail(self, message: dict[str, Any], why: str) -> None:
-        """Answer that the harness has failed."""
-        self.failures = 0
-        self.send({"id": message["id"], "fault": why})
+    def again(self, message: dict[str, Any], why: str) -> None:
+        """Put a program that could not be started back, or answer that the harness has failed."""
+        self.failures += 1  # until a program has ended: that one could be given to a slot says nothing yet
+        self.retry_at = time.monotonic() + 0.02
+        if self.failures <= ATTEMPTS:
+            self.waiting.appendleft(message)
+        else:
+            self.failures = 0
+            self.send({"id": message["id"], "fault": why})
 
     def start(self, message: dict[str, Any]) -> None:
-        """Give one program to a slot.
+        """Give one program, and its tests, to slots.
 
         Raises:
             OSError: there is no room for another process or its pipes; try again later.
         """
         limits = message["limits"]
+        bounds = Bounds(limits["memory_mib"], limits["processes"], limits["disk_mib"])
         token = os.urandom(16).hex().encode()
-        texts = [message[name].encode("utf-8", "surrogatepass") for name in ("code", "tests", "expression")]
-        request = slots.pack_request(texts, token, limits["cpu_seconds"], limits["output_kib"] << 10)
-        slot = self.take_slot(Bounds(limits["memory_mib"], limits["processes"], limits["disk_mib"]))
-        pipes: list[int] = []
+        body = message["request"].encode("ascii")
+        numbers = (limits["cpu_seconds"], limits["output_kib"] << 10)
+        taken: list[Slot] = []
+        ours: list[int] = []
+        theirs: list[int] = []
+        channel: socket.socket | None = None
         try:
             for _ in range(3):
-                pipes += os.pipe()
-            sent = socket.send_fds(slot.control, [request], pipes[1::2])
-            slot.control.sendall(request[sent:])
+                reader, writer = os.pipe()
+                ours.append(reader)
+                theirs.append(writer)
+            if message["together"]:
+                taken.append(self.take_slot(TOGETHER, bounds))
+                slots.send(taken[0], *numbers, token, body, theirs)
+            else:
+                taken.append(self.take_slot(CANDIDATE, bounds))
+                taken.append(self.take_slot(JUDGE, bounds))
+                channel, end = socket.socketpair()
+                with end:
+                    slots.send(taken[1], *numbers, token, body, [*theirs, channel.fileno()])
+                    slots.send(taken[0], *numbers, b"", b"", [*theirs[:2], end.fileno()])
         except OSError:
-            self.discard(slot)
-            for fd in pipes[::2]:
+            for slot in taken:
+                self.discard(slot)
+            for fd in ours:
                 os.close(fd)
+            if channel is not None:
+                channel.close()
             raise
         finally:
-            for fd in pipes[1::2]:
+            for fd in theirs:
                 os.close(fd)
-        started = time.monotonic()
-        self.running[slot.pid] = Running(message, slot, token, pipes[::2], started, started + FIRST_LOOK)
+        now = time.monotonic()
+        judge = taken[1] if len(taken) > 1 else None
+        running = Running(message, taken[0], judge, token, ours, channel, now, now + FIRST_LOOK)
+        self.programs.append(running)
+        self.running.update(dict.fromkeys([slot.pid for slot in taken], running))
 
-    def take_slot(self, bounds: Bounds) -> Slot:
-        """An idle slot with these bounds, or a new one.
+    def take_slot(self, kind: str, bounds: Bounds) -> Slot:
+        """An idle slot of this kind with these bounds, or a new one.
 
         Raises:
             OSError: there is no room for another process.
         """
-        for index, slot in enumerate(self.idle):
+        alike = [slot for slot in self.idle if slot.kind == kind]
+        for slot in alike:
             if slot.bounds == bounds:
-                return self.idle.pop(index)
-        if self.idle:
-            self.discard(self.idle[0])
+                self.idle.remove(slot)
+                return slot
+        if alike:
+            self.discard(alike[0])
         folder = ""
         if self.isolation.scratch:
             self.slots_made += 1
             folder = f"{self.isolation.scratch}/{self.slots_made}"
             os.mkdir(folder, 0o700)
-        ours, theirs = socket.socketpair()
-        pid = self.isolation.fork()
-        if pid == 0:
-            slots.live(theirs, self.isolation, bounds, folder)
-        theirs.close()
-        slot = Slot(pid, ours, bounds, folder)
-        self.selector.register(ours, selectors.EVENT_READ, slot)
+        try:
+            slot = self.nursery.make(kind, bounds, folder)
+        except OSError:
+            if folder:
+                os.rmdir(folder)
+            raise
+        self.selector.register(slot.control, selectors.EVENT_READ, slot)
         return slot
 
     def discard(self, slot: Slot) -> None:
@@ -239,73 +269,74 @@ class Zygote:
         if slot in self.idle:
             self.idle.remove(slot)
         self.selector.unregister(slot.control)
-        slots.end(slot)
-        if not self.isolation.active("pid namespace"):
-            self.kill_orphans()
+        self.nursery.end(slot)
         if slot.folder:
             remove(slot.folder)
 
     def hear(self, slot: Slot) -> None:
-        """Take a slot's word, or its silence, for the end of a program."""
-        reply = slot.control.recv(4096)
+        """Take a slot's word, or its silence, for the end of what ran in it."""
+        try:
+            reply = slot.control.recv(slots.LONGEST_REPLY)
+        except ConnectionResetError:  # it ended with a request unread
+            reply = b""
         running = self.running.pop(slot.pid, None)
         status, seconds, then = signal.SIGKILL, 0.0, slots.ENDS
         if len(reply) >= slots.REPLY.size:
             status, seconds, then = slots.REPLY.unpack_from(reply)
-        if running is not None:
-            running.drain_all(self.selector)
+        if running is not None and slot.pid in running.killed:
+            then = slots.ENDS  # it may have said otherwise just before
         if then == slots.AGAIN:
             self.idle.append(slot)
         else:
             self.discard(slot)
         if running is None:
             return
-        if then == slots.FAULT:
-            self.failures += 1
-            self.retry_at = time.monotonic() + 0.02
-            if self.failures > ATTEMPTS:
-                why = reply[slots.REPLY.size :].decode("utf-8", "replace")
-                self.fail(running.message, f"a layer of isolation that held before is refused now: {why}")
-            else:
-                self.waiting.appendleft(running.message)
-        elif running.may_try_again(status, seconds):
+        if why := slots.fault_in(reply):
+            self.abandon(running)
+            self.again(running.message, why)
+        elif running.ended(slot, End(status, seconds), time.monotonic(), GRACE):
+            self.conclude(running)
+
+    def conclude(self, running: Running) -> None:
+        """All processes of a program have ended: answer, or try once more."""
+        self.failures = 0
+        self.programs.remove(running)
+        running.drain_all(self.selector)
+        if running.may_try_again():
             running.message["second"] = True
             self.waiting.appendleft(running.message)
         else:
-            self.send(running.answer(status, seconds))
+            self.send(running.answer())
 
     def look(self, running: Running, now: float) -> None:
         """Watch a program that has not ended at once: its outputs, its clocks, its descendants."""
         running.watch(self.selector)
         limits = running.limits
         cpu_left = limits["cpu_seconds"]
-        if self.isolation.processes is not None:
-            usage = running.look(self.isolation.processes)
-            cpu_left -= usage.cpu_seconds
-            if usage.processes > 1 and usage.memory > limits["memory_mib"] << 20:
-                running.stop("out_of_memory", f"more than {limits['memory_mib']} MiB in {usage.processes} processes")
+        processes = self.isolation.processes
+        alive = [slot for slot in running.slots if slot.pid not in running.ends]
+        if processes is not None:
+            for slot in alive:
+                usage = running.look(slot, processes)
+                left = limits["cpu_seconds"] - usage.cpu_seconds
+                cpu_left = min(cpu_left, left)
+                if usage.processes > 1 and usage.memory > limits["memory_mib"] << 20:
+                    detail = f"more than {limits['memory_mib']} MiB in {usage.processes} processes"
+                    running.stop("out_of_memory", detail)
+                if left <= 0:
+                    running.stop("timeout", running.too_slow(slot))
         wall_left = running.started + limits["wall_seconds"] - now
-        if wall_left <= 0 and self.isolation.processes is not None:
+        finish_left = running.finish_by - now
+        if min(wall_left, finish_left) <= 0 and processes is not None:
             # Waiting for a processor is the machine's doing; still, nothing may hold a worker for ever.
-            queued = self.isolation.processes.queued_below(running.slot.name_in_proc)
+            queued = sum(processes.queued_below(slot.name_in_proc) for slot in alive)
             wall_left += min(queued, MOST_QUEUED * limits["wall_seconds"])
-        if cpu_left <= 0:
-            running.stop("timeout", running.too_slow)
-        elif wall_left <= 0:
+            finish_left += min(queued, MOST_QUEUED * GRACE)
+        if finish_left <= 0:
+            running.hurry()
+        elif wall_left <= 0 and running.finish_by == float("inf"):
             running.stop("timeout", f"more than {limits['wall_seconds']:g} s on the clock", settled=False)
-        running.next_look = now + max(0.005, min(LOOK_EVERY, wall_left, cpu_left))
-
-    def kill_orphans(self) -> None:
-        """Without a pid namespace: kill what programs have left; orphans are this process's children."""
-        if self.isolation.processes is None:
-            return
-        known = {slot.pid for slot in self.idle} | self.running.keys()
-        while orphans := self.isolation.processes.children_of_zygote().keys() - known:
-            for pid in orphans:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+        running.next_look = now + max(0.005, min(LOOK_EVERY, wall_left, cpu_left, finish_left))
 
 
 def remove(folder: str) -> None:
@@ -323,6 +354,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     sys.argv[:] = [""]
     sys.path[:] = [*sys.path, *settings["packages"]]
+    os.umask(0o022)  # the caller's would be that of the programs' files, and of the tree of files that they need
     for name in (*PRELOADED.split(), *settings["preload"]):
         importlib.import_module(name)
     for stream in (sys.stdout, sys.stderr):
@@ -330,9 +362,8 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # three descriptors a worker; some systems refuse their own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard))
-    channel = socket.socket(fileno=settings["channel"])
-    zygote = Zygote(channel, settings["parent"], settings["workers"], settings["temporary"])
-    zygote.prepare()
+    isolation = Isolation(settings["workers"], settings["temporary"], settings["answers"])
+    isolation.prepare()
     # Programs shall import what they name, not what the harness is made of, and not be told how it was started.
     for name in [name for name in sys.modules if name.split(".")[0] == "qprobe_code_gen"]:
         del sys.modules[name]
@@ -341,4 +372,21 @@ def main() -> None:
     os.environ.update({"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"})
     gc.collect()
     gc.freeze()  # the collector then does not touch, and so does not copy, the pages that forks share
-    zygote.serve()
+    part(settings["channel"], settings["parent"], settings["workers"], isolation)
+
+
+def part(channel: int, parent: int | None, workers: int, isolation: Isolation) -> NoReturn:
+    """Fork into nursery and event loop, before the first message has been read."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET if kernel.LINUX else socket.SOCK_DGRAM)
+    pid = os.fork()
+    if pid:
+        for fd in (channel, parent):
+            if fd is not None:
+                os.close(fd)
+        ours.close()
+        nursery.live(theirs, pid, isolation)
+    theirs.close()
+    if kernel.LINUX:
+        isolation.die_with_the_nursery()
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # every test and token passes through here
+    Zygote(socket.socket(fileno=channel), parent, workers, isolation, Nursery(ours)).serve()

