@@ -112,7 +112,7 @@ class Reward(Protocol):
     name: str
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rewards. `judge`, if there, is a version that counts up: older rewards are made anew."""
+        """What decides the rewards. A number under "version" counts up: older rewards are made anew."""
 
     def check(self) -> None:
         """Raise, in a sentence, what can be known to fail before any completion is drawn: it is said before hours of work."""
