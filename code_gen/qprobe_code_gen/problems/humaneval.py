@@ -34,7 +34,8 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
     prompt, entry_point = str(row["prompt"]), str(row["entry_point"])
     lines = prompt.splitlines(keepends=True)
     function = next(
-        (n for n in _parsed(prompt, row["task_id"]).body if isinstance(n, ast.FunctionDef) and n.name == entry_point), None
+        (n for n in _parsed(prompt, row["task_id"]).body if isinstance(n, ast.FunctionDef) and n.name == entry_point),
+        None,
     )
     if function is None:
         raise ValueError(f"Problem {row['task_id']}: its prompt does not define {entry_point}.")
