@@ -18,6 +18,9 @@ from qprobe_code_gen.statements import BLANK, FENCE, SHORTEST_FENCE, Compiler, F
 
 # Raised whenever a completion may be read as another program than before: rewards of an older version are made anew.
 VERSION = 2
+# What a model ends its turn with, where its sampler lets it through.
+LAST_MARKS = re.compile(r"(?:<\|\w{1,30}\|>|</s>|<eos>|<end_of_turn>|<EOT>)\s{0,9}\Z")
+CONSOLE = re.compile(r"^[ \t]*(?:>>> |\.\.\. |\.\.\.$)")
 TAGS = r"(?:think|thinking|thought|reasoning|reflection|scratchpad)"
 REASONING = re.compile(rf"^[ \t]*(?:<{TAGS}>|\[THINK\])", re.IGNORECASE | re.MULTILINE)
 REASONED = re.compile(rf"</{TAGS}>|\[/THINK\]", re.IGNORECASE)
@@ -75,8 +78,8 @@ def read(completion: str, given: Given) -> Reading:
        body never does. What only shows the function at work goes (`relevance`): assertions, prints, calls, main guards.
     5. Where this defines no function with a body, other readings are tried in turn, and the first that does so is taken:
        the body without the given docstring (which fixes an indentation); all lines as code, those before a fence at a
-       line's end, inside backticks and in indented blocks too; and, where they then return something, the body without
-       fences, with the first line indented as the others are, with all lines indented.
+       line's end, inside backticks, in indented blocks and a console's too; and, where they then return something, the body
+       without fences, with the first line indented as the others are, with all lines indented.
     6. Where none does, the program is the given code and the completion as they are.
 
     Args:
@@ -84,7 +87,7 @@ def read(completion: str, given: Given) -> Reading:
         given: what it was asked to go on with.
     """
     text = re.sub(r"\r\n?", "\n", completion)
-    answer = _without_reasoning(text.removeprefix("\ufeff"))
+    answer = _without_reasoning(LAST_MARKS.sub("", text.removeprefix("\ufeff")))
     compiler = Compiler(len(answer))
     with warnings.catch_warnings():  # of the answer's code
         warnings.simplefilter("ignore")
@@ -158,7 +161,8 @@ def _loose(answer: str) -> str:
 
 
 def _unmarked(line: str) -> str:
-    """A line without the fence at its end, and with definitions between backticks on lines of their own."""
+    """A line without a console's mark and the fence at its end, and with definitions between backticks on lines of their own."""
+    line = CONSOLE.sub("", line)
     for mark in "`~":
         code = line.rstrip().rstrip(mark)
         if len(line.rstrip()) - len(code) >= SHORTEST_FENCE and code.strip("`~> \t"):

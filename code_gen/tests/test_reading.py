@@ -115,6 +115,11 @@ WHOLE = {
     "import of itself": f"{fenced(DEF)}Use:\n{fenced('from solution import six' + chr(10) + 'print(six([1]))' + chr(10))}",
     "thoughts": f"<think>\n{fenced(RETURNS.format(1))}</think>\n{DEF}",
     "thoughts that the prompt began": f"so:\n{fenced('def six(xs): return 1' + chr(10))}</think>\n\n{fenced(DEF)}",
+    "console": ">>> def six(xs):\n...     return 6 * sum(xs)\n...\n>>> six([1])\n6\n",
+    "shell line in the block": fenced("!pip install numpy\n" + DEF),
+    "mark of the turn's end": DEF.rstrip() + "<|im_end|>",
+    "plot of its own": fenced("import no_such_package as plt\n" + DEF + "plt.plot(six([1]))\nplt.show()\n"),
+    "file of its own": fenced(DEF + "text = open('no such file').read()\nraise SystemExit(text)\n"),
     "talk with a word that goes on": DEF + "finally we are done\n",
 }
 # What goes on with the given function.

