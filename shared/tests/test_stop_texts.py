@@ -86,11 +86,15 @@ def complete(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable
         )
         prompts = [tokenizer.encode_prompt(prompt, templated=False)] * len(scripts)
         found: list[tuple[str, int, str]] = []
-        for script, (completion,) in zip(ids, sampler.sample(prompts, [[0]] * len(scripts)), strict=True):
+        sampled = sampler.sample(prompts, [[0]] * len(scripts))
+        for script, (completion,), (drawn,) in zip(ids, sampled, sampler.drawn(), strict=True):
             kept = completion.token_ids
             assert kept is not None
             assert kept == script[: len(kept)]
-            assert completion.logprob == pytest.approx(len(kept) * SCRIPTED_LOGPROB)
+            # All that was drawn counts: the kept tokens, and those of the end (a stop text, or the end of sequence).
+            assert [*script, 1][: len(drawn.tokens)] == list(drawn.tokens)
+            assert len(drawn.tokens) >= len(kept)
+            assert completion.logprob == pytest.approx(len(drawn.tokens) * SCRIPTED_LOGPROB)
             found.append((completion.text, len(kept), completion.finish_reason))
         return found
 

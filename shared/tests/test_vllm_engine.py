@@ -117,13 +117,19 @@ def test_tokens_that_come_together_end_where_they_would_have_ended_one_by_one(ti
     from types import SimpleNamespace
 
     from qprobe import models
+    from qprobe.sampling import SamplingSettings
     from qprobe.sampling.stopping import StopTexts
 
     tokenizer = models.load_tokenizer(tiny_model)
     tokens = [token for letter in "xabcd" for token in tokenizer.encode_completion(letter)]
-    stops = StopTexts(tokenizer, ["c", "abcd"])
+    stops = StopTexts(tokenizer, SamplingSettings(stop=("c", "abcd")))
     output = SimpleNamespace(token_ids=tokens, logprobs=[{t: SimpleNamespace(logprob=-1.0)} for t in tokens])
     row = _Row([0, 9], 3, 50, frozenset({1}), stops)
     assert not row.take(output)
     found = row.completion()
-    assert (found.text, len(found.token_ids or []), found.finish_reason, found.logprob) == ("xab", 3, "stop", -3.0)
+    assert (found.text, len(found.token_ids or []), found.finish_reason, found.logprob) == (
+        "xab",
+        3,
+        "stop",
+        -4.0,
+    )  # the stop text was drawn too
