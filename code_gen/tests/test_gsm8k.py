@@ -99,7 +99,7 @@ def test_another_answer_is_another_identity(tmp_path: Path) -> None:
         (ROW | {"answer": "#### seventy"}, "line 2 .* ends in '#### seventy'"),
         (ROW | {"question": " "}, "line 2 .* the question not empty"),
         (ROW | {"answer": 72}, "line 2 .* must be texts"),
-        (7, "line 2 is not JSON"),
+        (7, "line 2 is no problem of GSM-8K: write a JSON object"),
     ],
 )
 def test_a_bad_row_is_a_sentence_with_file_and_line(row: Any, sentence: str, tmp_path: Path) -> None:

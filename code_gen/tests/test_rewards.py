@@ -77,7 +77,7 @@ def test_identity_names_the_version_of_the_reader() -> None:
 def test_identity_follows_style_and_limits() -> None:
     other = UnitTestReward(PROBLEMS, STYLE, Limits(cpu_seconds=2.0))
     assert other.identity() != reward().identity()
-    assert reward().identity()["judge"] == JUDGE
+    assert reward().identity()["judge"] == {"version": JUDGE}
 
 
 def test_check_finds_a_sandbox_whose_verdicts_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
