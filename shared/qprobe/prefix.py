@@ -101,7 +101,9 @@ class PrefixRun:
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
         self.model = language_model.model
-        self.shared = language_model.spec.attention != "copied" and shares_prefix(self.model)
+        # A model that was made in code, and not loaded, has no specification.
+        asked = getattr(getattr(language_model, "spec", None), "attention", "auto")
+        self.shared = asked != "copied" and shares_prefix(self.model)
         if self.shared:
             register()
             self.model.set_attn_implementation(ATTENTION_NAME)
