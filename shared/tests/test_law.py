@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -253,8 +254,8 @@ def test_distance_and_error_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     apart, lengths = [1.0, -2.0, 0.0, 0.5, 0.0, 0.0, -0.5, 0.0], [10, 20, 5, 10, 10, 20, 15, 10]
     check = compare(*planted(monkeypatch, apart, lengths))
     assert (check.completions, check.prompts, check.tokens) == (8, 4, 100)
-    assert check.distance == pytest.approx(4 / 100)
-    residuals = [abs(a) - 0.04 * n for a, n in zip(apart, lengths, strict=True)]
+    assert check.distance == pytest.approx(0.01)  # drawn - read is -a, in all 1 nat of 100 tokens
+    residuals = [-a - 0.01 * n for a, n in zip(apart, lengths, strict=True)]
     assert check.error == pytest.approx(math.sqrt(sum(r * r for r in residuals) * 8 / 7) / 100)
     assert check.holds
 
@@ -277,7 +278,13 @@ def test_eight_completions_are_read_where_they_decide_and_more_where_they_do_not
 def test_a_distance_that_is_no_number_does_not_hold() -> None:
     check = LawCheck("m", "float16", 8, 4, 100, math.inf, math.inf)
     assert not check.holds
-    assert LawCheck("m", "float16", 1, 1, 100, 0.2, math.inf).holds is False
+    assert LawCheck("m", "float16", 1, 1, 3, 0.2, math.inf).holds  # one completion has no error to tell it by
+
+
+def test_rounding_of_short_completions_is_no_other_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token each, at a rounding of 0.12 nats, which bfloat16 has at scores above 16: both signs, no stop."""
+    signs = np.random.default_rng(0).choice([-0.12, 0.12], 64)
+    assert compare(*planted(monkeypatch, signs.tolist(), [1] * 64)).holds
 
 
 def test_plain_attention_is_given_back(tiny_model: ModelSpec) -> None:
@@ -347,8 +354,8 @@ def test_an_api_is_compared_for_information_where_its_model_is_here(
             assert noted["completions"] >= 8
             # Text is cut into tokens anew, which may be others than were drawn: hence for information.
             rows = law._spread(sampler.drawn(models.load_tokenizer(spec)))[: noted["completions"]]
-            apart = [abs(r.logprob - read_again(stock_logprobs(tiny_model, [*r.prompt, *r.tokens]), r)) for r in rows]
-            assert noted["distance"] == pytest.approx(sum(apart) / sum(len(r.tokens) for r in rows), abs=1e-3)
+            apart = [r.logprob - read_again(stock_logprobs(tiny_model, [*r.prompt, *r.tokens]), r) for r in rows]
+            assert noted["distance"] == pytest.approx(abs(sum(apart)) / sum(len(r.tokens) for r in rows), abs=1e-3)
     other = OpenAISampler(None, settings, {"model": "tiny", "base_url": server.url})
     pool = Pool(tmp_path / "later", Split("few", prompts, {}), "sample", other, seed=0)
     stages.compare_law(pool, HFEmbedder(here, (2,)))  # nothing was drawn in this process

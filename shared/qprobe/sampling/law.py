@@ -72,8 +72,9 @@ class LawCheck:
     Args:
         model, dtype: which model, in which type.
         completions, prompts, tokens: how much was read.
-        distance: |log-probability as drawn - as read|, in nats a token: the sum over completions by the sum of their tokens.
-        error: its standard error over completions; infinite with one completion.
+        distance: |mean of (log-probability as drawn - as read)|, in nats a token: the sum over completions by the sum of their
+            tokens. Rounding has both signs and averages out; what is drawn from another law is likelier under that one.
+        error: its standard error over completions; infinite with one completion, which decides nothing.
         unread: completions whose plain pass is not finite in this type.
     """
 
@@ -89,8 +90,7 @@ class LawCheck:
     @property
     def holds(self) -> bool:
         """False where the two laws are plainly not one."""
-        allowance = 0.0 if math.isinf(self.distance) or math.isinf(self.error) else ERRORS * self.error
-        return self.distance <= LIMIT + allowance
+        return math.isfinite(self.distance) and self.distance <= LIMIT + ERRORS * self.error
 
     @property
     def open(self) -> bool:
@@ -174,14 +174,14 @@ def _plain_logprob(language_model: LanguageModel, row: Drawn) -> float:
 
 def _summed(language_model: LanguageModel, found: Sequence[tuple[Drawn, float]]) -> LawCheck:
     read = [(row, plain) for row, plain in found if math.isfinite(plain)]
-    apart = [abs(row.logprob - plain) if math.isfinite(row.logprob) else math.inf for row, plain in read]
+    apart = [row.logprob - plain if math.isfinite(row.logprob) else math.inf for row, plain in read]
     lengths = [len(row.tokens) for row, _ in read]
     tokens = sum(lengths)
-    distance = sum(apart) / tokens if tokens else 0.0
-    error = math.inf
+    mean = sum(apart) / tokens if tokens else 0.0
+    distance, error = abs(mean), math.inf
     if len(read) > 1 and math.isfinite(distance):
         # Of a ratio of sums, by its linear part.
-        residuals = sum((a - distance * n) ** 2 for a, n in zip(apart, lengths, strict=True))
+        residuals = sum((a - mean * n) ** 2 for a, n in zip(apart, lengths, strict=True))
         error = math.sqrt(residuals * len(read) / (len(read) - 1)) / tokens
     dtype = str(next(language_model.model.parameters()).dtype).removeprefix("torch.")
     prompts = len({tuple(row.prompt) for row, _ in read})
