@@ -100,9 +100,13 @@ def test_a_value_is_the_same_on_the_other_side(value: Any) -> None:
     assert told_apart(crossed(value)) == told_apart(value)
 
 
+# CI's share of time: 100,000 of each take a quarter of an hour, and did pass.
+MANY = 20_000
+
+
 @pytest.mark.slow
 @given(VALUES)
-@settings(max_examples=100_000, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 def test_many_values_are_the_same_on_the_other_side(value: Any) -> None:
     assert told_apart(crossed(value)) == told_apart(value)
 
@@ -122,7 +126,7 @@ def test_any_bytes_are_a_value_or_a_sentence(data: bytes) -> None:
 
 @pytest.mark.slow
 @given(VALUES, st.data())
-@settings(max_examples=100_000, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 def test_a_message_with_a_changed_byte_is_a_value_or_a_sentence(value: Any, data: st.DataObject) -> None:
     message = bytearray(sent(value))
     message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))

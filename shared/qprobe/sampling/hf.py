@@ -170,7 +170,7 @@ class _Batch:
     def drawn(self) -> list[Drawn]:
         """The rows with all their tokens."""
         return [
-            Drawn(self.prompts[p], [*tokens, *end], float(sum(logprobs)))
+            Drawn(self.prompts[p], [*tokens, *end], float(sum(logprobs)), logprobs)
             for p, tokens, end, logprobs in zip(self.owner, self.tokens, self.ends, self.logprobs, strict=True)
         ]
 

@@ -139,7 +139,7 @@ class _Row:
 
     def drawn(self) -> Drawn:
         """With all its tokens."""
-        return Drawn(self.prompt, [*self.tokens, *self.ends], float(sum(self.logprobs)))
+        return Drawn(self.prompt, [*self.tokens, *self.ends], float(sum(self.logprobs)), self.logprobs)
 
     def completion(self) -> Completion:
         if not self.reason:
