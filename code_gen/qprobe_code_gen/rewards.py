@@ -10,7 +10,10 @@ from typing import Any, Protocol
 from qprobe.stages import RewardBatch, RewardRow
 from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
+from qprobe_code_gen.problems.mbpp import SLOW
 from qprobe_code_gen.sandbox import JUDGE, Executor, Limits, Program, Reference, Verdict
+
+ROOM = 4.0  # times its reference's CPU time that a program of a slow problem may take
 
 
 class Reader(Protocol):
@@ -28,7 +31,7 @@ class UnitTestReward:
     Args:
         problems: those that the completions belong to.
         style: how completions become programs.
-        limits: of one program.
+        limits: of one program; those of a problem whose own solution is slow are wider.
         workers: programs that run at once; None is the number of processors.
         strict: refuse to run when a layer of isolation is missing.
         one_process: run programs together with tests that need more of them than their functions' results; such programs
@@ -89,7 +92,12 @@ class UnitTestReward:
     def program(self, task_id: str, completion: str) -> Program:
         """What is executed for a completion."""
         problem = self.problems[task_id]
-        return _executed(self.style.program(problem, completion), problem)
+        program = _executed(self.style.program(problem, completion), problem)
+        if task_id not in SLOW:
+            return program
+        # Else a slow machine would decide whether a right program passes.
+        own = self.limits.relative_to(SLOW[task_id], factor=ROOM, least=self.limits.cpu_seconds)
+        return dataclasses.replace(program, limits=own)
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         """Batches as they are finished: the executor's pool is fed across their borders, so it never waits for one."""

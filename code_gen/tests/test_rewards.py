@@ -93,3 +93,14 @@ def test_check_names_the_problem_that_needs_one_process_where_that_is_refused() 
     UnitTestReward([problem], STYLE, workers=1).check()
     with pytest.raises(ValueError, match=r"The problem p/1: .*class Node"):
         UnitTestReward([problem], STYLE, workers=1, one_process=False).check()
+
+
+def test_a_problem_whose_own_solution_is_slow_has_room_for_a_slow_machine() -> None:
+    problems = [
+        Problem(name, "", "", "", "", "f", "assert f()", "def f(): return 1") for name in ("MBPP/123", "MBPP/124")
+    ]
+    slow, usual = (UnitTestReward(problems, STYLE, Limits()).program(p.task_id, "def f(): return 1") for p in problems)
+    assert slow.limits == Limits(cpu_seconds=10.0)  # four times the 2.5 s that it takes
+    assert usual.limits is None
+    wide = UnitTestReward(problems, STYLE, Limits(cpu_seconds=30.0, memory_mib=512))
+    assert wide.program("MBPP/123", "def f(): return 1").limits == Limits(cpu_seconds=30.0, memory_mib=512)

@@ -15,6 +15,8 @@ from qprobe_code_gen.problems.base import Problem, ProblemSet
 HUB_ID = "google-research-datasets/mbpp"
 SPLITS = {"mbpp-fewshot": range(1, 11), "mbpp-test": range(11, 511), "mbpp-train": range(511, 975)}
 COLUMNS = {"task_id", "text", "code", "test_list", "test_setup_code"}
+# CPU seconds of solutions of the data set's own (on a machine at rest) that are near the usual limit of a program.
+SLOW = {"MBPP/123": 2.5}
 REQUEST = "Your code should pass these tests:"
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-JUDGE = 2  # version of what decides verdicts; it counts up with every change that may change one. 1: in one process
+JUDGE = 3  # version of what decides verdicts; it counts up with every change that may change one. 1: in one process
 
 
 class ExecutorError(RuntimeError):
