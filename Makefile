@@ -37,7 +37,7 @@ humaneval: $(VENV)/.installed ## HumanEval by cross-validation, a model of yours
 mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table 1's set-up): ARGS="model=hub model.name=..."
 	$(BIN)/qprobe-code-gen experiment=mbpp $(ARGS)
 
-mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour: ARGS="dataset.mbpp_file=mbpp.jsonl.gz", or the hub
+mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour
 	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
 
 mbpp_small_baselines: $(VENV)/.installed ## The same with every baseline of Table 1, half an hour more

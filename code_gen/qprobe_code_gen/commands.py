@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("--format", choices=FORMATS, required=True)
     writing.add_argument("--pool", help="such as mbpp-test.sample; the run's only one if not said")
     writing.add_argument("--output", type=Path, help="the file; RUN/samples/POOL.FORMAT.jsonl if not said")
-    writing.add_argument("--mbpp-file", help="MBPP as a JSON-lines file; the Hugging Face hub if not said")
+    writing.add_argument("--mbpp-file", help="MBPP as a JSON-lines file; the one in the package if not said")
     return parser
 
 

@@ -35,7 +35,7 @@ def write_samples(
 
     Raises:
         ValueError: no such pool or several, a pool of no programs, one that is not finished.
-        OSError: MBPP is neither in a file nor to be had from the hub.
+        OSError: no such file with MBPP.
     """
     if form not in FORMATS:
         raise ValueError(f"The format {form!r} is unknown: choose {' or '.join(FORMATS)}.")

@@ -108,6 +108,13 @@ def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: st
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str) -> None:
+    chosen = composed(experiment, "model=embedded")["model"]
+    assert chosen == yaml.safe_load((CORE / "model" / "embedded.yaml").read_text())
+    assert composed(experiment, "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
 def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(experiment: str, choice: str) -> None:
     # No experiment says hidden widths on top of a choice that the user makes.

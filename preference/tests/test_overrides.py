@@ -31,6 +31,13 @@ def said(group: str, values: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str) -> None:
+    chosen = composed(f"experiment={experiment}", "model=embedded")["model"]
+    assert (chosen["name"], chosen["device_map"]) == ("embedded", None)
+    assert composed(f"experiment={experiment}", "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
 def test_what_is_said_is_what_runs(experiment: str, choice: str) -> None:
     config = composed(

@@ -27,7 +27,7 @@ def from_file(file: str, columns: set[str], name: str, key: str | None, kind: st
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        advice = f"give dataset.{key}=FILE, or null for the hub" if key else "check the name"
+        advice = f"give dataset.{key}=FILE, or null for the published ones" if key else "check the name"
         raise FileNotFoundError(f"{name}: there is no file {path}; {advice}.")
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
