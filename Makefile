@@ -37,6 +37,9 @@ humaneval: $(VENV)/.installed ## HumanEval by cross-validation, a model of yours
 mbpp: $(VENV)/.installed ## Trained on MBPP, tested on MBPP and HumanEval (Table 1's set-up): ARGS="model=hub model.name=..."
 	$(BIN)/qprobe-code-gen experiment=mbpp $(ARGS)
 
+recorded_mbpp: $(VENV)/.installed ## Table 1's set-up with the recorded model: trained on MBPP, tested on MBPP and HumanEval, minutes
+	$(BIN)/qprobe-code-gen experiment=recorded_mbpp $(ARGS)
+
 mbpp_small: $(VENV)/.installed ## Table 1 in small, embedded model, half an hour
 	$(BIN)/qprobe-code-gen experiment=mbpp_small $(ARGS)
 
@@ -161,4 +164,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 
 .PHONY: table1 table1_ours table1_few_shot table2 table2_ours table3 table3_kto table3_ours table4 table4_mlp table4_ours
 .PHONY: fig2 fig2_ours fig3 fig3_ours fig4 fig4_ours fig5 fig6
-.PHONY: demo recorded demo-live preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp mbpp_small mbpp_small_baselines gsm8k gsm8k_small inspect report check test-all bench bench-law bench-executor setup constraints clean help
+.PHONY: demo recorded demo-live preference-demo test test-vllm bench-back-ends setup-vllm constraints-vllm humaneval mbpp recorded_mbpp mbpp_small mbpp_small_baselines gsm8k gsm8k_small inspect report check test-all bench bench-law bench-executor setup constraints clean help

@@ -112,8 +112,8 @@ def test_every_experiment_runs_shrunk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [f"experiment={name}", *shrunk(tiny_code_model, tmp_path, name), "model.device_map=null"]
-    if name == "recorded":  # its model is in the recording
-        words = [word for word in words if not word.startswith(("model", "embedder", "sampler.max"))]
+    if name.startswith("recorded"):  # model and problems are those of the recording
+        words = [word for word in words if not word.startswith(("model", "embedder", "sampler.max", "dataset"))]
     words += ["embedder.layers=[1,2]"] if name.endswith("_ours") else []
     words += ["authors.layer=1"] if name in ("table1_ours", "table2_ours") else []
     if name in ON_API:
