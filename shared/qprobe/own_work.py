@@ -67,6 +67,11 @@ class Work:
         return [f"{share:.0%} of the completions were cut at sampler.max_new_tokens={longest}."]
 
 
+def run_folder(prompts: Path, folder: Path | None) -> Path:
+    """The run folder that was said, or runs/NAME after the file of prompts."""
+    return Path("runs") / prompts.stem if folder is None else folder
+
+
 def run(
     prompts: Path,
     reward: str,
@@ -89,7 +94,7 @@ def run(
     Raises:
         FileNotFoundError, ValueError: a file, a line of it, a setting or the reward that cannot be used.
     """
-    folder = Path("runs") / prompts.stem if folder is None else folder
+    folder = run_folder(prompts, folder)
     config = _config(f"{prompts.stem}, {reward}", overrides)
     rows = jsonl.read_prompts(prompts, PROMPTS)
     test_rows = [] if test is None else jsonl.read_prompts(test, TEST)

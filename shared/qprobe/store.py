@@ -35,6 +35,9 @@ from qprobe.files import fingerprint, remove_abandoned, write_whole
 # memory then does not grow with the number of samples. Below it a file would only cost time.
 MAPPED_ABOVE = 256 * 2**20
 
+# A file of a run folder that names others with tables from the same inputs, and how far above a table's own folder it may lie.
+SHARED, SHARE_DEPTH = "shared.json", 3
+
 KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
 PROMPTS = pa.schema(
     [
@@ -293,8 +296,42 @@ class Table:
 
 
 def open_table(run: Path, *parts: str, inputs: dict[str, Any], schema: pa.Schema | None = None) -> Table:
-    """The table run/parts..., whether it exists or not."""
-    return Table(run.joinpath(*parts), inputs, schema)
+    """The table run/parts..., whether it exists or not; in a shared run folder with what others have of it (`share`)."""
+    table = Table(run.joinpath(*parts), inputs, schema)
+    for folder in (run, *run.parents)[:SHARE_DEPTH]:
+        if (shared := folder / SHARED).exists():
+            for other in json.loads(shared.read_text()):
+                _take(table, Path(other) / table.folder.relative_to(folder))
+            break
+    return table
+
+
+def share(run: Path, others: Sequence[Path]) -> None:
+    """Have the tables of a run folder take the parts that other run folders have, made from the same inputs: links, no copies."""
+    write_whole(run / SHARED, json.dumps([str(other.absolute()) for other in others], indent=2).encode())
+
+
+def _take(table: Table, other: Path) -> None:
+    """Link the parts of a table that was made from the same inputs; what cannot be linked is copied."""
+    try:
+        manifest = (other / "manifest.json").read_text()
+        alike = json.loads(manifest)["inputs"] == json.loads(json.dumps(table.inputs))
+    except (ValueError, KeyError, TypeError, OSError):  # there is none, or another process writes it just now
+        return
+    if not alike or (
+        table._manifest.exists() and json.loads(table._manifest.read_text()).get("inputs") != table.inputs
+    ):
+        return
+    lacking = [part for part in sorted(other.glob("part-*.parquet")) if not (table.folder / part.name).exists()]
+    if lacking and not table._manifest.exists():
+        write_whole(table._manifest, manifest.encode())
+    for part in lacking:
+        try:
+            (table.folder / part.name).hardlink_to(part)
+        except FileExistsError:  # another process of this run was quicker
+            continue
+        except OSError:  # another file system
+            write_whole(table.folder / part.name, part.read_bytes())
 
 
 def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
