@@ -88,6 +88,7 @@ COMMAND = Experiments(
     ],
     run=run,
     folder=run_folder,
+    check=composition.procedures,
     commands=commands.NAMES,
     other=commands.main,
 )

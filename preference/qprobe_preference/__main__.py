@@ -107,7 +107,8 @@ COMMAND = Experiments(
     name="qprobe-preference",
     package="qprobe_preference.conf",
     does="Q-probes on preference pairs: probes of a language model's hidden states learn which of two answers is preferred,\n"
-    "and are measured on pairs that they did not see; as a policy they choose among answers of the model, and a judge counts the wins.",
+    "and are measured on pairs that they did not see. As a policy they choose among answers of the model, and a judge\n"
+    "counts the wins.",
     examples=[
         (
             "qprobe-preference experiment=hh_local dataset.path=harmless-base-test.jsonl.gz dataset.limit=40",
@@ -124,6 +125,7 @@ COMMAND = Experiments(
     ],
     run=run,
     folder=policy.folder_of_run,
+    check=composition.procedures,
 )
 
 

@@ -95,7 +95,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         formatter_class=layout,
     )
     running.add_argument(
-        "prompts", type=Path, help="JSON lines, each with prompt (or messages) and fields for the reward"
+        "prompts",
+        type=Path,
+        help="JSON lines, each with prompt (or messages) and fields for the reward; may be .gz or .zst; - is the standard input",
     )
     running.add_argument(
         "--reward", required=True, help="module:function or file.py:function, giving a number in [0, 1]"
@@ -111,7 +113,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         formatter_class=layout,
     )
     importing.add_argument(
-        "candidates", type=Path, help="JSON lines, each with prompt (or messages), completion, reward"
+        "candidates",
+        type=Path,
+        help="JSON lines, each with prompt (or messages), completion, reward; may be .gz or .zst; - is the standard input",
     )
     importing.add_argument("--run", type=Path, required=True, help="the run folder")
     importing.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
@@ -180,6 +184,7 @@ def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], 
         overrides,
         lambda words: {**composition.composed("run", words), "paths": {"run": str(folder)}},
         lambda config: Path(config["paths"]["run"]),
+        composition.procedures,
     )
     status = multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
     if shown := multirun.summary(jobs):

@@ -47,6 +47,7 @@ class Experiments:
         examples: command lines with what each is for; three are enough.
         run: runs a composed configuration.
         folder: where a configuration's run folder lies.
+        check: raises for what cannot be, without work: asked of all jobs before the first is run.
         commands: words that stand in the place of an experiment, with what each does.
         other: runs such a command, given its words from its name on; returns the exit status.
     """
@@ -57,6 +58,7 @@ class Experiments:
     examples: Sequence[tuple[str, str]]
     run: Callable[[dict[str, Any]], None]
     folder: Callable[[dict[str, Any]], Path]
+    check: Callable[[dict[str, Any]], object]
     commands: Mapping[str, str] = field(default_factory=dict)
     other: Callable[[Sequence[str]], int] | None = None
 
@@ -131,7 +133,7 @@ class Experiments:
     def _multirun(self, words: list[str], debug: bool) -> int:
         launched = any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in words)
         compose = functools.partial(configuration.composed, self.package, "config")
-        jobs = multirun.plan(words, compose, self.folder)
+        jobs = multirun.plan(words, compose, self.folder, self.check)
         if launched:
             status = self._by_hydra([*MULTIRUN[:1], *words], jobs, debug)
         else:

@@ -2,7 +2,7 @@
 
 Jobs that would write into one run folder get folders of their own beside it, RUN-multirun/<what is said>. Tables that are made
 from the same inputs (completions, rewards, features) are made once: a job takes the parts that the run folder and the jobs
-before it have (`store.share`). Shards of one run are no jobs of their own: they meet in its folder.
+before it have (`sharing`). Shards of one run are no jobs of their own: they meet in its folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import configuration, store
+from qprobe import configuration, sharing
 from qprobe.files import fingerprint, write_whole
 from qprobe.report.results import Results
 from qprobe.settings import UsageError
@@ -52,6 +52,7 @@ def plan(
     words: Sequence[str],
     compose: Callable[[Sequence[str]], dict[str, Any]],
     folder_of: Callable[[dict[str, Any]], Path],
+    check: Callable[[dict[str, Any]], object],
 ) -> list[Job]:
     """The jobs of a multirun, every configuration looked at before any work.
 
@@ -59,6 +60,7 @@ def plan(
         words: of the command line, some with several values.
         compose: a configuration of words with one value each.
         folder_of: the run folder of a configuration, which depends on `paths.run`.
+        check: raises for a configuration that cannot be.
 
     Raises:
         UsageError, ValueError: what cannot be, of any job.
@@ -67,6 +69,7 @@ def plan(
     found = []
     for job in configuration.jobs(words):
         config = compose(job)
+        check(config)
         said = [word for word in job if word.partition("=")[0].lstrip("+~") in keys]
         label = ", ".join(word for word in said if not word.startswith("shard="))
         goal = str(config["paths"].get("outputs") or config["paths"]["run"])
@@ -119,6 +122,7 @@ def run(name: str, jobs: Sequence[Job], execute: Callable[[Job], None]) -> int:
         except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(job.label or " ".join(job.words))
+            _tidy(job)
     if failed:
         print(f"{name}: {len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}.", file=sys.stderr)
     return 1 if failed else 0
@@ -128,7 +132,17 @@ def prepare(job: Job, jobs: Sequence[Job]) -> None:
     """Let a job's run folder take the tables that others have made from the same inputs."""
     if job.run is not None:
         others = dict.fromkeys([job.base, *(other.folder for other in jobs if other.run is not None)])
-        store.share(job.folder, [folder for folder in others if folder != job.folder])
+        sharing.share(job.folder, [folder for folder in others if folder != job.folder])
+
+
+def _tidy(job: Job) -> None:
+    """A job that failed before it wrote anything leaves no folder."""
+    if job.run is not None and [path.name for path in job.folder.iterdir()] == [sharing.NAME]:
+        (job.folder / sharing.NAME).unlink()
+        for folder in (job.folder, *job.folder.parents[:2]):
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def summary(jobs: Sequence[Job]) -> str:
@@ -155,7 +169,7 @@ def summary(jobs: Sequence[Job]) -> str:
     text = [
         "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
     ]
-    return "\n".join(["", *text, "", f"tables:   {folder}", *(f"run:      {run}" for run in labels)])
+    return "\n".join(["", *text, "", f"tables:   {folder}", *(f"run:      {run}" for run in labels if run.exists())])
 
 
 def _rows(folder: Path) -> list[list[Any]]:

@@ -16,6 +16,7 @@ import datetime
 import functools
 import json
 import platform
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -29,14 +30,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qprobe import sharing
 from qprobe.files import fingerprint, remove_abandoned, write_whole
 
 # Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
 # memory then does not grow with the number of samples. Below it a file would only cost time.
 MAPPED_ABOVE = 256 * 2**20
 
-# A file of a run folder that names others with tables from the same inputs, and how far above a table's own folder it may lie.
-SHARED, SHARE_DEPTH = "shared.json", 3
+# What stands behind the fingerprints of inputs: a fingerprint tells a user nothing.
+MEANINGS = {
+    "completions": "the completions that it was made of",
+    "prompts": "the prompts that it was made of",
+    "split.file": "the content of the file of prompts",
+    "split.content": "the content of the data set",
+    "recorded.completions": "the completions that were brought along",
+    "reward.rewards": "the rewards of the file",
+    "reward.source": "the file of the reward function",
+    "reward.fields": "the fields of the prompts' lines that the reward reads",
+}
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
 PROMPTS = pa.schema(
@@ -296,42 +308,10 @@ class Table:
 
 
 def open_table(run: Path, *parts: str, inputs: dict[str, Any], schema: pa.Schema | None = None) -> Table:
-    """The table run/parts..., whether it exists or not; in a shared run folder with what others have of it (`share`)."""
+    """The table run/parts..., whether it exists or not; in a run folder that shares, with what the others have of it."""
     table = Table(run.joinpath(*parts), inputs, schema)
-    for folder in (run, *run.parents)[:SHARE_DEPTH]:
-        if (shared := folder / SHARED).exists():
-            for other in json.loads(shared.read_text()):
-                _take(table, Path(other) / table.folder.relative_to(folder))
-            break
+    sharing.take(run, table.folder, inputs)
     return table
-
-
-def share(run: Path, others: Sequence[Path]) -> None:
-    """Have the tables of a run folder take the parts that other run folders have, made from the same inputs: links, no copies."""
-    write_whole(run / SHARED, json.dumps([str(other.absolute()) for other in others], indent=2).encode())
-
-
-def _take(table: Table, other: Path) -> None:
-    """Link the parts of a table that was made from the same inputs; what cannot be linked is copied."""
-    try:
-        manifest = (other / "manifest.json").read_text()
-        alike = json.loads(manifest)["inputs"] == json.loads(json.dumps(table.inputs))
-    except (ValueError, KeyError, TypeError, OSError):  # there is none, or another process writes it just now
-        return
-    if not alike or (
-        table._manifest.exists() and json.loads(table._manifest.read_text()).get("inputs") != table.inputs
-    ):
-        return
-    lacking = [part for part in sorted(other.glob("part-*.parquet")) if not (table.folder / part.name).exists()]
-    if lacking and not table._manifest.exists():
-        write_whole(table._manifest, manifest.encode())
-    for part in lacking:
-        try:
-            (table.folder / part.name).hardlink_to(part)
-        except FileExistsError:  # another process of this run was quicker
-            continue
-        except OSError:  # another file system
-            write_whole(table.folder / part.name, part.read_bytes())
 
 
 def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
@@ -471,7 +451,13 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
             for name in names
         ]
         return "; ".join([line for line in lines if line][:4])
-    return "" if found == json.loads(json.dumps(wanted)) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
+    if found == json.loads(json.dumps(wanted)):
+        return ""
+    if path in MEANINGS and isinstance(wanted, str):
+        return f"{MEANINGS[path]} changed"
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (found, wanted)):
+        return f"the content of {path} changed"
+    return f"{path} was {found!r:.80}, now {wanted!r:.80}"
 
 
 def _is_older(found: Any, wanted: Any) -> bool:
