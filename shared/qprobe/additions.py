@@ -19,7 +19,7 @@ import pyarrow as pa
 from qprobe import store
 from qprobe.files import write_whole
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool
+from qprobe.stages import Pool, Reward
 from qprobe.store import StoreError, Table
 
 # Says that the new rows of a run folder are whole, and that tables of the former file may go.
@@ -45,21 +45,22 @@ class Former:
     identity: str
 
 
-def take(pool: Pool, rewards: Mapping[str, Sequence[float]], reward: str) -> str | None:
+def take(pool: Pool, reward: Reward, rewards: Mapping[str, Sequence[float]]) -> str | None:
     """Let a run folder take a file that was added to.
 
     Args:
         pool: of the file as it is now, with its recorded completions.
-        rewards: by task id, in the order of the completions.
-        reward: name of the rewards' table.
+        reward: the stage that gives the recorded rewards.
+        rewards: these, by task id, in the order of the completions.
 
     Returns: a sentence on what was added; None where nothing was.
 
     Raises:
         StoreError: the file lacks something that was imported, or says otherwise; the message says what.
     """
+    _recover(pool)
     if (pool.run / MARK).exists():  # an earlier call was stopped on its way
-        _clear(pool, reward)
+        _clear(pool, reward.name)
     former = _former(pool, reward)
     if former is None:
         return None
@@ -79,11 +80,13 @@ def take(pool: Pool, rewards: Mapping[str, Sequence[float]], reward: str) -> str
         for path in (pool.run / kind / pool.name).rglob("manifest.json")
     ]
     moved = {folder: new for folder in tables if (new := _taken_over(folder, pool, former, rendered)) is not None}
-    write_whole(pool.run / MARK, json.dumps({"from": former.identity, "to": pool.completions.identity}).encode())
     for folder, new in moved.items():
-        shutil.rmtree(folder)
+        aside = folder.with_name(f".{folder.name}.former")
+        folder.rename(aside)
         new.rename(folder)
-    _clear(pool, reward)
+        shutil.rmtree(aside)
+    write_whole(pool.run / MARK, b"{}\n")
+    _clear(pool, reward.name)
     added = sum(map(len, now.values())) - sum(map(len, former.completions.values()))
     new_prompts = len(now) - len(former.completions)
     return (
@@ -92,13 +95,18 @@ def take(pool: Pool, rewards: Mapping[str, Sequence[float]], reward: str) -> str
     )
 
 
-def _former(pool: Pool, reward: str) -> Former | None:
+def _former(pool: Pool, reward: Reward) -> Former | None:
     """What is there, where it was made as this pool is and from another file."""
     folder = pool.completions.folder
     if not (folder / "manifest.json").exists() or not (pool.prompts.folder / "manifest.json").exists():
         return None
     found, prompts = store.found_table(folder, store.COMPLETIONS), store.found_table(pool.prompts.folder, store.PROMPTS)
-    if found.inputs == pool.completions.inputs or not (found.parts() and prompts.parts()):
+    at = pool.rewards(reward).folder
+    rewarded = (at / "manifest.json").exists()
+    same = found.inputs == json.loads(json.dumps(pool.completions.inputs))
+    if rewarded and same:
+        same = store.found_table(at).inputs == json.loads(json.dumps(pool.rewards(reward).inputs))
+    if same or not (found.parts() and prompts.parts()):
         return None
     if "recorded" not in found.inputs or found.inputs["batch_rows"] != pool.batch_rows:
         return None
@@ -115,8 +123,7 @@ def _former(pool: Pool, reward: str) -> Former | None:
         keys[row["task_id"], row["sample"]] = texts[row["task_id"]], row["completion"], number
         of_prompt.append(row["completion"])
     rewards: defaultdict[str, list[float]] | None = None
-    at = pool.run / "rewards" / pool.name / reward
-    if (at / "manifest.json").exists():
+    if rewarded and store.found_table(at).parts():
         rewards = defaultdict(list)
         for row in sorted(
             store.found_table(at, store.REWARDS).read().to_pylist(), key=lambda r: (r["task_id"], r["sample"])
@@ -202,13 +209,23 @@ def _taken_over(folder: Path, pool: Pool, former: Former, rendered: Mapping[str,
 def _clear(pool: Pool, reward: str) -> None:
     """Remove the copies of the former file; the stages write those of the present one. The mark goes last."""
     rewards = pool.run / "rewards" / pool.name / reward
-    for folder, wanted in (
-        (rewards, None),
-        (pool.completions.folder, pool.completions),
-        (pool.prompts.folder, pool.prompts),
-    ):
+    tables: list[tuple[Path, Table | None]] = [(rewards, None)]
+    tables += [(table.folder, table) for table in (pool.completions, pool.prompts)]
+    for folder, wanted in tables:
         if folder.exists() and (
             wanted is None or store.found_table(folder).inputs != json.loads(json.dumps(wanted.inputs))
         ):
-            shutil.rmtree(folder)
+            aside = folder.with_name(f".{folder.name}.former")
+            folder.rename(aside)  # at once: half a table would be a fault
+            shutil.rmtree(aside)
     (pool.run / MARK).unlink()
+
+
+def _recover(pool: Pool) -> None:
+    """Finish what a call that was stopped had begun: a whole new table takes its place, what was moved aside goes."""
+    for beside in list(pool.run.rglob(".*.adding")):
+        folder = beside.with_name(beside.name.removeprefix(".").removesuffix(".adding"))
+        if not folder.exists():
+            beside.rename(folder)
+    for aside in list(pool.run.rglob(".*.former")):
+        shutil.rmtree(aside)

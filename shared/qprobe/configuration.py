@@ -182,6 +182,8 @@ def _parsed(words: Sequence[str]) -> list[Override]:
     for word in words:
         try:
             found.append(parser.parse_override(word))
+            if not str(found[-1].key_or_group).strip():
+                raise UsageError(f"{word} names no setting: write KEY=VALUE.")
         except HydraException as error:
             why = str(error).splitlines()[0].rstrip(".")
             if "=" not in word and not word.startswith("~"):

@@ -165,7 +165,7 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     work = Work(pipeline, config, again, [said, *found.notes])
     if pipeline.shard[1] > 1:
         return work  # processes that share a run folder do not rearrange it
-    begin = functools.partial(additions.take, pipeline.test_pools[0], found.rewards, RecordedReward.name)
+    begin = functools.partial(additions.take, pipeline.test_pools[0], pipeline.reward, found.rewards)
     return dataclasses.replace(work, begin=begin)
 
 
