@@ -109,6 +109,10 @@ class Experiments:
         words = _with_folder(words)
         plain = [word for word in words if word not in MULTIRUN]
         if set(words) & set(HYDRAS):
+            if "--hydra-help" not in words:
+                configuration.composed(
+                    self.package, "config", [word for word in plain if "=" in word and word[0] != "-"]
+                )
             return self._by_hydra(words, [], debug)
         if set(words) & set(MULTIRUN):
             return self._multirun(plain, debug)
@@ -123,8 +127,12 @@ class Experiments:
                 raise UsageError(f"There is no option {word}{meant(word, known)}: {self.name} --help lists them.")
         if "=" not in words[0] and not words[0].startswith(("-", "~")):
             experiments = [choice.name for choice in configuration.groups(self.package)[configuration.EXPERIMENT]]
-            known = [*self.commands, *(f"experiment={name}" for name in experiments)]
-            near = meant(words[0], known)
+            named = {name: name for name in self.commands} | {name: f"experiment={name}" for name in experiments}
+            near = meant(words[0], named)
+            for name in sorted(named, key=len, reverse=True):  # an experiment is named with its group
+                if f"did you mean {name}" in near:
+                    near = f" (did you mean {named[name]}?)"
+                    break
             raise UsageError(
                 f"There is no command {words[0]}{near}: say experiment=NAME, NAME one of {', '.join(experiments)}"
                 f"{'; or ' + ' or '.join(self.commands) if self.commands else ''}."
@@ -149,7 +157,12 @@ class Experiments:
         task = functools.partial(_task, self, jobs, debug)
         decorated = hydra.main(version_base="1.3", config_path=f"pkg://{self.package}", config_name="config")(task)
         before = sys.argv
-        sys.argv = [self.name, *words]
+        settings = [word for word in words if "=" in word and not word.startswith("-")]
+        sys.argv = [
+            self.name,
+            *settings,
+            *(word for word in words if word not in settings),
+        ]  # Hydra wants them in one piece
         if debug:
             os.environ["HYDRA_FULL_ERROR"] = "1"
         try:

@@ -40,28 +40,40 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
 
 
+def read_unpacked(path: Path) -> bytes:
+    """The content of a file, unpacked where it is packed by gzip, bzip2 or Zstandard (by its first bytes, whatever its name).
+
+    Args:
+        path: "-" is the standard input.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a damaged file.
+    """
+    if str(path) == "-":
+        raw = sys.stdin.buffer.read()
+    elif path.is_dir() or not path.exists():
+        raise FileNotFoundError(f"There is no file {path}{' but a folder' if path.is_dir() else ''}: check the name.")
+    else:
+        raw = path.read_bytes()
+    for kind, (start, unpack) in PACKED.items():
+        if raw.startswith(start):
+            try:
+                return unpack(raw)
+            except (OSError, EOFError, zlib.error, ValueError) as error:
+                raise ValueError(f"{path} is a damaged {kind} file ({error}): fetch it again.") from error
+    return raw
+
+
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, plain or packed by gzip, bzip2 or Zstandard; "-" is the standard input.
+    """The text of a file in UTF-8, otherwise as `read_unpacked`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that is no text.
     """
-    if str(path) == "-":
-        raw = sys.stdin.buffer.read()
-    elif path.is_file() or path.is_fifo():
-        raw = path.read_bytes()
-    else:
-        raise FileNotFoundError(f"There is {'a folder and ' if path.is_dir() else ''}no file {path}: check the name.")
-    for kind, (start, unpack) in PACKED.items():
-        if raw.startswith(start):
-            try:
-                raw = unpack(raw)
-            except (OSError, EOFError, zlib.error, ValueError) as error:
-                raise ValueError(f"{path} is a damaged {kind} file ({error}): fetch it again.") from error
-            break
     try:
-        return raw.decode("utf-8-sig")
+        return read_unpacked(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
