@@ -100,7 +100,7 @@ def read_prompts(path: Path, split: str) -> list[PromptRow]:
             )
         rows.append(row)
     if not rows:
-        raise ValueError(f'{path} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
+        raise ValueError(f'{_named(path)} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
     return rows
 
 
@@ -163,13 +163,13 @@ def read_candidates(path: Path, split: str) -> Candidates:
         extra |= dict.fromkeys(name for name in values if name not in OWN_FIELDS | {"completion", "reward"})
     if not groups:
         raise ValueError(
-            f'{path} has no candidates: give one JSON object a line, such as {{"prompt": "...", "completion": "...", '
+            f'{_named(path)} has no candidates: give one JSON object a line, such as {{"prompt": "...", "completion": "...", '
             '"reward": 0.5}.'
         )
     alone = [task_id for task_id, texts in completions.items() if len(texts) == 1]
     if len(alone) == len(groups):
         raise ValueError(
-            f"{path} has a single candidate of every prompt: there is nothing to choose from; give two at least of each."
+            f"{_named(path)} has a single candidate of every prompt: there is nothing to choose from; give two at least of each."
         )
     notes = []
     if extra:
@@ -262,4 +262,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _wrong(path: Path, number: int, what: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: {what}.")
+    return ValueError(f"{_named(path)}, line {number}: {what}.")
+
+
+def _named(path: Path) -> str:
+    return "The standard input" if str(path) == "-" else str(path)

@@ -362,3 +362,29 @@ def test_an_unknown_argument_prints_the_usage(arguments: list[str], capsys: pyte
         cli.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("usage: qprobe")
+
+
+def test_the_standard_input_and_packed_files_are_read(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    text = "\n".join(map(json.dumps, candidates())).encode()
+    Path("mine.jsonl.gz").write_bytes(gzip.compress(text))
+    assert call("import", "mine.jsonl.gz", "--run", "runs/packed", "stages=[sample,reward]") == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert call("import", "-", "--run", "runs/piped", "stages=[sample,reward]") == 0
+    table = "completions/prompts.sample"
+    assert rows(f"runs/packed/{table}", store.COMPLETIONS) == rows(f"runs/piped/{table}", store.COMPLETIONS)
+    prompts = "\n".join(json.dumps({"prompt": f"Say {n}.", "number": n}) for n in range(6)).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompts)))
+    assert call("run", "-", "--reward", "own_reward.py:reward", "stages=[sample]") == 0
+    assert Path("runs/stdin/completions").is_dir()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    assert call("import", "-", "--run", "runs/piped") == 1
+
+
+def test_one_prompt_cannot_be_cross_validated(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    write("one.jsonl", {"prompt": "Say 1.", "number": 1})
+    assert call("run", "one.jsonl", "--reward", "own_reward.py:reward") == 1
+    said = capsys.readouterr().err
+    assert "1 prompt cannot make 2 folds: cross-validation needs two at least" in said
+    assert "evaluation.folds=2" not in said
