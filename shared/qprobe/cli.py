@@ -6,51 +6,98 @@ qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
 qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
+
+`run` and `import` take several values with -m: a run for every combination.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qprobe import command, completion, configuration
+from qprobe.command import Parser, groups_text, guarded, without_debug
 
 if TYPE_CHECKING:
     from qprobe.own_work import Work
 
+EXAMPLES = """\
+examples:
+  qprobe run prompts.jsonl --reward short.py:reward --run runs/short sampler.n=16
+  qprobe import candidates.jsonl --run runs/mine model=hub model.name=NAME
+  qprobe answer --probe runs/short/probes/prompts/policy_gradient "Write a sentence about the sea."
+
+qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
+CHANGED = ("run", "import", "answer")  # commands that take KEY=VALUE
+SEVERAL = "a run for every combination of values: probe.learning_rate=1e-3,1e-2"
 OVERRIDES = "KEY=VALUE arguments change settings, such as sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    chosen, rest = _parser().parse_known_args(arguments)
-    if unknown := [
-        word
-        for word in rest
-        if chosen.command in ("inspect", "report", "pack") or word.startswith("-") or "=" not in word
-    ]:
+    words, debug = without_debug(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        _parser().print_help(sys.stderr)
+        return 2
+    return guarded("qprobe", functools.partial(_main, words), debug)
+
+
+def _main(words: list[str]) -> int | None:
+    if words[0] == "--completion":
+        print(_completion(words[1:]))
+        return None
+    chosen, rest = _parser().parse_known_args(words)
+    if unknown := [word for word in rest if chosen.command not in CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
-    try:
-        work[chosen.command](chosen, rest)
-    except KeyboardInterrupt:
-        print("\nqprobe: stopped. What was written stays; the same command goes on from there.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"qprobe: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return work[chosen.command](chosen, rest)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qprobe", description="Q-probes: adapt a frozen language model to a reward.")
+def _completion(shells: Sequence[str]) -> str:
+    _, commands = _parsers()
+    settings = [
+        f"{group}={choice.name}" for group, of in configuration.groups(configuration.CORE).items() for choice in of
+    ]
+    settings += [f"{key}=" for key in configuration.keys(configuration.CORE, "run")]
+    of_command = {"": [*commands, "--help", "--version", "--completion"]}
+    for name, parser in commands.items():
+        options = [option for action in parser._actions for option in action.option_strings]
+        of_command[name] = [*options, *(settings if name in CHANGED else [])]
+    return completion.script("qprobe", shells, of_command)
+
+
+def _parser() -> Parser:
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The command's parser, and those of its commands by name."""
+    layout = argparse.RawDescriptionHelpFormatter
+    groups = groups_text(configuration.groups(configuration.CORE))
+    parser = Parser(
+        prog="qprobe",
+        description="Q-probes: adapt a frozen language model to a reward. Completions are drawn and rewarded, a small probe of\n"
+        "the model's hidden states learns which earn more, and chooses among candidates.",
+        epilog=f"{EXAMPLES}\n\n{groups}",
+        formatter_class=layout,
+    )
+    parser.add_argument("--version", action="version", version=command.version("qprobe"))
+    parser.add_argument("--completion", metavar="SHELL", help="print the completion for bash or zsh")
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser(
-        "run", help="your prompts and your reward: completions, rewards, probes, a table", epilog=OVERRIDES
+        "run",
+        help="your prompts and your reward: completions, rewards, probes, a table",
+        epilog=f"{OVERRIDES}\n\n{groups}",
+        formatter_class=layout,
     )
     running.add_argument(
-        "prompts", type=Path, help="JSON lines, each with prompt (or messages) and fields for the reward"
+        "prompts",
+        type=Path,
+        help="JSON lines, each with prompt (or messages) and fields for the reward; may be .gz or .zst; - is the standard input",
     )
     running.add_argument(
         "--reward", required=True, help="module:function or file.py:function, giving a number in [0, 1]"
@@ -58,13 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--run", type=Path, help="the run folder; runs/NAME after the file of prompts if not said")
     running.add_argument("--test", type=Path, help="prompts to test on; without them the probes are cross-validated")
     running.add_argument("--batched", action="store_true", help="the function takes lists and gives a list")
+    running.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
     importing = commands.add_parser(
-        "import", help="the same from completions and rewards that you have already", epilog=OVERRIDES
+        "import",
+        help="the same from completions and rewards that you have already",
+        epilog=f"{OVERRIDES}\n\n{groups}",
+        formatter_class=layout,
     )
     importing.add_argument(
-        "candidates", type=Path, help="JSON lines, each with prompt (or messages), completion, reward"
+        "candidates",
+        type=Path,
+        help="JSON lines, each with prompt (or messages), completion, reward; may be .gz or .zst; - is the standard input",
     )
     importing.add_argument("--run", type=Path, required=True, help="the run folder")
+    importing.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
     answering = commands.add_parser(
         "answer",
         help="an answer chosen by a saved probe",
@@ -96,35 +150,46 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument("folder", type=Path, help="where the recording goes")
     packing.add_argument("--layers", type=int, nargs="+", help="of the features; all if not said")
     packing.add_argument("--note", action="append", default=[], help="NAME=TEXT, such as weights=..., kept in its card")
-    return parser
+    return parser, dict(commands.choices)
 
 
-def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
     from qprobe import own_work
 
-    _execute(
-        own_work.run(
-            chosen.prompts,
-            chosen.reward,
-            folder=chosen.run,
-            test=chosen.test,
-            batched=chosen.batched,
-            overrides=overrides,
-        )
+    work = functools.partial(own_work.run, chosen.prompts, chosen.reward, test=chosen.test, batched=chosen.batched)
+    return _execute(work, own_work.run_folder(chosen.prompts, chosen.run), overrides, chosen.multirun)
+
+
+def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from qprobe import own_work
+
+    work = functools.partial(own_work.import_candidates, chosen.candidates)
+    return _execute(work, chosen.run, overrides, chosen.multirun)
+
+
+def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], several: bool) -> int:
+    def execute(folder: Path, words: Sequence[str]) -> None:
+        work = make(folder=folder, overrides=words)
+        for note in work.notes:
+            print(note, file=sys.stderr)
+        work.execute()
+        print(work.closing_words())
+
+    if not several:
+        execute(folder, overrides)
+        return 0
+    from qprobe import composition, multirun
+
+    jobs = multirun.plan(
+        overrides,
+        lambda words: {**composition.composed("run", words), "paths": {"run": str(folder)}},
+        lambda config: Path(config["paths"]["run"]),
+        composition.procedures,
     )
-
-
-def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from qprobe import own_work
-
-    _execute(own_work.import_candidates(chosen.candidates, folder=chosen.run, overrides=overrides))
-
-
-def _execute(work: Work) -> None:
-    for note in work.notes:
-        print(note, file=sys.stderr)
-    work.execute()
-    print(work.closing_words())
+    status = multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
+    if shown := multirun.summary(jobs):
+        print(shown)
+    return status
 
 
 def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import cluster, models, needs
+from qprobe import cluster, configuration, models, needs
 from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement, SelfConsistency
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
@@ -37,7 +36,7 @@ from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
 from qprobe.serving import Policy
-from qprobe.settings import accepted, build, check_keys
+from qprobe.settings import UsageError, accepted, build, check_keys, meant
 from qprobe.stages import Reward, Split
 from qprobe.sweep import EvaluationSettings, Procedure
 from qprobe.training import TrainingSettings
@@ -53,63 +52,8 @@ USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
 
 def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A configuration of `qprobe/conf` with a user's overrides.
-
-    Args:
-        name: of the primary configuration.
-        overrides: KEY=VALUE each, in Hydra's grammar.
-
-    Raises:
-        ValueError: an override that cannot be, or a value that is still missing.
-        ModuleNotFoundError: hydra is missing.
-    """
-    try:
-        from hydra import compose, initialize_config_module
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-    except ModuleNotFoundError as error:
-        raise _without_hydra(error) from error
-    try:
-        with initialize_config_module("qprobe.conf", version_base="1.3"):
-            config = OmegaConf.to_container(compose(name, list(overrides)), resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ValueError(f"The setting {error.full_key} is missing: say {error.full_key}=VALUE.") from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        # What follows is advice on Hydra's own files, or on adding keys that nothing reads.
-        said = str(error).partition("Config search path")[0].partition("To append")[0]
-        raise ValueError(
-            f"The settings {' '.join(overrides)} cannot be used: {' '.join(said.split()).rstrip('.')}."
-        ) from error
-    assert isinstance(config, dict)  # the root of a configuration is one
-    return {str(key): value for key, value in config.items()}
-
-
-def run_command(name: str, config: Any, run: Callable[[dict[str, Any]], None]) -> None:
-    """What a command of Hydra does with its configuration: run it, and end with a sentence where it cannot be.
-
-    Args:
-        name: of the command.
-        config: a DictConfig.
-        run: is given the configuration as plain values.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)  # the root of a configuration is one
-        run({str(key): value for key, value in plain.items()})
-    except MissingMandatoryValue as error:
-        sys.exit(f"{name}: the setting {error.full_key} is missing: say {error.full_key}=VALUE.")
-    except OmegaConfBaseException as error:
-        sys.exit(f"{name}: the configuration is incomplete: {str(error).splitlines()[0]}.")
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        sys.exit(f"{name}: {error}")
-
-
-def _without_hydra(error: ModuleNotFoundError) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"{error}: install it with `pip install 'qprobe[hydra]'`.")
+    """A configuration of `qprobe/conf` with a user's overrides; see `configuration.composed`."""
+    return configuration.composed(configuration.CORE, name, overrides)
 
 
 @dataclass(frozen=True)
@@ -438,26 +382,16 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
 
 def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy with some values changed; no key is added."""
-    try:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-    except ModuleNotFoundError as error:
-        raise _without_hydra(error) from error
-
     config = copy.deepcopy(use)
-    for override in overrides:
-        name = override.partition("=")[0]
+    for name, value in configuration.values(overrides):
         *parents, key = name.split(".")
         at: Any = config
         for parent in parents:
             at = at.get(parent) if isinstance(at, dict) else None
         if not isinstance(at, dict) or key not in at or isinstance(at[key], dict):
-            known = [k if not isinstance(v, dict) else f"{k}.{inner}" for k, v in use.items() for inner in (v or ["-"])]
-            raise ValueError(
-                f"{override} changes nothing that an answer is made with: choose from {', '.join(sorted(set(known)))}."
+            known = {k if not isinstance(v, dict) else f"{k}.{inner}" for k, v in use.items() for inner in (v or ["-"])}
+            raise UsageError(
+                f"{name} is nothing that an answer is made with{meant(name, known)}: choose from {', '.join(sorted(known))}."
             )
-        try:
-            at[key] = OverridesParser.create().parse_override(override).value()
-        except HydraException as error:
-            raise ValueError(f"{override} cannot be read ({str(error).splitlines()[0]}): write KEY=VALUE.") from error
+        at[key] = value
     return config

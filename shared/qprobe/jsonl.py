@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe.prompts import Prompt
+from qprobe.files import read_text
+from qprobe.prompts import Prompt, wrong_messages
 
 OWN_FIELDS = {"prompt", "messages", "task_id"}
 
@@ -99,7 +100,7 @@ def read_prompts(path: Path, split: str) -> list[PromptRow]:
             )
         rows.append(row)
     if not rows:
-        raise ValueError(f'{path} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
+        raise ValueError(f'{_named(path)} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
     return rows
 
 
@@ -162,13 +163,13 @@ def read_candidates(path: Path, split: str) -> Candidates:
         extra |= dict.fromkeys(name for name in values if name not in OWN_FIELDS | {"completion", "reward"})
     if not groups:
         raise ValueError(
-            f'{path} has no candidates: give one JSON object a line, such as {{"prompt": "...", "completion": "...", '
+            f'{_named(path)} has no candidates: give one JSON object a line, such as {{"prompt": "...", "completion": "...", '
             '"reward": 0.5}.'
         )
     alone = [task_id for task_id, texts in completions.items() if len(texts) == 1]
     if len(alone) == len(groups):
         raise ValueError(
-            f"{path} has a single candidate of every prompt: there is nothing to choose from; give two at least of each."
+            f"{_named(path)} has a single candidate of every prompt: there is nothing to choose from; give two at least of each."
         )
     notes = []
     if extra:
@@ -194,15 +195,8 @@ def read_candidates(path: Path, split: str) -> Candidates:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of every line that is not empty."""
-    try:
-        # Only line feeds end a line: JSON may hold the other separators that str.splitlines knows.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {path}: check the name.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
-        ) from error
+    # Only line feeds end a line: JSON may hold the other separators that str.splitlines knows.
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -229,6 +223,8 @@ def _prompt_row(path: Path, number: int, values: dict[str, Any], split: str) -> 
         messages = values["messages"]
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise _wrong(path, number, 'messages is no conversation; give [{"role": "user", "content": "..."}, ...]')
+        if why := wrong_messages(messages):
+            raise _wrong(path, number, why)
         return PromptRow(_text(path, number, "task_id", task_id), number, messages, fields)
     prompt = _text(path, number, "prompt", values["prompt"])
     if not prompt.strip():
@@ -266,4 +262,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _wrong(path: Path, number: int, what: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: {what}.")
+    return ValueError(f"{_named(path)}, line {number}: {what}.")
+
+
+def _named(path: Path) -> str:
+    return "The standard input" if str(path) == "-" else str(path)

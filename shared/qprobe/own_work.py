@@ -5,13 +5,15 @@ Prompts and a reward function, or candidates with their rewards, become a pipeli
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition, jsonl, models
+from qprobe import additions, composition, jsonl, models
 from qprobe.closing import closing_words
 from qprobe.files import fingerprint
 from qprobe.jsonl import PromptRow
@@ -27,22 +29,27 @@ PROMPTS, TEST = "prompts", "test"
 KEYS = composition.KEYS | {"title", "prompts", "baselines"}
 # Share of completions cut at their longest from which it is said.
 CUT_SHARE = 0.1
+STDIN = Path("-")  # the standard input in the place of a file
 
 
 @dataclass(frozen=True)
 class Work:
-    """A pipeline, its configuration, what a user should know beforehand, and how other processes make the same pipeline."""
+    """A pipeline, its configuration, how other processes make the same pipeline, what a user should know beforehand, and what is
+    done before its first stage, with a sentence on it."""
 
     pipeline: Pipeline
     config: dict[str, Any]
     again: Callable[[], Pipeline]
     notes: list[str] = field(default_factory=list)
+    begin: Callable[[], str | None] = lambda: None
 
     @property
     def stages(self) -> Sequence[str]:
         return list(self.config["stages"])
 
     def execute(self) -> None:
+        if said := self.begin():
+            print(said, file=sys.stderr)
         local = self.config["runner"]["backend"] == "local"
         composition.execute((lambda: self.pipeline) if local else self.again, self.config)
 
@@ -67,6 +74,11 @@ class Work:
         return [f"{share:.0%} of the completions were cut at sampler.max_new_tokens={longest}."]
 
 
+def run_folder(prompts: Path, folder: Path | None) -> Path:
+    """The run folder that was said, or runs/NAME after the file of prompts."""
+    return Path("runs") / ("stdin" if prompts == STDIN else prompts.stem) if folder is None else folder
+
+
 def run(
     prompts: Path,
     reward: str,
@@ -89,8 +101,13 @@ def run(
     Raises:
         FileNotFoundError, ValueError: a file, a line of it, a setting or the reward that cannot be used.
     """
-    folder = Path("runs") / prompts.stem if folder is None else folder
-    config = _config(f"{prompts.stem}, {reward}", overrides)
+    folder = run_folder(prompts, folder)
+    if prompts == test == STDIN:
+        raise ValueError(
+            "The prompts and the test prompts cannot both be the standard input: give one of them as a file."
+        )
+    config = _config(f"{_title(prompts)}, {reward}", overrides)
+    _check_runner(config, prompts, test)
     rows = jsonl.read_prompts(prompts, PROMPTS)
     test_rows = [] if test is None else jsonl.read_prompts(test, TEST)
     jsonl.check_apart(rows, test_rows)
@@ -124,7 +141,8 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     Raises:
         FileNotFoundError, ValueError: a file, a line of it or a setting that cannot be used.
     """
-    config = _config(candidates.stem, overrides)
+    config = _config(_title(candidates), overrides)
+    _check_runner(config, candidates)
     config["sampler"]["greedy"] = False  # nobody could reward it
     found = jsonl.read_candidates(candidates, PROMPTS)
     style = _style(config, found.prompts)
@@ -144,7 +162,11 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
         f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; prompts are read as {_said(style)}."
     )
     again = functools.partial(_pipeline_of, import_candidates, candidates, folder=folder, overrides=overrides)
-    return Work(pipeline, config, again, [said, *found.notes])
+    work = Work(pipeline, config, again, [said, *found.notes])
+    if pipeline.shard[1] > 1:
+        return work  # processes that share a run folder do not rearrange it
+    begin = functools.partial(additions.take, pipeline.test_pools[0], pipeline.reward, found.rewards)
+    return dataclasses.replace(work, begin=begin)
 
 
 def _pipeline_of(work: Callable[..., Work], *arguments: Any, **named: Any) -> Pipeline:
@@ -156,6 +178,15 @@ def _config(title: str, overrides: Sequence[str]) -> dict[str, Any]:
     check_keys(config, KEYS, "the configuration")
     config["title"] = title if config["title"] is None else config["title"]
     return config
+
+
+def _title(file: Path) -> str:
+    return "standard input" if file == STDIN else file.stem
+
+
+def _check_runner(config: dict[str, Any], *files: Path | None) -> None:
+    if STDIN in files and config["runner"]["backend"] != "local":
+        raise ValueError("The standard input cannot be read by several processes: give a file, or say runner=local.")
 
 
 def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
@@ -176,7 +207,11 @@ def _said(style: str) -> str:
 
 def _split(name: str, rows: Sequence[PromptRow], style: str, recorded: dict[str, list[str]] | None = None) -> Split:
     content = fingerprint([[row.task_id, row.prompt] for row in rows])
-    return Split(name, [row.as_prompt(style) for row in rows], {"file": content, "prompts": style}, recorded)
+    prompts = [row.as_prompt(style) for row in rows]
+    source: dict[str, Any] = {"file": content, "prompts": style}
+    if any(prompt.opening for prompt in prompts):
+        source["continued"] = True  # the assistant's last words were closed by earlier versions
+    return Split(name, prompts, source, recorded)
 
 
 def _use(config: dict[str, Any], style: str) -> dict[str, Any]:

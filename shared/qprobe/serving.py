@@ -6,8 +6,9 @@ Policy(sampler, embedder, QProbe.from_pretrained("probe/")).answer("Describe the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 
@@ -16,7 +17,9 @@ from qprobe.embedding import Embedder, tokens_to_read
 from qprobe.jsonl import plain_prompt
 from qprobe.probe import EmbeddingSource, QProbe
 from qprobe.prompts import Prompt
-from qprobe.sampling import Sampler, sample_seeds
+from qprobe.sampling import Completion, Sampler, sample_seeds
+
+OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,71 @@ class Policy:
             source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
             probe.check_source(source)
 
-    def answer(self, prompt: str | Sequence[dict[str, str]] | Prompt, seed: int | None = None) -> str:
-        """The completion that the policy chooses; arguments as of `choose`."""
-        return self.choose(prompt, seed).answer
+    @overload
+    def answer(self, prompt: OnePrompt, seed: int | None = None) -> str: ...  # type: ignore[overload-overlap]
 
-    def choose(self, prompt: str | Sequence[dict[str, str]] | Prompt, seed: int | None = None) -> Choice:
-        """Draw the candidates of a prompt and choose one.
+    @overload
+    def answer(self, prompt: Sequence[OnePrompt], seed: int | None = None) -> list[str]: ...
+
+    def answer(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None = None) -> str | list[str]:
+        """The completion that the policy chooses, or of a list of prompts a list of them; arguments as of `choose`."""
+        found = self._chosen(prompt, seed)
+        return [choice.answer for choice in found] if isinstance(found, list) else found.answer
+
+    @overload
+    def choose(self, prompt: OnePrompt, seed: int | None = None) -> Choice: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def choose(self, prompt: Sequence[OnePrompt], seed: int | None = None) -> list[Choice]: ...
+
+    def choose(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None = None) -> Choice | list[Choice]:
+        """Draw the candidates of a prompt and choose one; of a list of prompts a list of choices, drawn together.
 
         Args:
-            prompt: plain text (see `style`), a conversation as [{"role": ..., "content": ...}, ...], or a Prompt.
+            prompt: plain text (see `style`), a conversation as [{"role": ..., "content": ...}, ...], or a Prompt; or a list of
+                such prompts.
             seed: of candidates and choice; None takes a new one at every call.
 
         Raises:
-            ValueError: plain text where no style is known, or a prompt that the model has no room for.
+            ValueError: plain text where no style is known, a prompt that is none, or one that the model has no room for.
         """
+        return self._chosen(prompt, seed)
+
+    def _chosen(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None) -> Choice | list[Choice]:
+        if isinstance(prompt, str | Prompt):
+            return self._choose([prompt], seed)[0]
+        if not isinstance(prompt, Sequence):
+            raise ValueError(
+                f"The prompt is {prompt!r:.60}: give a text, a conversation as a list of messages, a Prompt, or a list of these."
+            )
+        one = bool(prompt) and all(isinstance(part, Mapping) for part in prompt)  # the messages of a conversation
+        return self._choose([prompt], seed)[0] if one else self._choose(prompt, seed)
+
+    def _choose(self, prompts: Sequence[Any], seed: int | None) -> list[Choice]:
+        if not prompts:
+            return []
         seed = secrets.randbits(60) if seed is None else seed
-        asked = self._prompt(prompt)
-        text, ids = self.sampler.render(asked)
-        (drawn,) = self.sampler.sample([ids], [sample_seeds(seed, text, self.sampler.settings.n)])
-        prompt_ids, completion_ids = tokens_to_read(
-            self.embedder,
-            self.sampler.tokenizer_fingerprint(),
-            (text, ids),
-            [(completion.text, completion.token_ids) for completion in drawn],
-            templated=asked.text is None,
-        )
-        features = self.embedder.embed([prompt_ids], [completion_ids])[self.layer]
-        scores = torch.from_numpy(self.probe.score(features))
+        asked = [self._prompt(prompt) for prompt in prompts]
+        rendered = [self.sampler.render(prompt) for prompt in asked]
+        seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
+        drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
+        fingerprint = self.sampler.tokenizer_fingerprint()
+        to_read = [
+            tokens_to_read(
+                self.embedder,
+                fingerprint,
+                of_prompt,
+                [(completion.text, completion.token_ids) for completion in candidates],
+                templated=prompt.text is None,
+            )
+            for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
+        ]
+        features = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])[self.layer]
+        sizes = [len(candidates) for candidates in drawn]
+        of_prompts = torch.from_numpy(self.probe.score(features)).split(sizes)
+        return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
+
+    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, seed: int) -> Choice:
         weights = policy.selection_weights(scores, self.beta)
         chosen = policy.select(scores, self.beta, torch.Generator().manual_seed(seed))
         return Choice(
@@ -115,11 +156,13 @@ class Policy:
             chosen,
         )
 
-    def _prompt(self, prompt: str | Sequence[dict[str, str]] | Prompt) -> Prompt:
+    def _prompt(self, prompt: Any) -> Prompt:
         if isinstance(prompt, Prompt):
             return prompt
-        if not isinstance(prompt, str):
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
             return Prompt("answer", messages=tuple(prompt))
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt of the list is {prompt!r:.60}: give a text, a conversation, or a Prompt.")
         if self.style is None:
             raise ValueError(
                 "The probe does not say how plain text was put to the model: give Policy a style (chat or text), or give it "

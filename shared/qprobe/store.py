@@ -16,6 +16,7 @@ import datetime
 import functools
 import json
 import platform
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -29,11 +30,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qprobe import sharing
 from qprobe.files import fingerprint, remove_abandoned, write_whole
 
 # Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
 # memory then does not grow with the number of samples. Below it a file would only cost time.
 MAPPED_ABOVE = 256 * 2**20
+
+# What stands behind the fingerprints of inputs: a fingerprint tells a user nothing.
+MEANINGS = {
+    "completions": "the completions that it was made of",
+    "prompts": "the prompts that it was made of",
+    "split.file": "the content of the file of prompts",
+    "split.content": "the content of the data set",
+    "recorded.completions": "the completions that were brought along",
+    "reward.rewards": "the rewards of the file",
+    "reward.source": "the file of the reward function",
+    "reward.fields": "the fields of the prompts' lines that the reward reads",
+}
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
 PROMPTS = pa.schema(
@@ -293,8 +308,10 @@ class Table:
 
 
 def open_table(run: Path, *parts: str, inputs: dict[str, Any], schema: pa.Schema | None = None) -> Table:
-    """The table run/parts..., whether it exists or not."""
-    return Table(run.joinpath(*parts), inputs, schema)
+    """The table run/parts..., whether it exists or not; in a run folder that shares, with what the others have of it."""
+    table = Table(run.joinpath(*parts), inputs, schema)
+    sharing.take(run, table.folder, inputs)
+    return table
 
 
 def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
@@ -434,7 +451,13 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
             for name in names
         ]
         return "; ".join([line for line in lines if line][:4])
-    return "" if found == json.loads(json.dumps(wanted)) else f"{path} was {found!r:.80}, now {wanted!r:.80}"
+    if found == json.loads(json.dumps(wanted)):
+        return ""
+    if path in MEANINGS and isinstance(wanted, str):
+        return f"{MEANINGS[path]} changed"
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (found, wanted)):
+        return f"the content of {path} changed"
+    return f"{path} was {found!r:.80}, now {wanted!r:.80}"
 
 
 def _is_older(found: Any, wanted: Any) -> bool:

@@ -121,7 +121,7 @@ def test_the_command_prints_the_tables(pool: Pool, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == inspection.to_text(inspection.inspect(pool.run)) + "\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspekt", "x"], ["inspect", "x", "y"]])
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspekt", "x"], ["inspect", "x", "y"]])
 def test_an_unknown_command_prints_the_usage_and_exits_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
