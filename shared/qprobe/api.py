@@ -261,7 +261,6 @@ class Client:
     def _try(
         self, path: str, body: dict[str, Any], holds: str, wrong: Callable[[dict[str, Any]], str | None]
     ) -> dict[str, Any] | _Fault:
-        import httpx
         import openai
 
         try:
@@ -271,7 +270,7 @@ class Client:
         except openai.APITimeoutError:
             return _Fault(f"{self.where} gave no answer in {self.settings.timeout:g} s", again=True)
         except openai.APIConnectionError as error:
-            if isinstance(error.__cause__, httpx.LocalProtocolError):  # its words repeat the header
+            if type(error.__cause__).__name__ == "LocalProtocolError":  # of httpx or httpx2; its words repeat the header
                 return _Fault(
                     f"{self.where} was not asked, for a header holds what none may: check the environment variables that begin "
                     "with OPENAI_",

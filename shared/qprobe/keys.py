@@ -22,7 +22,7 @@ from typing import Any
 HIDDEN = "***"
 SHORTEST = 4  # characters: a shorter key would be found in any text
 # Loggers of the client, by the beginning of their names; at DEBUG they write the headers of answers.
-LOGGERS = ("openai", "httpx", "httpcore")
+LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 # A character, written plainly or escaped; %25 is an escaped %, so that escapes of escapes are read too.
 _SIGN = re.compile(
     r"%(?:25)*(?P<url>[0-9a-fA-F]{2})|\\+u\{?(?:00)*(?P<u>[0-9a-fA-F]{2})\}?|\\+x(?P<x>[0-9a-fA-F]{2})"
