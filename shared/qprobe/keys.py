@@ -128,7 +128,7 @@ class Key:
         return {length: frozenset(of) for length, of in found.items()}
 
     def _forms(self) -> Iterator[str]:
-        raw = self.value.encode()
+        raw = self.value.encode(errors="surrogatepass")
         yield _plain(self.value)
         yield raw.hex()
         for before in range(3):  # base64 spells three bytes at once: what stands before the key shifts it
