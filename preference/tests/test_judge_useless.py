@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
 from qprobe import api, stages
@@ -125,7 +127,7 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     first = stage(fakes, server, pool)
     stages.reward(pool, first, progress=False)
     assert "4 of 24 replies of judge-tiny on" in capsys.readouterr().err
-    assert join(pool, first).verdicts.tolist().count("unparsed") == 2
+    assert list(join(pool, first).verdicts).count("unparsed") == 2
     assert len(kept(pool.run / "judge")) == 20
     assert all(reply["letter"] for reply in kept(pool.run / "judge"))
     state = pool.rewards(first).state
@@ -224,8 +226,27 @@ def test_a_policy_run_says_it_before_its_tables_and_is_whole_when_repaired(
         *("evaluation.seeds=2", "evaluation.bootstrap=100", "evaluation.draws=10", "policy.label_pairs=0"),
         *("dataset.test_share=0.5", "dataset.max_tokens=200", f"dataset.path={tmp_path / 'hh.jsonl'}"),
         *("judge=openai", "judge.api.model=tiny", f"judge.api.base_url={server.url}", "judge.api.concurrency=1"),
-        *("policy.policies=[]", "judge.api.retries=0"),
+        *("policy.policies=[]", "judge.api.retries=0", "sampler.greedy=false", "compare.hidden=[]"),
     ]
-    from test_policy_words import composed  # type: ignore[import-not-found]
+    with initialize_config_module("qprobe_preference.conf", version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+    calls = {"made": 0}
 
-    command.run(composed(overrides))
+    def every_fifth(path: str, body: Json) -> Json:
+        calls["made"] += 1
+        return {"choices": [choice(None if calls["made"] % 5 == 0 else "Verdict: A")]}
+
+    server.answer = every_fifth
+    command.run(config)
+    out = capsys.readouterr().out
+    lost = calls["made"] // 5
+    assert f"{lost} of {calls['made']} replies of judge-tiny on" in out
+    assert out.index("could not be read") < out.index("base ")
+    (first,) = (tmp_path / "hh_policy" / "tables").glob("win_rates.csv")
+    before = first.read_text()
+    server.answer = lambda *_: {"choices": [choice("Verdict: A")]}
+    api.close_clients()
+    command.run(config)
+    assert len(server.requests) == calls["made"] + lost
+    assert "could not be read" not in capsys.readouterr().out
+    assert first.read_text() != before
