@@ -1,4 +1,4 @@
-"""A judge's replies that are of no use: what the user sees, what is stored, what the same command does next against a repaired server.
+"""A judge's replies that are of no use: what the user sees, what is stored, what the same command does next.
 
 Every row of the table is what a reply looks like. A twelfth of such replies is borne, a tenth is said, most end the run.
 """

@@ -12,7 +12,6 @@ Where it stops: no streaming, no batch endpoint, no proxy settings but the envir
 from __future__ import annotations
 
 import email.utils
-import json
 import random
 import re
 import sys
@@ -270,7 +269,7 @@ class Client:
         except openai.APITimeoutError:
             return _Fault(f"{self.where} gave no answer in {self.settings.timeout:g} s", again=True)
         except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ == "LocalProtocolError":  # of httpx or httpx2; its words repeat the header
+            if type(error.__cause__).__name__ == "LocalProtocolError":  # its words repeat the header
                 return _Fault(
                     f"{self.where} was not asked, for a header holds what none may: check the environment variables that begin "
                     "with OPENAI_",
@@ -356,8 +355,8 @@ class Client:
                 self._spent[name] += count if isinstance(count, int) and 0 <= count < 2**53 else 0
             # Names such as gpt-4o move to another model in time: the answers say which one it was.
             model = answer.get("model")
-            name = self._scrubbed(model) if isinstance(model, str) and model else self.settings.model
-            self._spent[f"answers of {name}"] += 1
+            by = self._scrubbed(model) if isinstance(model, str) and model else self.settings.model
+            self._spent[f"answers of {by}"] += 1
         return answer
 
     def _hold_back(self, fault: _Fault, attempt: int, halt: threading.Event) -> None:

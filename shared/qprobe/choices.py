@@ -1,7 +1,7 @@
 """What one choice of a server's answer says: a text, or why it is none.
 
-Servers report faults inside successful answers: `finish_reason: "error"`, null content, a tool's call in the place of words. Such a
-choice is no completion, and is never read as an empty one. A text may be empty; a refusal may have none.
+Servers report faults inside successful answers: `finish_reason: "error"`, null content, a tool's call in the place of words. Such
+a choice is no completion, and is never read as an empty one. A text may be empty; a refusal may have none.
 """
 
 from __future__ import annotations

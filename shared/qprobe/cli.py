@@ -145,8 +145,8 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not choice.answer.strip():
         empty = sum(not candidate.text.strip() for candidate in choice.candidates)
         raise RuntimeError(
-            f"The answer that was chosen is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with more "
-            "candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+            f"The answer that was chosen is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with "
+            "more candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
         )
     print(choice.answer)
 

@@ -1,7 +1,7 @@
 """Keys of servers: checked before they are sent, and kept out of everything that a process says or writes.
 
-Whatever comes from a server or its client passes through `Key.hidden`. It finds a key in any case, escaped (as Python, JSON, HTML or
-a URL writes it, also several times over), in base64 or hexadecimal, cut up by white space and punctuation, and pieces of it.
+Whatever comes from a server or its client passes through `Key.hidden`. It finds a key in any case, escaped (as Python, JSON, HTML
+or a URL writes it, also several times over), in base64 or hexadecimal, cut up by white space and punctuation, and pieces of it.
 
 Where it stops: a transformation that only its maker knows, such as a cipher, is not recognised.
 """
@@ -79,9 +79,7 @@ class Key:
             return text
         signs, spans = _placed(text)
         held = sorted(
-            (spans[at][0], spans[at + length - 1][1])
-            for length, of in grams.items()
-            for at in _hits(signs, length, of)
+            (spans[at][0], spans[at + length - 1][1]) for length, of in grams.items() for at in _hits(signs, length, of)
         )
         parts, end = [], 0
         for begins, ends in held:

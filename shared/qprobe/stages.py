@@ -340,7 +340,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
 
 
 def empties(pool: Pool) -> str | None:
-    """A sentence on a pool's empty completions, where a tenth or more are; None where fewer are, or some are still to be drawn."""
+    """A sentence on a pool's empty completions, where a tenth or more are; None where fewer are, or some are to be drawn."""
     table = pool.completions
     if not all(table.has(keys) for keys in pool.own_batches):
         return None
@@ -350,8 +350,8 @@ def empties(pool: Pool) -> str | None:
         return None
     counted = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
     return (
-        f"{len(reasons)} of {rows.num_rows} completions of {pool.name} are empty (how they ended: {counted}): look at the prompts, "
-        "the stop texts and sampler.max_new_tokens."
+        f"{len(reasons)} of {rows.num_rows} completions of {pool.name} are empty (how they ended: {counted}): look at the "
+        "prompts, the stop texts and sampler.max_new_tokens."
     )
 
 
@@ -420,8 +420,8 @@ def unread_words(pool: Pool, reward_stage: Reward) -> str | None:
 
 def _unread_words(unread: int, asked: int, pool: Pool, reward_stage: Reward) -> str:
     return (
-        f"{unread} of {asked} replies of {reward_stage.name} on {pool.name} could not be read: their comparisons count half for now, "
-        "and the same command asks for them again."
+        f"{unread} of {asked} replies of {reward_stage.name} on {pool.name} could not be read: their comparisons count half for "
+        "now, and the same command asks for them again."
     )
 
 

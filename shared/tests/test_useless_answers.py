@@ -1,7 +1,7 @@
 """Answers of half-broken servers to sampler and embedder: what the user sees, what is stored, what the same command does next.
 
-A row of the table is what every answer looks like. Either the run ends in a sentence and stores nothing, or what is stored is what
-the model said. With the server repaired, the same command has every completion.
+A row of the table is what every answer looks like. Either the run ends in a sentence and stores nothing, or what is stored is
+what the model said. With the server repaired, the same command has every completion.
 """
 
 from __future__ import annotations

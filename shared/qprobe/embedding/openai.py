@@ -111,13 +111,14 @@ class OpenAIEmbedder:
         body: dict[str, Any] = {"model": self.api.model, "input": list(texts), "encoding_format": "float"}
         if self.dimensions is not None:
             body["dimensions"] = self.dimensions
+
         def wrong(answer: dict[str, Any]) -> str | None:
             usable = _rows(answer)
             if sorted(usable) == list(range(len(texts))):
                 return None
             return (
-                f"{len(usable)} usable embeddings for {len(texts)} texts: check that {self.api.model!r} is an embedding model, or "
-                "lower inputs_per_call"
+                f"{len(usable)} usable embeddings for {len(texts)} texts: check that {self.api.model!r} is an embedding model, "
+                "or lower inputs_per_call"
             )
 
         try:
