@@ -2,7 +2,9 @@
 
 Calls run in threads, a bounded number at once. 429, 5xx, timeouts, dropped connections and cut answers are tried again with
 exponential waits and jitter; `Retry-After` holds all calls back. Every fault that stays is one sentence. The key is read
-from the environment, sent, and kept out of identities, messages and logs.
+from the environment, checked, sent, and kept out of everything else (`keys`): identities, messages, logs, answers.
+
+A successful answer may be of no use (no JSON, an error inside, choices that say nothing): that is a passing fault too.
 
 Where it stops: no streaming, no batch endpoint, no proxy settings but the environment's.
 """
@@ -10,8 +12,6 @@ Where it stops: no streaming, no batch endpoint, no proxy settings but the envir
 from __future__ import annotations
 
 import email.utils
-import json
-import os
 import random
 import re
 import sys
@@ -25,6 +25,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from qprobe import keys
+from qprobe.keys import Key
+
 Answer = TypeVar("Answer")
 FIRST_WAIT = 1.0  # seconds before the first repetition; doubled each time
 TRANSIENT = (408, 409, 425, 429)  # and all from 500
@@ -34,6 +37,10 @@ UNREADABLE = "gave an answer that is no JSON"
 
 class ApiError(RuntimeError):
     """A call that failed for good; the message says what to do."""
+
+
+class ApiUnusable(ApiError):
+    """The server answered every time, and never with anything that can be used."""
 
 
 class ApiRefused(ApiError):
@@ -109,6 +116,11 @@ class ApiSettings:
         for name in ("max_calls", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"api.{name} is {value}: at least 1, or null for no limit.")
+        self.check_no_key({"api.model": self.model, "api.base_url": self.base_url, "api.server": self.server})
+
+    def check_no_key(self, given: dict[str, Any]) -> None:
+        """Raise ValueError where one of these settings (by name) holds the key: settings are written into manifests."""
+        Key.of(self.api_key_variable).check_absent(given)
 
     def identity(self) -> dict[str, Any]:
         """What decides the answers. The key, and how often or fast is called, do not."""
@@ -132,6 +144,7 @@ class _Fault:
     wait: float | None = None
     said: str | None = None
     parameter: str | None = None
+    unusable: bool = False
 
 
 class Client:
@@ -143,9 +156,9 @@ class Client:
         self._spent: Counter[str] = Counter(calls=0, retries=0, prompt_tokens=0, completion_tokens=0)
         self._not_before = 0.0
         self._random = random.Random()
-        self._told = False
+        self._told: set[str] = set()
         self._openai: Any = None
-        self._key = ""
+        self._key = Key(settings.api_key_variable, "")
 
     @property
     def where(self) -> str:
@@ -156,7 +169,7 @@ class Client:
             return dict(self._spent)
 
     def check(self) -> None:
-        """Raise where no call could be made: a missing package, a missing key."""
+        """Raise where no call could be made: a missing package, a missing key, one that cannot be sent."""
         self._connect()
 
     def close(self) -> None:
@@ -205,7 +218,14 @@ class Client:
             raise failures[0]
         return [answers[place] for place in range(len(calls))]
 
-    def post(self, path: str, body: dict[str, Any], holds: str, halt: threading.Event) -> dict[str, Any]:
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        holds: str,
+        halt: threading.Event,
+        wrong: Callable[[dict[str, Any]], str | None] = lambda _: None,
+    ) -> dict[str, Any]:
         """The answer to one request, tried again as often as the settings say.
 
         Args:
@@ -213,15 +233,17 @@ class Client:
             body: of the request.
             holds: the key of the answer whose list must not be empty.
             halt: ends waiting when it is set.
+            wrong: why an answer is of no use, as the object of "answered with"; None where it is of use.
 
         Raises:
             ApiRefused: the server refuses what is asked.
+            ApiUnusable: every answer was of no use.
             ApiError: everything else that does not pass, or a limit.
         """
         attempt = 0
         while True:
             self._begin(halt)
-            fault = self._try(path, body, holds)
+            fault = self._try(path, body, holds, wrong)
             if not isinstance(fault, _Fault):
                 return fault
             if fault.said is not None and not fault.again:
@@ -229,43 +251,57 @@ class Client:
             if not fault.again:
                 raise ApiError(f"{fault.sentence}.")
             if attempt == self.settings.retries:
-                raise ApiError(
+                raise (ApiUnusable if fault.unusable else ApiError)(
                     f"{fault.sentence}, {attempt + 1} times in a row. What was finished stays; the same command continues."
                 )
             self._hold_back(fault, attempt, halt)
             attempt += 1
 
-    def _try(self, path: str, body: dict[str, Any], holds: str) -> dict[str, Any] | _Fault:
+    def _try(
+        self, path: str, body: dict[str, Any], holds: str, wrong: Callable[[dict[str, Any]], str | None]
+    ) -> dict[str, Any] | _Fault:
         import openai
 
         try:
-            answer = self._connect().post(path, body=body, cast_to=object)
+            found: Any = self._connect().post(path, body=body, cast_to=object)
         except openai.APIStatusError as error:
             return self._status_fault(error.status_code, error.response.headers, error.body, str(error))
         except openai.APITimeoutError:
             return _Fault(f"{self.where} gave no answer in {self.settings.timeout:g} s", again=True)
         except openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ == "LocalProtocolError":  # its words repeat the header
+                return _Fault(
+                    f"{self.where} was not asked, for a header holds what none may: check the environment variables that begin "
+                    "with OPENAI_",
+                    again=False,
+                )
             why = self._scrubbed(str(error.__cause__ or error))
             return _Fault(f"{self.where} could not be reached or broke off ({why}): is it running?", again=True)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return _Fault(f"{self.where} {UNREADABLE}", again=True)
         except openai.OpenAIError as error:
             return _Fault(f"{self.where}: {self._scrubbed(str(error))}", again=False)
-        if isinstance(answer, str):  # not even said to be JSON: a page
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, numbers or nesting beyond what Python reads
+            return _Fault(f"{self.where} {UNREADABLE}", again=True, unusable=True)
+        if isinstance(found, str):  # not even said to be JSON: a page
             return _Fault(
                 f"{self.where} {UNREADABLE}: check that base_url is an API's, usually ending with /v1", again=False
             )
+        answer = self._key.hidden_in(found)
+        if answer != found:
+            self._tell("echo", f"{self.where} sends the key back in its answers: *** is kept in its place.")
         if not isinstance(answer, dict) or not isinstance(answer.get(holds), list) or not answer[holds]:
             said = _said(answer) if isinstance(answer, dict) and answer.get("error") else f"no {holds}"
-            return _Fault(f"{self.where} answered with {self._scrubbed(said)}", again=True)
-        return self._counted(answer)
+            return _Fault(f"{self.where} answered with {self._scrubbed(said)}", again=True, unusable=True)
+        counted = self._counted(answer)
+        if not isinstance(counted, _Fault) and (why := wrong(answer)) is not None:
+            return _Fault(f"{self.where} answered with {self._scrubbed(why)}", again=True, unusable=True)
+        return counted
 
     def _status_fault(self, status: int, headers: Any, content: Any, text: str) -> _Fault:
-        settings = self.settings
+        settings, content = self.settings, self._key.hidden_in(content)
         said = self._scrubbed(_said(content) or text)
         code = str(content.get("code") or content.get("type")) if isinstance(content, dict) else ""
         if status in WRONG_KEY:
-            have = "refused the key" if self._key else "wants a key"
+            have = "refused the key" if self._key.value else "wants a key"
             return _Fault(
                 f"{self.where} {have} ({status}): set the environment variable {settings.api_key_variable} to one that may "
                 f"use {settings.model!r}",
@@ -315,9 +351,12 @@ class Client:
             )
         with self._lock:
             for name in ("prompt_tokens", "completion_tokens"):
-                self._spent[name] += int(usage.get(name) or 0)
+                count = usage.get(name)  # half of a server may say anything
+                self._spent[name] += count if isinstance(count, int) and 0 <= count < 2**53 else 0
             # Names such as gpt-4o move to another model in time: the answers say which one it was.
-            self._spent[f"answers of {answer.get('model') or self.settings.model}"] += 1
+            model = answer.get("model")
+            by = self._scrubbed(model) if isinstance(model, str) and model else self.settings.model
+            self._spent[f"answers of {by}"] += 1
         return answer
 
     def _hold_back(self, fault: _Fault, attempt: int, halt: threading.Event) -> None:
@@ -333,10 +372,16 @@ class Client:
             self._spent["retries"] += 1
             if fault.wait is not None:
                 self._not_before = max(self._not_before, time.monotonic() + wait)
-            first, self._told = not self._told, True
-        if first:
-            tqdm.write(f"{fault.sentence}; trying again. (Said once; usage.jsonl counts the retries.)", file=sys.stderr)
+        self._tell("again", f"{fault.sentence}; trying again. (Said once; usage.jsonl counts the retries.)")
         halt.wait(wait)
+
+    def _tell(self, kind: str, sentence: str) -> None:
+        """Print a sentence, once of its kind."""
+        with self._lock:
+            first = kind not in self._told
+            self._told.add(kind)
+        if first:
+            tqdm.write(sentence, file=sys.stderr)
 
     def _connect(self) -> Any:
         with self._lock:
@@ -348,22 +393,25 @@ class Client:
                         "The openai package is not installed: run `pip install 'qprobe[openai]'` (or `pip install openai`)."
                     ) from error
                 settings = self.settings
-                self._key = os.environ.get(settings.api_key_variable, "").strip()
-                if not self._key and settings.base_url.startswith("https://api.openai.com"):
+                self._key = Key.of(settings.api_key_variable)
+                if (fault := self._key.fault()) is not None:
+                    raise ApiError(fault)
+                if not self._key.value and settings.base_url.startswith("https://api.openai.com"):
                     raise ApiError(
                         f"{self.where} needs a key: set the environment variable {settings.api_key_variable}."
                     )
                 self._openai = openai.OpenAI(
-                    api_key=self._key or "none",
+                    api_key=self._key.value or "none",
                     base_url=settings.base_url,
                     timeout=settings.timeout,
                     max_retries=0,  # ours are counted, and hold all threads back
                 )
+                keys.hide_from_logs(self._key)
             return self._openai
 
     def _scrubbed(self, text: str) -> str:
         """A server's words without the key, on one line, of bearable length."""
-        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        text = " ".join(self._key.hidden(text).split())
         return (text if len(text) <= 300 else text[:300] + "...").rstrip(".")
 
 

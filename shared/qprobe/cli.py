@@ -207,6 +207,12 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
             mark = "chosen" if place == choice.chosen else "      "
             print(f"{mark}  Q {candidate.score:+.3f}  probability {candidate.probability:.3f}", file=sys.stderr)
             print("\n".join(f"    | {line}" for line in candidate.text.splitlines()), file=sys.stderr)
+    if not choice.answer.strip():
+        empty = sum(not candidate.text.strip() for candidate in choice.candidates)
+        raise RuntimeError(
+            f"The answer that was chosen is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with "
+            "more candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+        )
     print(choice.answer)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe import cluster, configuration, models, needs
+from qprobe import cluster, configuration, lengths, needs
 from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement, SelfConsistency
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
@@ -128,9 +128,7 @@ def _room(config: Mapping[str, Any], ends: BackEnds) -> int | None:
     """How many tokens a prompt may have: what the context leaves beside the longest completion."""
     if config["sampler"]["backend"] == "openai":
         return None
-    spec, sampler = model_spec(config), ends.sampler
-    engine = sampler.engine if isinstance(sampler, VLLMSampler) else None
-    context = models.outline(spec).context_length if engine is None else engine.context_length(spec)
+    context = lengths.context_of(ends.sampler)
     return None if context is None else context - ends.sampler.settings.max_new_tokens
 
 

@@ -85,8 +85,10 @@ def _rows(table: Table) -> int:
 def _finish_reasons(table: Table) -> str:
     if not table.parts():
         return ""
-    reasons = table.read()["finish_reason"].to_pylist()
-    return ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+    rows = table.read(columns=["completion", "finish_reason"])
+    reasons, empty = rows["finish_reason"].to_pylist(), rows["completion"].to_pylist().count("")
+    counted = [f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons))]
+    return ", ".join([*counted, *([f"{empty} empty"] if empty else [])])
 
 
 def _usage(table: Table) -> str:

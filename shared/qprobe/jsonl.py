@@ -64,12 +64,14 @@ class Candidates:
     Args:
         prompts: those with two candidates at least.
         notes: what a user should know of the file, as sentences.
+        lines: numbers of their lines, from 1.
     """
 
     prompts: list[PromptRow]
     completions: dict[str, list[str]]
     rewards: dict[str, list[float]]
     notes: list[str]
+    lines: dict[str, list[int]]
 
 
 def read_prompts(path: Path, split: str) -> list[PromptRow]:
@@ -132,6 +134,7 @@ def read_candidates(path: Path, split: str) -> Candidates:
     by_prompt: dict[str, PromptRow] = {}
     completions: dict[str, list[str]] = {}
     rewards: dict[str, list[float]] = {}
+    lines: dict[str, list[int]] = {}
     repeated: list[int] = []
     extra: dict[str, None] = {}
     for number, values in _lines(path):
@@ -160,6 +163,7 @@ def read_candidates(path: Path, split: str) -> Candidates:
             repeated.append(number)
         of_prompt.append(completion)
         rewards.setdefault(row.task_id, []).append(reward)
+        lines.setdefault(row.task_id, []).append(number)
         extra |= dict.fromkeys(name for name in values if name not in OWN_FIELDS | {"completion", "reward"})
     if not groups:
         raise ValueError(
@@ -190,6 +194,7 @@ def read_candidates(path: Path, split: str) -> Candidates:
         {task_id: completions[task_id] for task_id in kept},
         {task_id: rewards[task_id] for task_id in kept},
         notes,
+        {task_id: lines[task_id] for task_id in kept},
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qprobe import models, passes
+from qprobe import lengths, models, passes
 from qprobe.api import Metered
 from qprobe.baselines import Baselines, Lessons, Rival
 from qprobe.models import ModelSpec
@@ -178,11 +178,26 @@ def of(pipeline: Pipeline, names: Sequence[str], here: bool = True) -> Needs:
     disk = work.drawn_tokens * BYTES_PER_TOKEN + (features_bytes(work.features, width) if width else 0)
     free = shutil.disk_usage(_existing(pipeline.run)).free
     lines[0] += f" On disk: at most {_bytes(disk)}{'' if width or not work.features else ' and the features'}."
+    if not faults:
+        faults += filter(None, (_length_fault(pipeline, pool, names) for pool in pipeline.pools))
     if disk > free:
         faults.insert(
             0, f"{pipeline.run} may need {_bytes(disk)}, and {_bytes(free)} are free there: name another disk."
         )
     return Needs(lines, faults)
+
+
+def _length_fault(pipeline: Pipeline, pool: Pool, names: Sequence[str]) -> str | None:
+    """What of a pool is longer than the context of the model that draws or embeds it, where that is still to be done."""
+    drawn = pool.split.recorded is None
+    if drawn and not ("sample" in names and _left(pool, [pool.completions])):
+        return None
+    if not drawn:
+        tables = [pool.features(pipeline.embedder, layer) for layer in pipeline.embedder.layers]
+        if not ("embed" in names and pool.kind == "sample" and _left(pool, tables)):
+            return None
+    room = lengths.Room.of(pool.sampler, pipeline.embedder, drawn)
+    return lengths.fault(pool.name, pool.split.prompts, pool.split.recorded, room)
 
 
 def tell(pipeline: Pipeline, names: Sequence[str], more: Iterable[str] = (), here: bool = True) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import additions, composition, jsonl, models
+from qprobe import additions, composition, jsonl, lengths, models
 from qprobe.closing import closing_words
 from qprobe.files import fingerprint
 from qprobe.jsonl import PromptRow
@@ -26,7 +26,7 @@ from qprobe.store import COMPLETIONS, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
 PROMPTS, TEST = "prompts", "test"
-KEYS = composition.KEYS | {"title", "prompts", "baselines"}
+KEYS = composition.KEYS | {"title", "prompts", "baselines", "too_long"}
 # Share of completions cut at their longest from which it is said.
 CUT_SHARE = 0.1
 STDIN = Path("-")  # the standard input in the place of a file
@@ -114,6 +114,11 @@ def run(
     function = FunctionReward(reward, [*rows, *test_rows], batched)
     function.check()
     style = _style(config, [*rows, *test_rows])
+    notes = [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."]
+    if (room := _room(config, drawn=True)) is not None:
+        fitted = lengths.fit_prompts(prompts, rows, style, room, config["too_long"])
+        tested = lengths.fit_prompts(test or prompts, test_rows, style, room, config["too_long"])
+        rows, test_rows, notes = fitted.rows, tested.rows, [*notes, *fitted.notes, *tested.notes]
     splits = [_split(PROMPTS, rows, style), *([_split(TEST, test_rows, style)] if test_rows else [])]
     pipeline = composition.pipeline(
         config,
@@ -127,7 +132,7 @@ def run(
     again = functools.partial(
         _pipeline_of, run, prompts, reward, folder=folder, test=test, batched=batched, overrides=overrides
     )
-    return Work(pipeline, config, again, [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."])
+    return Work(pipeline, config, again, notes)
 
 
 def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str] = ()) -> Work:
@@ -146,6 +151,8 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     config["sampler"]["greedy"] = False  # nobody could reward it
     found = jsonl.read_candidates(candidates, PROMPTS)
     style = _style(config, found.prompts)
+    if (room := _room(config, drawn=False)) is not None:
+        found = lengths.fit_candidates(candidates, found, style, room, config["too_long"])
     split = _split(PROMPTS, found.prompts, style, found.completions)
     pipeline = composition.pipeline(
         config,
@@ -176,6 +183,7 @@ def _pipeline_of(work: Callable[..., Work], *arguments: Any, **named: Any) -> Pi
 def _config(title: str, overrides: Sequence[str]) -> dict[str, Any]:
     config = composition.composed("run", overrides)
     check_keys(config, KEYS, "the configuration")
+    lengths.check_choice(config["too_long"])
     config["title"] = title if config["title"] is None else config["title"]
     return config
 
@@ -187,6 +195,15 @@ def _title(file: Path) -> str:
 def _check_runner(config: dict[str, Any], *files: Path | None) -> None:
     if STDIN in files and config["runner"]["backend"] != "local":
         raise ValueError("The standard input cannot be read by several processes: give a file, or say runner=local.")
+
+
+def _room(config: dict[str, Any], drawn: bool) -> lengths.Room | None:
+    """How long a prompt with its completion may be; None where the model cannot be had, which is said with what a run needs."""
+    ends = composition.back_ends(config)
+    try:
+        return lengths.Room.of(ends.sampler, ends.embedder, drawn)
+    except OSError:
+        return None
 
 
 def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:

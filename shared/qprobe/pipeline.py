@@ -400,7 +400,7 @@ class Pipeline:
         chosen = {name: settings[name] for name in ("losses", "seeds", "folds", "train_share", "curve_shares")}
         inputs = {
             "features": self._features_identity(pool),
-            "rewards": pool.rewards(self.reward_of(pool.split)).identity,
+            "rewards": pool.rewards(self.reward_of(pool.split)).state,
             "training": dataclasses.asdict(self.training),
             "settings": chosen | ({} if self.training_split is None else {"train_share": self.settings.drawn_share}),
             "protocol": "cross-validation" if self.training_split is None else "training set",
@@ -465,8 +465,8 @@ class Pipeline:
             "title": self.title,
             "sweep": self._sweep_inputs(self._trained_on(pool)),
             "features": self._features_identity(pool),
-            "rewards": pool.rewards(self.reward_of(pool.split)).identity,
-            "greedy": greedy.rewards(self.reward_of(pool.split)).identity if greedy else None,
+            "rewards": pool.rewards(self.reward_of(pool.split)).state,
+            "greedy": greedy.rewards(self.reward_of(pool.split)).state if greedy else None,
             "settings": dataclasses.asdict(self.settings),
             "paper": self.paper.get(pool.split.name),
             "apart": {why: sorted(ids) for why, ids in self.apart.get(pool.split.name, {}).items()},

@@ -39,6 +39,9 @@ from qprobe.store import Table
 Keys = tuple[str, ...]
 
 KEY_COLUMNS = ("task_id", "sample")
+SAID = ("reward", "verdict")  # what later stages read of a reward
+# Share of a table's rows that say nothing (empty completions, replies that could not be read) from which it is said.
+MANY = 0.1
 OF_SPLIT = ("sample", "greedy")  # kinds of pools that answer the split's prompts as they are, by the run's own model
 
 
@@ -119,6 +122,17 @@ class Reward(Protocol):
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         """Every batch with one RewardRow a completion, in any order of batches; several may be in work at once."""
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """A reward stage that asks somebody whose replies may be of no use: then it gives a verdict of `unread` for now. The next
+    command asks again."""
+
+    unread: frozenset[str]
+
+    def replies(self, verdict: str, detail: str) -> tuple[int, int]:
+        """How many replies a row rests on, and how many of them could not be read."""
 
 
 @runtime_checkable
@@ -321,6 +335,24 @@ def sample(pool: Pool, progress: bool = True) -> None:
             yield keys, pa.table(columns, schema=store.COMPLETIONS)
 
     _run(pool, f"sample {pool.kind}", table, _metered(pool.sampler, table, stage), progress)
+    if said := empties(pool):
+        tqdm.write(said, file=sys.stderr)
+
+
+def empties(pool: Pool) -> str | None:
+    """A sentence on a pool's empty completions, where a tenth or more are; None where fewer are, or some are to be drawn."""
+    table = pool.completions
+    if not all(table.has(keys) for keys in pool.own_batches):
+        return None
+    rows = table.read(pool.own_batches, ["completion", "finish_reason"])
+    reasons = [reason for text, reason in zip(*(column.to_pylist() for column in rows), strict=True) if not text]
+    if len(reasons) < MANY * rows.num_rows:
+        return None
+    counted = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+    return (
+        f"{len(reasons)} of {rows.num_rows} completions of {pool.name} are empty (how they ended: {counted}): look at the "
+        "prompts, the stop texts and sampler.max_new_tokens."
+    )
 
 
 def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
@@ -328,6 +360,7 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
     table = pool.rewards(reward_stage)
     table.check_inputs()
     begun = False
+    again = {keys for keys in pool.own_batches if table.has(keys) and _is_unread(table, keys, reward_stage)}
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
         nonlocal begun
@@ -361,7 +394,50 @@ def reward(pool: Pool, reward_stage: Reward, progress: bool = True) -> None:
                 begun = True
             yield waiting.pop(batch.keys), pa.table(columns, schema=store.REWARDS)
 
-    _run(pool, f"reward {pool.kind}", table, stage, progress)
+    def write(keys: Keys, rows: pa.Table) -> None:
+        if keys in again:
+            if rows.select(SAID).equals(table.read([keys], SAID)):
+                return
+            table.note(store.REMADE, (table.noted(store.REMADE) or 0) + 1)
+        table.write(keys, rows)
+
+    works = [Work(keys, pool.rows(keys), table.has(keys) and keys not in again) for keys in pool.own_batches]
+    run_stage(f"reward {pool.kind}", works, stage, write, progress=progress)
+    unread, asked = _replies(pool, reward_stage)
+    if 2 * unread > asked:
+        raise RuntimeError(
+            f"{_unread_words(unread, asked, pool, reward_stage)} Most could not, so nothing is concluded from them."
+        )
+    if said := unread_words(pool, reward_stage):
+        tqdm.write(said, file=sys.stderr)
+
+
+def unread_words(pool: Pool, reward_stage: Reward) -> str | None:
+    """A sentence on the replies behind a pool's rewards where a tenth or more could not be read; None where fewer are."""
+    unread, asked = _replies(pool, reward_stage)
+    return _unread_words(unread, asked, pool, reward_stage) if unread and unread >= MANY * asked else None
+
+
+def _unread_words(unread: int, asked: int, pool: Pool, reward_stage: Reward) -> str:
+    return (
+        f"{unread} of {asked} replies of {reward_stage.name} on {pool.name} could not be read: their comparisons count half for "
+        "now, and the same command asks for them again."
+    )
+
+
+def _replies(pool: Pool, reward_stage: Reward) -> tuple[int, int]:
+    """How many replies behind a pool's rewards could not be read, and of how many."""
+    if not isinstance(reward_stage, Asks):
+        return 0, 0
+    rows = pool.rewards(reward_stage).read(pool.own_batches, ["verdict", "detail"])
+    counted = [reward_stage.replies(*row) for row in zip(*(column.to_pylist() for column in rows), strict=True)]
+    return sum(unread for _, unread in counted), sum(asked for asked, _ in counted)
+
+
+def _is_unread(table: Table, keys: Keys, reward_stage: Reward) -> bool:
+    if not isinstance(reward_stage, Asks):
+        return False
+    return not reward_stage.unread.isdisjoint(table.read([keys], ["verdict"])["verdict"].to_pylist())
 
 
 def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:

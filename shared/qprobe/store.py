@@ -36,6 +36,8 @@ from qprobe.files import fingerprint, remove_abandoned, write_whole
 # Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
 # memory then does not grow with the number of samples. Below it a file would only cost time.
 MAPPED_ABOVE = 256 * 2**20
+# Note on a table: how many of its parts were made anew from the same inputs, as those with replies that could not be read.
+REMADE = "remade"
 
 # What stands behind the fingerprints of inputs: a fingerprint tells a user nothing.
 MEANINGS = {
@@ -110,6 +112,12 @@ class Table:
     @functools.cached_property
     def identity(self) -> str:
         return fingerprint(self.inputs)
+
+    @property
+    def state(self) -> str:
+        """The identity, and how often parts were made anew since: for whoever keeps what it made of the rows."""
+        remade = self.noted(REMADE)
+        return self.identity if remade is None else fingerprint([self.identity, remade])
 
     @property
     def name(self) -> str:

@@ -49,7 +49,7 @@ class Lessons:
     reward: Reward
 
     def identity(self) -> dict[str, Any]:
-        return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).identity}
+        return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).state}
 
     def read(self) -> list[Lesson]:
         """All rows, by task id, then sample.

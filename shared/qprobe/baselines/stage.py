@@ -118,7 +118,7 @@ class Baselines:
     def identity(self, pool: Pool, reward: Reward) -> dict[str, str | None]:
         """What the rows of the baselines are made from; None where one was not run to its end."""
         found = {member.name: self._found(member, pool, reward) for member in self.members}
-        return {name: None if at is None else at[0].rewards(at[1]).identity for name, at in found.items()}
+        return {name: None if at is None else at[0].rewards(at[1]).state for name, at in found.items()}
 
     def _values(self, member: Baseline, pool: Pool, reward: Reward | None = None) -> np.ndarray | None:
         found = self._found(member, pool, reward)
