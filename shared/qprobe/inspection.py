@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qprobe import store
+from qprobe.ids import dense_ids
 from qprobe.metrics import mixed_prompts
 from qprobe.store import StoreError, Table
 
@@ -110,7 +110,7 @@ def _reward_remark(table: Table) -> str:
         return "a baseline's scores"
     rows = table.read()
     rewards = rows["reward"].to_numpy()
-    groups = np.unique(rows["task_id"].to_pylist(), return_inverse=True)[1]
+    groups = dense_ids(rows["task_id"])
     verdicts = Counter(verdict for verdict in rows["verdict"].to_pylist() if verdict)
     by_count = sorted(verdicts.items(), key=lambda item: (-item[1], item[0]))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in by_count)

@@ -244,6 +244,10 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+# Rewards above this are refused: gradients are larger than rewards by as much as features are, and optimisers square them.
+MOST_REWARD = 1e12
+
+
 def find_loss(name: str) -> Loss:
     """Look a loss up by its name.
 
@@ -269,9 +273,15 @@ def check_rewards(rewards: Tensor, loss_name: str) -> None:
         loss_name: a key of `LOSSES`.
 
     Raises:
-        ValueError: a reward is NaN or infinite, or outside [0, 1] where the loss reads it as a probability.
+        ValueError: a reward is NaN or infinite, outside [0, 1] where the loss reads it as a probability, or so large that
+            its square comes near the end of float32 where the loss reads more than the order of rewards.
     """
     check_finite(rewards, "rewards")
+    if loss_name not in ("bradley_terry", "pairwise_logistic") and float(rewards.abs().max()) > MOST_REWARD:
+        raise ValueError(
+            f"rewards reach {rewards[rewards.abs().argmax()].item():g}: training squares them in float32, which overflows; "
+            "divide them by a constant, to a range of about 1"
+        )
     if not find_loss(loss_name).unit_rewards:
         return
     outside = (rewards < 0) | (rewards > 1)

@@ -179,6 +179,11 @@ class StackedNetworks(nn.Module):
         return probe
 
 
+def is_finite(network: ProbeNetwork) -> bool:
+    """Whether all weights are finite numbers."""
+    return all(bool(torch.isfinite(p.detach()).all()) for p in network.parameters())
+
+
 def save(network: ProbeNetwork, folder: str | Path) -> None:
     """Write a network as `network.safetensors` and `network.json`; each file appears whole or not at all.
 
@@ -188,7 +193,10 @@ def save(network: ProbeNetwork, folder: str | Path) -> None:
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: a weight is NaN or infinite.
     """
+    if not is_finite(network):
+        raise ValueError("The probe has weights that are NaN or infinite: it is not saved; train it again.")
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     shape = {"dimension": network.dimension, "hidden": list(network.hidden)}
@@ -229,6 +237,8 @@ def load(folder: str | Path) -> ProbeNetwork:
         raise ValueError(f"{folder / WEIGHTS_FILE} holds {dtypes}: a probe's weights are of one floating-point type")
     network = ProbeNetwork(dimension, hidden).to(tensors["weights.0"].dtype)
     network.load_state_dict(tensors)
+    if not is_finite(network):
+        raise ValueError(f"{folder / WEIGHTS_FILE} holds weights that are NaN or infinite: train the probe again")
     return network
 
 

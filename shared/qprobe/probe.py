@@ -23,7 +23,9 @@ from torch import Tensor
 
 from qprobe import losses, network, policy
 from qprobe.files import fingerprint, write_whole
+from qprobe.ids import dense_ids
 from qprobe.network import ProbeNetwork
+from qprobe.own_state import own_state
 from qprobe.training import (
     ROWS_AT_A_TIME,
     Data,
@@ -32,10 +34,15 @@ from qprobe.training import (
     TrainingSettings,
     refitted,
     score_rows,
+    statistics,
     train,
 )
 
 CARD_FILE = "probe.json"
+
+# The constructor's own parameters, and the fields of TrainingSettings that may be given beside them.
+_OWN = ("loss", "beta", "k", "seed")
+_OPTIONS = {field.name for field in dataclasses.fields(TrainingSettings)} - set(_OWN)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ class QProbe:
         seed: of everything random in training.
         settings: how it is trained; keyword arguments of `TrainingSettings` may be given instead.
 
+    `get_params`, `set_params` and the signature of `fit` are as scikit-learn wants them: `sklearn.base.clone` makes an
+    untrained copy, and a grid search may vary any option (with a scoring function of its own: `score` gives Q values).
+
     `use` is free for what an application needs besides the probe (a sampler's settings, the style of the prompts): it is
     saved in the card.
 
@@ -96,10 +106,8 @@ class QProbe:
         **options: Any,
     ) -> None:
         losses.find_loss(loss)
-        known = {f.name for f in dataclasses.fields(TrainingSettings)}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"QProbe has no option {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
-        if settings is not None and options:
+        _check_options(options)
+        if settings is not None and any(getattr(settings, name) != value for name, value in options.items()):
             raise ValueError(f"Give either settings or {', '.join(options)}, not both.")
         if beta is not None and not beta >= 0:
             raise ValueError(f"beta is {beta}: a temperature is 0 (argmax) or more.")
@@ -114,11 +122,50 @@ class QProbe:
         self.data_: dict[str, Any] = {}
         self.use: dict[str, Any] = {}
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given or took by default, by name, as scikit-learn asks for it; `deep` changes nothing."""
+        # One field of the settings has the name of a parameter: only as a whole do they say another value of it.
+        whole = self.settings.beta != TrainingSettings.beta
+        parameters = {name: getattr(self, name) for name in _OWN} | {"settings": self.settings if whole else None}
+        return parameters | {name: getattr(self.settings, name) for name in sorted(_OPTIONS)}
+
+    def set_params(self, **parameters: Any) -> QProbe:
+        """Change parameters by name, for the next `fit`; returns itself.
+
+        Raises:
+            ValueError: an unknown name, or a value out of its range; nothing is changed then.
+        """
+        options = {name: value for name, value in parameters.items() if name not in (*_OWN, "settings")}
+        _check_options(options)
+        settings = dataclasses.replace(parameters.get("settings") or self.settings, **options)
+        own = {name: parameters.get(name, getattr(self, name)) for name in _OWN}
+        changed = type(self)(**own, settings=settings)
+        for name in (*_OWN, "settings"):
+            setattr(self, name, getattr(changed, name))
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn's tools ask of an estimator; only they call it, so that scikit-learn is needed by them alone."""
+        from sklearn.utils import Tags, TargetTags
+
+        return Tags(estimator_type=None, target_tags=TargetTags(required=True))
+
+    def __repr__(self) -> str:
+        """The call that makes it, without what is default, and what it was fitted on."""
+        defaults = QProbe().get_params()
+        given = {n: v for n, v in self.get_params().items() if n == "loss" or v != defaults[n]}
+        call = f"QProbe({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        if not hasattr(self, "network_"):
+            return call
+        sizes = ", ".join(f"{self.data_[name]} {name}" for name in ("prompts", "rows") if name in self.data_)
+        return f"<{call}, fitted: {sizes + ', ' if sizes else ''}{self.dimension} features, beta_={self.beta_:g}>"
+
     @property
     def dimension(self) -> int:
         """D, the width of the embeddings that it reads."""
         return self._fitted().dimension
 
+    @own_state()
     def fit(
         self, features: ArrayLike | Tensor, rewards: ArrayLike | Tensor, prompts: ArrayLike | Sequence[Any]
     ) -> QProbe:
@@ -127,20 +174,21 @@ class QProbe:
         Args:
             features: (N, D) float embeddings of prompt + completion.
             rewards: (N,) float; in [0, 1] for the cross-entropy. With bradley_terry the within-prompt pairs are formed.
-            prompts: (N,) ids, numbers or text, of each row's prompt; prompts may have different numbers of rows.
+            prompts: (N,) ids of each row's prompt, of any hashable kind (`qprobe.ids`); prompts may have different numbers
+                of rows.
 
         Raises:
-            ValueError: lengths that differ, NaN, rewards that the loss cannot read.
+            ValueError: lengths that differ, NaN, rewards that the loss cannot read, or a training that diverged.
+
+        Warns: UserWarning where all rows get the same score, with the reason.
         """
-        ids = np.asarray(prompts)
-        if ids.ndim != 1:
-            raise ValueError(f"prompts has shape {ids.shape}: give one id for each row.")
+        groups = torch.from_numpy(dense_ids(prompts))
         rows = _floats(features, "features")
-        if rows.ndim == 2 and len(ids) != len(rows):
-            raise ValueError(f"prompts has {len(ids)} rows, features has {len(rows)}: give one id for each row.")
-        groups = torch.from_numpy(np.unique(ids, return_inverse=True)[1].astype(np.int64))
+        if rows.ndim == 2 and len(groups) != len(rows):
+            raise ValueError(f"prompts has {len(groups)} rows, features has {len(rows)}: give one id for each row.")
         return self._fit(Data(rows, _floats(rewards, "rewards").float(), groups))
 
+    @own_state()
     def fit_pairs(
         self,
         chosen: ArrayLike | Tensor,
@@ -164,17 +212,20 @@ class QProbe:
                 f"chosen has shape {tuple(better.shape)}, rejected {tuple(worse.shape)}: row i of both is one pair."
             )
         pairs = len(better)
-        of_pair = np.arange(pairs) if prompts is None else np.unique(np.asarray(prompts), return_inverse=True)[1]
+        of_pair = np.arange(pairs) if prompts is None else dense_ids(prompts)
         if len(of_pair) != pairs:
             raise ValueError(f"prompts has {len(of_pair)} entries for {pairs} pairs: give one a pair.")
         rewards = torch.cat([torch.ones(pairs), torch.zeros(pairs)])
         groups = torch.arange(pairs).repeat(2)
-        return self._fit(Data(torch.cat([better, worse]), rewards, groups, torch.from_numpy(of_pair.astype(np.int64))))
+        return self._fit(Data(torch.cat([better, worse]), rewards, groups, torch.from_numpy(of_pair)))
 
     def _fit(self, data: Data) -> QProbe:
         task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
         trained = train(data, [task], self.settings, k=self.k, seed=self.seed)
         (trained_on_all,) = refitted(data, [task], trained, self.settings, k=self.k, seed=self.seed)
+        if reason := _why_alike(trained_on_all, data):
+            warnings.warn(f"This probe scores all rows alike: {reason}", stacklevel=4)
+            trained_on_all = dataclasses.replace(trained_on_all, note=f"{trained_on_all.note} {reason}".strip())
         total = sum(part.double().sum().item() for part in data.features.split(ROWS_AT_A_TIME))
         self.data_ = {
             "rows": len(data.features),
@@ -204,6 +255,7 @@ class QProbe:
         probe.source, probe.data_ = source, data
         return probe
 
+    @own_state()
     def score(self, features: ArrayLike | Tensor, source: EmbeddingSource | None = None) -> np.ndarray:
         """Q values.
 
@@ -233,6 +285,7 @@ class QProbe:
                 "model and layer, or train a probe on these embeddings."
             )
 
+    @own_state()
     def select(
         self,
         candidates: ArrayLike | Tensor,
@@ -278,6 +331,7 @@ class QProbe:
         write_whole(folder / CARD_FILE, (json.dumps(card, indent=2) + "\n").encode())
 
     @classmethod
+    @own_state()
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> QProbe:
         """Read a probe from a folder, or from the hub by its id.
 
@@ -323,6 +377,40 @@ class QProbe:
         return self.network_
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise ValueError(f"QProbe has no option {', '.join(unknown)}: it knows {', '.join(sorted(_OPTIONS))}.")
+
+
+# Rows whose scores say whether a probe tells any apart.
+ROWS_COMPARED = 10_000
+
+
+def _why_alike(trained: TrainedProbe, data: Data) -> str:
+    """Why a probe gives the rows that it was trained on one score; empty where it does not."""
+    some = torch.arange(0, len(data.features), -(-len(data.features) // ROWS_COMPARED))
+    scores = score_rows(trained.network, data.features, some)
+    rounding = 4 * torch.finfo(scores.dtype).eps
+    if len(scores) == 1 or float(scores.max() - scores.min()) > rounding * float(scores.abs().max()):
+        return ""
+    if float(data.rewards.min()) == float(data.rewards.max()):
+        return "all rewards are equal, so that there is nothing to learn."
+    _, scale = statistics(data, torch.ones(1, len(data.sizes), dtype=torch.bool))
+    if bool((scale == 1).all()):
+        return (
+            "no feature differs between rows by more than rounding does (a millionth of its mean): subtract the mean of "
+            "every column in float64, or give other features."
+        )
+    if trained.chosen and trained.steps == 0:
+        return (
+            "on the prompts that were held out, no step of training was better than none; either these features do not "
+            "tell good from bad here, or the learning_rate is too large, or rewards are far from a range of about 1."
+        )
+    return (
+        "training moved its weights by nothing; rescale rewards to a range of about 1, or raise learning_rate or steps."
+    )
+
+
 def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
     if isinstance(values, Tensor):
         tensor = values.detach().cpu()
@@ -339,7 +427,23 @@ def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
         return tensor
     if tensor.is_complex():
         raise ValueError(f"{name} is {tensor.dtype}: give real numbers.")
-    return tensor.float()
+    return _narrowed(tensor, name) if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _narrowed(values: Tensor, name: str) -> Tensor:
+    """float64 as float32; raises ValueError where that overflows, or makes all rows alike that were not."""
+    narrow = values.float()
+    if len(values) == 0:
+        return narrow
+    if bool((torch.isinf(narrow) & torch.isfinite(values)).any()):
+        raise ValueError(f"{name} holds {float(values.abs().max()):g}, beyond float32: divide all by a constant first.")
+    differs, still = (part.max(0).values > part.min(0).values for part in (values, narrow))
+    if bool(differs.any()) and not bool(still.any()):
+        raise ValueError(
+            f"{name}: its rows differ by less than float32 can hold (float64 was given); subtract the mean of every column "
+            "and divide by its standard deviation first."
+        )
+    return narrow
 
 
 def _describe(source: EmbeddingSource) -> str:

@@ -10,10 +10,17 @@ from torch import Tensor
 from qprobe import losses
 from qprobe.metrics import Distinct, mixed_prompts
 from qprobe.network import ProbeNetwork
+from qprobe.own_state import own_state
 
 # Rows that are read at a time outside training steps: 16 MB of float32 at 4,096 features. Larger pieces leave the caches,
 # and memory that the allocator returns after every piece costs more than the arithmetic.
 ROWS_AT_A_TIME = 1024
+
+# Features are constant where their standard deviation is less than this share of their mean: float32 rounds by 6e-8, and
+# sums of a model's layers by some times that ...
+LEAST_RELATIVE_DEVIATION = 1e-6
+# ... or where it is so small that weights which make up for it would overflow.
+LEAST_DEVIATION = 1e-36
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class RowReader:
         return self._read[: len(rows)].copy_(stored)
 
 
+@own_state()
 def score_rows(network: ProbeNetwork, features: Tensor, rows: Tensor | None = None) -> Tensor:
     """Q of rows, without a float32 copy of all the features.
 
@@ -125,7 +133,8 @@ def statistics(data: Data, fitted: Tensor) -> tuple[Tensor, Tensor]:
         data: the rows.
         fitted: (M, G) bool, the groups that each probe trains on.
 
-    Returns: two tensors (M, D) float32; constant features have the scale 1.
+    Returns: two tensors (M, D) float32; the scale of constant features is 1. So are those called that differ by no more
+        than float32 rounds, a millionth of their mean, or by less than float32 has a reciprocal for.
     """
     # Many probes share their prompts (losses of one fold): the sums are taken once for each distinct choice.
     distinct, which = torch.unique(fitted, dim=0, return_inverse=True)
@@ -143,5 +152,6 @@ def statistics(data: Data, fitted: Tensor) -> tuple[Tensor, Tensor]:
         second += used @ values.square_()
     mean = first / count
     variance = (second / count - mean.square()).clamp_min(0)
-    scale = torch.where(variance > 1e-12 * (1 + (mean + shift).square()), variance.sqrt(), 1.0)
+    varies = (variance > LEAST_RELATIVE_DEVIATION**2 * (mean + shift).square()) & (variance > LEAST_DEVIATION**2)
+    scale = torch.where(varies, variance.sqrt(), 1.0)
     return (mean + shift).float()[which], scale.float()[which]

@@ -146,8 +146,11 @@ def descend(
     settings: TrainingSettings,
     seed: int,
     bar: tqdm[None],
-) -> None:
-    """Train the networks of a stack, and leave each at its best watched step, or at the last."""
+) -> Tensor:
+    """Train the networks of a stack, and leave each at its best watched step, or at the last.
+
+    Returns: (M,) bool, the networks whose weights were no finite numbers when training ended.
+    """
     columns = columns_of(names)
     parameters = [*stack.weights, *stack.biases]
     optimiser = StackedAdamW(list(stack.weights), list(stack.biases), learning_rates, settings.weight_decay)
@@ -169,7 +172,9 @@ def descend(
             if step == total or watch.finished:
                 break
     bar.total -= total - step  # what was not needed
+    finite = [torch.isfinite(p.detach()).flatten(1).all(1) for p in parameters]
     watch.restore(stack, step)
+    return ~torch.stack(finite).all(0)
 
 
 def total_steps(passes: Passes, settings: TrainingSettings) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from qprobe import losses
 from qprobe.metrics import reward_grid
-from qprobe.network import ProbeNetwork, StackedNetworks
+from qprobe.network import ProbeNetwork, StackedNetworks, is_finite
+from qprobe.own_state import own_state
 from qprobe.training.data import Data, score_rows, statistics
 from qprobe.training.objective import HeldOutWatch
 from qprobe.training.passes import Passes, descend, total_steps
@@ -73,6 +75,7 @@ class TrainedProbe:
     held_out_loss: float | None = None
 
 
+@own_state()
 def train(
     data: Data, tasks: Sequence[ProbeTask], settings: TrainingSettings, *, k: int, seed: int = 0, progress: bool = False
 ) -> list[TrainedProbe]:
@@ -86,7 +89,8 @@ def train(
         seed: of the order of the data.
 
     Raises:
-        ValueError: an unknown loss, rewards that a loss cannot read, a probe without prompts.
+        ValueError: an unknown loss, rewards that a loss cannot read, a probe without prompts, or one that diverged: its
+            loss or weights are no finite numbers, at every learning rate.
     """
     _check_tasks(data, tasks)
     mixed = data.mixed
@@ -168,6 +172,7 @@ class _Outcome:
     network: ProbeNetwork
     steps: int
     loss: float  # the lowest held-out loss; infinite where nothing was held out
+    diverged: bool  # whether its weights were no finite numbers at the end, whatever step it was taken from
 
 
 def _check_tasks(data: Data, tasks: Sequence[ProbeTask]) -> None:
@@ -238,13 +243,19 @@ def _train_together(
     names = [c.task.loss for c in cluster]
     watch = HeldOutWatch(data, names, held, settings, len(passes.rows) / passes.batches_per_epoch)
     rates = torch.tensor([c.learning_rate for c in cluster])
-    descend(data, names, passes, stack, watch, rates, settings, seed, bar)
-    return [_Outcome(c, stack.network(m), watch.steps[m], float(watch.best[m])) for m, c in enumerate(cluster)]
+    diverged = descend(data, names, passes, stack, watch, rates, settings, seed, bar)
+    return [
+        _Outcome(c, stack.network(m), watch.steps[m], float(watch.best[m]), bool(diverged[m]))
+        for m, c in enumerate(cluster)
+    ]
 
 
 def _finished(data: Data, outcome: _Outcome, settings: TrainingSettings, k: int) -> TrainedProbe:
     candidate, split = outcome.candidate, outcome.candidate.split
+    _check_converged(outcome)
     beta, note = settings.beta, ""
+    if outcome.diverged:
+        note = f"It diverged after step {outcome.steps}, where its weights are from: a lower learning_rate is steadier."
     if split.chosen:
         beta = _best_beta(data, outcome.network, split.held, k, candidate.task.seed)
     elif settings.learning_rates and candidate.task.learning_rate is None:
@@ -255,6 +266,19 @@ def _finished(data: Data, outcome: _Outcome, settings: TrainingSettings, k: int)
     held_out_loss = outcome.loss if split.chosen else None
     return TrainedProbe(
         outcome.network, beta, outcome.steps, split.chosen, split.mixed, candidate.learning_rate, note, held_out_loss
+    )
+
+
+def _check_converged(outcome: _Outcome) -> None:
+    """Raise where there is nothing but numbers that are not finite, or an untrained probe because of them."""
+    candidate = outcome.candidate
+    finite = is_finite(outcome.network) and not (candidate.split.chosen and math.isinf(outcome.loss))
+    if finite and not (outcome.diverged and outcome.steps == 0):
+        return
+    raise ValueError(
+        f"A probe ({candidate.task.loss}, seed {candidate.task.seed}) diverged: its loss or its weights are no finite "
+        f"numbers. Lower the learning_rate (it is {candidate.learning_rate:g}), and if that does not help, rescale rewards "
+        "and features to a range of about 1."
     )
 
 
