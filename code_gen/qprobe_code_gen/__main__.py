@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition
-from qprobe.closing import closing_words
-from qprobe.command import Experiments
-from qprobe.pipeline import Pipeline
+from qprobe.cli import composition
+from qprobe.cli.command import Experiments
+from qprobe.pipeline.closing import closing_words
+from qprobe.pipeline.pipeline import Pipeline
 from qprobe.settings import check_keys
 from qprobe_code_gen import commands, tasks
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qprobe.command import Parser, guarded, without_debug
+from qprobe.cli.command import Parser, guarded, without_debug
 from qprobe_code_gen.evaluate import RAW, evaluate
 from qprobe_code_gen.prompts import STYLES
 from qprobe_code_gen.samples import FORMATS, write_samples

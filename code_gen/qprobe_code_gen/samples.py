@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qprobe import store
 from qprobe.files import write_whole
-from qprobe.store import found_table
+from qprobe.store.table import found_table
 from qprobe_code_gen.problems import Problem, humaneval, mbpp
 from qprobe_code_gen.prompts import given
 from qprobe_code_gen.reading import read

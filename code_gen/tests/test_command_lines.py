@@ -10,7 +10,7 @@ import pytest
 
 import qprobe_code_gen
 import qprobe_code_gen.__main__ as command
-from qprobe import configuration
+from qprobe.cli import configuration
 
 NAME = "qprobe-code-gen"
 # The command line, its status, and what the first or last line that it prints must hold.

@@ -10,15 +10,16 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+import qprobe
 import qprobe_code_gen.__main__ as command
-from qprobe import composition
+from qprobe.cli import composition
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.models import ModelSpec
-from qprobe.pipeline import STAGES
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
+from qprobe.pipeline.pipeline import STAGES
 from qprobe.sampling.vllm import VLLMSampler
-from qprobe.vllm_engine import EngineSettings
 
-CONF, CORE = Path(command.__file__).parent / "conf", Path(composition.__file__).parent / "conf"
+CONF, CORE = Path(command.__file__).parent / "conf", Path(qprobe.__file__).parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CORE_GROUPS = {path.parent.name for path in CORE.glob("*/*.yaml")}
 # What a procedure puts on top follows from it, and is no choice of its own.

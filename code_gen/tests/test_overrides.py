@@ -12,12 +12,13 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+import qprobe
 import qprobe_code_gen.__main__ as command
-from qprobe import composition
-from qprobe.sweep import EvaluationSettings, Procedure
-from qprobe.training import TrainingSettings
+from qprobe.cli import composition
+from qprobe.evaluation.sweep import EvaluationSettings, Procedure
+from qprobe.probe.training import TrainingSettings
 
-CORE = Path(composition.__file__).parent / "conf"
+CORE = Path(qprobe.__file__).parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
 # None of these is what any experiment, procedure or group says.
 PROBE: dict[str, Any] = {

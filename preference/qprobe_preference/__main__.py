@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qprobe import composition, needs
-from qprobe.closing import closing_words
-from qprobe.command import Experiments
-from qprobe.pipeline import SHARDED, Pipeline
+from qprobe.cli import composition
+from qprobe.cli.command import Experiments
+from qprobe.pipeline import needs
+from qprobe.pipeline.closing import closing_words
+from qprobe.pipeline.pipeline import SHARDED, Pipeline
 from qprobe.settings import check_keys
 from qprobe_preference import comparison, outcome, policy, sets
 from qprobe_preference.dataset import prompt_style

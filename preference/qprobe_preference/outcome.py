@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from qprobe import composition, joined, layers, stages
-from qprobe.joined import Joined
-from qprobe.losses import find_loss
-from qprobe.metrics import Interval
-from qprobe.pipeline import Pipeline
+from qprobe.cli import composition
+from qprobe.evaluation import layer_choice
+from qprobe.evaluation.scoring import Scored
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.losses import find_loss
+from qprobe.probe.metrics import Interval
 from qprobe.report import Band
-from qprobe.scoring import Scored
-from qprobe.stages import Pool, Reward, Split
+from qprobe.run import joined, stages
+from qprobe.run.joined import Joined
+from qprobe.run.stages import Pool, Reward, Split
 from qprobe_preference import comparison, report, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges import AgainstReference
@@ -97,7 +99,7 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     loss = pipeline.shown_loss
     for one in probes:
         at = functools.partial(_with_layer, experiment, one)
-        scores = layers.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
+        scores = layer_choice.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
         name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
         scored[name] = scores.by_share[1.0][loss]
         curve = scores.by_share if scores.plain is None else scores.by_share | {1.0: scores.plain}

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition
-from qprobe.pipeline import Pipeline
-from qprobe.rewards import RecordedReward
+from qprobe.cli import composition
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.run.rewards import RecordedReward
+from qprobe.run.stages import Split
 from qprobe.sampling import Sampler
 from qprobe.settings import build, check_keys
-from qprobe.stages import Split
 from qprobe_preference import judges, sets
 from qprobe_preference.dataset import Dataset, prompt_style
 from qprobe_preference.judges import AgainstReference
@@ -208,7 +208,7 @@ def paper_values(experiment: Experiment) -> dict[str, float]:
 
 
 def needs(experiment: Experiment) -> list[str]:
-    """What a run asks for beside the core's stages (`qprobe.needs`): other policies' answers, and comparisons. At most: what an
+    """What a run asks for beside the core's stages (`pipeline.needs`): other policies' answers, and comparisons. At most: what an
     earlier run has judged is not asked again.
     """
     pipeline, settings = experiment.pipeline, experiment.settings

@@ -10,7 +10,7 @@ import pytest
 
 import qprobe_preference
 import qprobe_preference.__main__ as command
-from qprobe import configuration
+from qprobe.cli import configuration
 
 NAME = "qprobe-preference"
 # The command line, its status, and what the first or last line that it prints must hold.

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import qprobe_preference
-from qprobe.api import ApiError, client
+from qprobe.models.openai_client import ApiError, client
 from qprobe_preference.judges import Comparison, configured, tally
 from qprobe_preference.judges.openai import OpenAIJudge
 

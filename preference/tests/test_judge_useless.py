@@ -16,11 +16,12 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
-from qprobe import api, stages
-from qprobe.api import ApiError
-from qprobe.joined import join
-from qprobe.models import ModelSpec
-from qprobe.stages import Pool
+from qprobe.models import openai_client
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError
+from qprobe.run import stages
+from qprobe.run.joined import join
+from qprobe.run.stages import Pool
 from qprobe_preference.judges import AgainstReference, Comparison, configured
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -107,7 +108,7 @@ def pool(fakes: ModuleType, tmp_path: Path) -> Pool:
 
 def stage(fakes: ModuleType, server: Any, pool: Pool) -> AgainstReference:
     """A new process's: nothing is in memory."""
-    api.close_clients()
+    openai_client.close_clients()
     references = {prompt.task_id: f"r {prompt.task_id}" for prompt in pool.split.prompts}
     return AgainstReference(judge(server, pool.run / "judge"), pool.split.prompts, references)
 
@@ -245,7 +246,7 @@ def test_a_policy_run_says_it_before_its_tables_and_is_whole_when_repaired(
     (first,) = (tmp_path / "hh_policy" / "tables").glob("win_rates.csv")
     before = first.read_text()
     server.answer = lambda *_: {"choices": [choice("Verdict: A")]}
-    api.close_clients()
+    openai_client.close_clients()
     command.run(config)
     assert len(server.requests) == calls["made"] + lost
     assert "could not be read" not in capsys.readouterr().out

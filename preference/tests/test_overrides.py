@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
-from qprobe import composition
+from qprobe.cli import composition
 from qprobe_preference import comparison
 
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))

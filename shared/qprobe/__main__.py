@@ -2,7 +2,7 @@
 
 import sys
 
-from qprobe.cli import main
+from qprobe.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

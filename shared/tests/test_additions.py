@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe import additions, cli, store
-from qprobe.models import ModelSpec
+from qprobe import store
+from qprobe.cli import main
+from qprobe.models.language_model import ModelSpec
+from qprobe.run import additions
 
 FEATURES = "features/prompts.sample"
 
@@ -24,7 +26,7 @@ def imported(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def call(lines: list[dict[str, Any]], run: str = "run") -> int:
         Path("mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
         words = [f"model.name={tiny_model.name}", "model.dtype=float32", "model.device=cpu", "embedder.layers=[1,2]"]
-        return cli.main(
+        return main.main(
             [
                 "import",
                 "mine.jsonl",

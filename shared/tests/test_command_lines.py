@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qprobe
-from qprobe import cli, command
+from qprobe.cli import command, main
 
 # The command line, its status, and what the first or last line that it prints must hold.
 LINES = [
@@ -62,7 +62,7 @@ def test_every_command_line_ends_in_its_status_and_a_line_that_helps(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        found = cli.main(line.split())
+        found = main.main(line.split())
     except SystemExit as stopped:
         found = stopped.code  # type: ignore[assignment]
     printed = capsys.readouterr()
@@ -77,7 +77,7 @@ def test_every_command_line_ends_in_its_status_and_a_line_that_helps(
 
 def test_help_lists_every_group_and_choice_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main.main(["--help"])
     text = capsys.readouterr().out
     assert text.count("\n  qprobe ") >= 3
     for path in (Path(qprobe.__file__).parent / "conf").glob("*/*.yaml"):
@@ -141,7 +141,7 @@ def complete(line: str, script: str) -> set[str]:
 
 
 def test_bash_completes_commands_options_settings_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--completion", "bash"]) == 0
+    assert main.main(["--completion", "bash"]) == 0
     script = capsys.readouterr().out
     assert complete("qprobe in", script) == {"inspect"}
     assert complete("qprobe run --re", script) == {"--reward"}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import qprobe
-from qprobe import composition
 from qprobe.baselines.prompt_rm import PromptRM
+from qprobe.cli import composition
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
-from qprobe.probe import QProbe
+from qprobe.models.language_model import ModelSpec
+from qprobe.probe.estimator import QProbe
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 

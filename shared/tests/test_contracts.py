@@ -16,19 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, vllm_engine
+from qprobe import models
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, SamplingSettings, sample_seeds
 from qprobe.sampling.base import stop_position
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
-from qprobe.vllm_engine import EngineSettings
 
 Make = Callable[..., Any]
 TOLERANCE = 1e-4

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qprobe import jsonl
 from qprobe.prompts import Prompt
+from qprobe.store import jsonl
 
 
 def written(folder: Path, *lines: Any, name: str = "file.jsonl") -> Path:

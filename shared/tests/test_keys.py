@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from qprobe import api, stages
-from qprobe.api import ApiError, ApiSettings, client
 from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.keys import Key
+from qprobe.models import openai_client
+from qprobe.models.keys import Key
+from qprobe.models.openai_client import ApiError, ApiSettings, client
 from qprobe.prompts import Prompt
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
-from qprobe.stages import Pool, Split
 
 SECRET = "sk-test-THE-KEY-ITSELF"  # that of the server of the tests
 ODD = "sk/aB+9=x&y%z\"q'<w>\\v$0123"  # every sign that some spelling escapes
@@ -118,7 +119,7 @@ BROKEN = {
 def test_a_key_that_cannot_be_sent_is_refused_by_name_before_any_request(
     broken: str, server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(api.keys.os, "environ", {"OPENAI_API_KEY": BROKEN[broken]})
+    monkeypatch.setattr(openai_client.keys.os, "environ", {"OPENAI_API_KEY": BROKEN[broken]})
     sampler = OpenAISampler(None, SamplingSettings(n=1), server.settings())
     pool = Pool(tmp_path, Split("a", [Prompt("p", text="x")], {}), "sample", sampler, 0)
     for ask in (sampler.check, OpenAIEmbedder(None, server.settings()).check, lambda: stages.sample(pool, False)):

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from qprobe import cli, jsonl, lengths
+from qprobe.cli import main
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.jsonl import PromptRow
-from qprobe.lengths import Room
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.run import lengths
+from qprobe.run.lengths import Room
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
+from qprobe.store import jsonl
+from qprobe.store.jsonl import PromptRow
 
 CONTEXT = 192  # of the tiny model, whose tokens are bytes, and BOS before a text
 SHORT, LONG = "b" * 20, "c" * 300
@@ -51,7 +53,7 @@ def test_one_over_long_candidate_stops_an_import_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = candidates(tmp_path, ("Say 2.", LONG), ("Say 4.", LONG + "d"))
-    assert cli.main(["import", str(path), "--run", "own", *words(tiny_model)]) == 1
+    assert main.main(["import", str(path), "--run", "own", *words(tiny_model)]) == 1
     said = capsys.readouterr().err
     # "Say 2." are 6 bytes and BOS.
     assert "2 of 14 candidates exceed, with their prompt, the context of 192 tokens" in said
@@ -60,7 +62,7 @@ def test_one_over_long_candidate_stops_an_import_before_any_work(
     assert "shorten the prompt" not in said
     assert not Path("own").exists()
     # The same command with a choice goes on.
-    assert cli.main(["import", str(path), "--run", "own", *words(tiny_model, "too_long=leave_out")]) == 0
+    assert main.main(["import", str(path), "--run", "own", *words(tiny_model, "too_long=leave_out")]) == 0
     said = capsys.readouterr().err
     assert "6 prompts with 2 candidates each, 12 in all" in said
     assert "2 of 14 candidates exceed" in said
@@ -140,14 +142,14 @@ def test_over_long_prompts_stop_a_run_before_any_completion(
     Path("lengths_reward.py").write_text("def reward(prompt, completion):\n    return len(completion) % 3 / 2\n")
     run = ["run", "prompts.jsonl", "--reward", "lengths_reward.py:reward", "--run", "own"]
     run += words(tiny_model, "sampler.max_new_tokens=6", "sampler.n=3")
-    assert cli.main(run) == 1
+    assert main.main(run) == 1
     said = capsys.readouterr().err
     assert "1 of 7 prompts exceeds, with a completion of sampler.max_new_tokens=6, the context of 192 tokens" in said
     assert "line 7, mine (201 + 6 tokens)" in said
     assert not Path("own").exists()
-    assert cli.main([*run, "too_long=cut_prompt"]) == 0
+    assert main.main([*run, "too_long=cut_prompt"]) == 0
     assert "They are cut from the left." in capsys.readouterr().err
-    assert cli.main([*run, "too_long=shorten"]) == 1
+    assert main.main([*run, "too_long=shorten"]) == 1
     assert "too_long is 'shorten': choose from stop, leave_out, cut_prompt." in capsys.readouterr().err
 
 

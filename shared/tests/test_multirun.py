@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from qprobe import cli, composition, multirun, sharing, store
-from qprobe.models import ModelSpec
+from qprobe import store
+from qprobe.cli import composition, main, multirun
+from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 from qprobe.settings import UsageError
+from qprobe.store import sharing
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def words(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_each_job_has_its_own_tables_and_one_shows_all(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words, "layer=1,2", "evaluation.losses=[reward_mse]"]) == 0
+    assert main.main([*words, "layer=1,2", "evaluation.losses=[reward_mse]"]) == 0
     said = capsys.readouterr()
     assert sorted(path.name for path in Path().iterdir()) == ["mine.jsonl", "runs"]
     jobs = {1: Path("runs/mine-multirun/layer=1"), 2: Path("runs/mine-multirun/layer=2")}
@@ -54,8 +56,8 @@ def test_each_job_has_its_own_tables_and_one_shows_all(words: list[str], capsys:
 
 
 def test_tables_of_other_inputs_are_made_anew_and_the_rest_is_shared(words: list[str]) -> None:
-    assert cli.main([*words, "seed=0,1", "evaluation.losses=[reward_mse]"]) == 0
-    assert cli.main([*words, "sampler.batch_rows=3,6", "evaluation.losses=[reward_mse]"]) == 0
+    assert main.main([*words, "seed=0,1", "evaluation.losses=[reward_mse]"]) == 0
+    assert main.main([*words, "sampler.batch_rows=3,6", "evaluation.losses=[reward_mse]"]) == 0
     three, six = (Path(f"runs/mine-multirun/sampler.batch_rows={n}") for n in (3, 6))
     numbers = [len(list(folder.glob("features/*/*/layer=01/part-*"))) for folder in (three, six)]
     assert numbers[0] > numbers[1] > 0  # other batches: other tables, none taken
@@ -67,16 +69,16 @@ def test_tables_of_other_inputs_are_made_anew_and_the_rest_is_shared(words: list
 
 def test_what_a_run_has_already_is_taken(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     single = [word for word in words if word != "-m"]
-    assert cli.main([*single, "evaluation.losses=[reward_mse]"]) == 0
+    assert main.main([*single, "evaluation.losses=[reward_mse]"]) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("runs/mine").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert cli.main([*words, "probe.learning_rate=1e-3,1e-2", "evaluation.losses=[reward_mse]"]) == 0
+    assert main.main([*words, "probe.learning_rate=1e-3,1e-2", "evaluation.losses=[reward_mse]"]) == 0
     assert "embed sample:" not in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_a_job_that_fails_is_said_and_the_others_go_on(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words, "evaluation.k=2,9", "evaluation.losses=[reward_mse]"]) == 1
+    assert main.main([*words, "evaluation.k=2,9", "evaluation.losses=[reward_mse]"]) == 1
     said = capsys.readouterr()
     assert "qprobe: 1 of 2 jobs failed: evaluation.k=9." in said.err
     assert [path.name for path in sorted(Path("runs/mine-multirun").iterdir())] == ["evaluation.k=2"]
@@ -84,7 +86,7 @@ def test_a_job_that_fails_is_said_and_the_others_go_on(words: list[str], capsys:
 
 def test_a_value_that_cannot_be_is_said_before_any_job(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for word, status in (("probe.learning_rate=1e-3,fast", 1), ("probe=linear,lineer", 2), ("speed=1,2", 2)):
-        assert cli.main([*words, word]) == status
+        assert main.main([*words, word]) == status
         assert not Path("runs").exists()
     assert "did you mean" in capsys.readouterr().err
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe import composition, models, needs
-from qprobe.models import ModelSpec
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe import models
+from qprobe.cli import composition
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.models.language_model import ModelSpec
+from qprobe.pipeline import needs
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
 
 Make = Callable[..., Pipeline]
 # The published configuration of CodeLlama-7b-hf, and its published number of parameters.

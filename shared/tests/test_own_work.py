@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from qprobe import cli, store
-from qprobe.models import ModelSpec
-from qprobe.probe import QProbe
+from qprobe import store
+from qprobe.cli import main
+from qprobe.models.language_model import ModelSpec
+from qprobe.probe.estimator import QProbe
 
 REWARD = """
 def reward(prompt, completion, number):
@@ -46,7 +47,7 @@ def call(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def called(command: str, *arguments: str) -> int:
         more = () if command == "answer" else (*model, *small, *QUICK)
-        return cli.main(
+        return main.main(
             [command, *arguments, *(word for word in more if word.split("=")[0] not in " ".join(arguments))]
         )
 
@@ -220,7 +221,7 @@ def test_candidates_of_unequal_groups_are_imported_and_answered_from(
     rewards = rows("runs/mine/rewards/prompts.sample/imported", store.REWARDS)
     wanted = [(int(row["completion"][0]) + row["sample"]) % 3 / 2 for row in completions]
     assert [row["reward"] for row in rewards] == wanted
-    assert cli.main(["inspect", "runs/mine"]) == 0
+    assert main.main(["inspect", "runs/mine"]) == 0
     said = capsys.readouterr()
     assert "Nothing that was begun is missing." in said.out
     assert "16 imported" in said.out
@@ -306,7 +307,7 @@ def test_what_cannot_be_is_a_sentence_before_any_work(
 ) -> None:
     write("good.jsonl", *candidates())
     Path("mine.jsonl").write_text("\n{")
-    assert (cli.main if arguments[0] == "inspect" else lambda words: call(*words))(arguments) == (
+    assert (main.main if arguments[0] == "inspect" else lambda words: call(*words))(arguments) == (
         2 if "samplr.n=2" in arguments else 1
     )
     said = capsys.readouterr()
@@ -359,7 +360,7 @@ def test_a_probe_answers_with_its_own_model_only(
 )
 def test_an_unknown_argument_prints_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
+        main.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("usage: qprobe")
 

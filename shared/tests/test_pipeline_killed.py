@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
-from qprobe.pipeline import STAGES
+from qprobe.pipeline.pipeline import STAGES
 
 # A process that has imported everything forks one child a run: a child is killed, and the next starts in milliseconds.
 SERVER = """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from qprobe import models
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 
 ASKED = {"role": "user", "content": "Count."}

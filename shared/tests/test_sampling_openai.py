@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from qprobe import models
-from qprobe.api import ApiError
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings
 from qprobe.sampling.base import stop_position

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.probe.estimator import EmbeddingSource, QProbe
 from qprobe.prompts import Prompt
-from qprobe.serving import Choice, Policy
+from qprobe.serving.policy import Choice, Policy
 
 PROMPT = Prompt("t-000", text="task 000: ")
 

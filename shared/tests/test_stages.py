@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe import stages, store
-from qprobe.joined import Joined, join
+from qprobe import store
 from qprobe.prompts import Prompt
-from qprobe.runners.local import Work, run_stage
+from qprobe.run import stages
+from qprobe.run.joined import Joined, join
+from qprobe.run.runners.local import Work, run_stage
+from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import sample_seeds
-from qprobe.stages import Pool, RewardBatch, RewardRow, Split
-from qprobe.store import StoreError, Table
+from qprobe.store.table import StoreError, Table
 
 
 @pytest.fixture

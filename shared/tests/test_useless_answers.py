@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from qprobe import api, inspection, stages
-from qprobe.api import ApiError, ApiUnusable
 from qprobe.embedding.openai import OpenAIEmbedder
+from qprobe.models import openai_client
+from qprobe.models.openai_client import ApiError, ApiUnusable
+from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
-from qprobe.stages import Pool, Split
 
 Json = dict[str, Any]
 CHATS = [Prompt(f"c-{i}", messages=({"role": "user", "content": f"What is {i}?"},)) for i in range(3)]
@@ -102,7 +104,7 @@ def test_what_is_no_answer_is_never_an_empty_completion(
     assert not pool(tmp_path, server).completions.parts()  # what is stored: nothing
     # And the same command against the repaired server.
     server.always = None
-    api.close_clients()
+    openai_client.close_clients()
     stages.sample(pool(tmp_path, server), progress=False)
     stages.sample(sound := pool(tmp_path / "sound", server), progress=False)
     assert texts(pool(tmp_path, server)) == texts(sound)

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from qprobe import stages
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
-from qprobe.stages import RewardBatch, RewardRow
+from qprobe.run import stages
+from qprobe.run.stages import RewardBatch, RewardRow
 
 Conversation = str | tuple[dict[str, str], ...]
 DECIDED = ("win", "loss", "tie")

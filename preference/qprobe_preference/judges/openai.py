@@ -25,9 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qprobe import choices
-from qprobe.api import ApiError, ApiRefused, ApiSettings, ApiUnusable, Client, client
 from qprobe.files import fingerprint
+from qprobe.models import choices
+from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, ApiUnusable, Client, client
 from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, folder_name, undecided
 from qprobe_preference.judges.cache import Reply, ReplyCache

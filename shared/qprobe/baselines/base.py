@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
-from qprobe.store import StoreError, Table
+from qprobe.run.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.store.table import StoreError, Table
 
 FENCE = "```"
 

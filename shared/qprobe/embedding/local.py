@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from qprobe.models import ModelSpec, OwnTokens
-from qprobe.prefix import check_prompts
+from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.prefix import check_prompts
 
 
 class LocalEmbedder(OwnTokens):

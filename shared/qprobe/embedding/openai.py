@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, Client, client
 from qprobe.settings import build
 
 LAYER = 0

@@ -26,10 +26,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qprobe import choices
-from qprobe.api import ApiRefused, ApiSettings, Client, client
-from qprobe.choices import Said
-from qprobe.models import ModelSpec, Tokenizer
+from qprobe.models import choices
+from qprobe.models.choices import Said
+from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models.openai_client import ApiRefused, ApiSettings, Client, client
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
