@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qprobe import models
 from qprobe.cli import main
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
@@ -99,11 +100,16 @@ def test_prompts_with_one_candidate_left_are_left_out_and_counted(tiny_model: Mo
 def test_a_prompt_is_cut_from_the_left_so_that_its_longest_candidate_just_fits(
     tiny_model: ModelSpec, tmp_path: Path
 ) -> None:
-    prompt = "".join(chr(97 + i % 26) for i in range(180))
+    prompt = "".join(chr(97 + i % 26) for i in range(230))
     path = candidates(tmp_path, (prompt, SHORT), (prompt, SHORT * 2))
     found = lengths.fit_candidates(path, jsonl.read_candidates(path, "prompts"), "text", room(tiny_model), "cut_prompt")
     cut = found.prompts[-1].prompt
-    assert cut == prompt[-(CONTEXT - 40 - 1) :]
+    assert isinstance(cut, str)
+    assert prompt.endswith(cut)
+    tokenizer = models.load_tokenizer(tiny_model).tokenizer
+    longest = len(tokenizer(SHORT * 2, add_special_tokens=False)["input_ids"])
+    assert len(tokenizer(cut)["input_ids"]) + longest == CONTEXT
+    assert len(tokenizer(prompt[-len(cut) - 1 :])["input_ids"]) + longest > CONTEXT
     assert "1 prompts are cut from the left" in found.notes[-1]
     assert [row.prompt for row in found.prompts[:6]] == [f"Say {p}." for p in range(6)]
 

@@ -292,8 +292,8 @@ class Client:
             said = _said(answer) if isinstance(answer, dict) and answer.get("error") else f"no {holds}"
             return _Fault(f"{self.where} answered with {self._scrubbed(said)}", again=True, unusable=True)
         counted = self._counted(answer)
-        if not isinstance(counted, _Fault) and (reason := wrong(answer)) is not None:
-            return _Fault(f"{self.where} answered with {self._scrubbed(reason)}", again=True, unusable=True)
+        if not isinstance(counted, _Fault) and (useless := wrong(answer)) is not None:
+            return _Fault(f"{self.where} answered with {self._scrubbed(useless)}", again=True, unusable=True)
         return counted
 
     def _status_fault(self, status: int, headers: Any, content: Any, text: str) -> _Fault:

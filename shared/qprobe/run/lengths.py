@@ -92,7 +92,11 @@ def context_of(back_end: object) -> int | None:
     if not isinstance(back_end, LocalSampler | LocalEmbedder):
         return None
     engine: Any = getattr(back_end, "engine", None)
-    return models.outline(back_end.model).context_length if engine is None else engine.context_length(back_end.model)
+    if engine is not None:
+        return None if (limit := engine.context_length(back_end.model)) is None else int(limit)
+    config = models.skeleton(back_end.model).config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 @dataclass(frozen=True)
