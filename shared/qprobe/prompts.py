@@ -18,7 +18,8 @@ class Prompt:
     Args:
         task_id: unique in its split; the key of everything that is made from this prompt.
         messages: a conversation, rendered by the model's own chat template. Either this or `text`. Where the last words are the
-            assistant's own, they are the beginning of the answer, which is continued: they become the `opening`, unless one is given.
+            assistant's own, they are the beginning of the answer, which is continued: they become the `opening`, where none is
+            given.
         text: plain text, continued as it stands.
         opening: the beginning of the answer, put into the model's mouth (conversations only).
     """
