@@ -18,7 +18,8 @@ class Prompt:
     Args:
         task_id: unique in its split; the key of everything that is made from this prompt.
         messages: a conversation, rendered by the model's own chat template. Either this or `text`. Where the last words are the
-            assistant's own, they are the beginning of the answer, which is continued: they become the `opening`.
+            assistant's own, they are the beginning of the answer, which is continued: they become the `opening`, where none is
+            given.
         text: plain text, continued as it stands.
         opening: the beginning of the answer, put into the model's mouth (conversations only).
     """
@@ -35,11 +36,7 @@ class Prompt:
             raise ValueError(f"Prompt {self.task_id}: give either messages or text.")
         if why := wrong_messages(self.messages):
             raise ValueError(f"Prompt {self.task_id}: {why}.")
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            if self.opening:
-                raise ValueError(
-                    f"Prompt {self.task_id}: an opening belongs behind words of a user, not of the assistant."
-                )
+        if self.messages and self.messages[-1]["role"] == "assistant" and not self.opening:
             object.__setattr__(self, "opening", self.messages[-1]["content"])
             object.__setattr__(self, "messages", self.messages[:-1])
         if self.text is not None and self.opening:

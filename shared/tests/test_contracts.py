@@ -64,7 +64,14 @@ PROMPTS = [
     Prompt("text", text="def add("),
     Prompt("chat", messages=({"role": "user", "content": "What is the sum?"},)),
     Prompt("unicode", text="naïve 🙂 数"),
-    Prompt("talk", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})),
+    Prompt(
+        "talk",
+        messages=(
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ),
+    ),
     Prompt("short", text="x"),
 ]
 LAW = SamplingSettings(n=3, temperature=1.0, top_p=0.95, max_new_tokens=10)

@@ -374,7 +374,8 @@ def test_the_standard_input_and_packed_files_are_read(call: Call, monkeypatch: p
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     assert call("import", "-", "--run", "runs/piped", "stages=[sample,reward]") == 0
     table = "completions/prompts.sample"
-    assert rows(f"runs/packed/{table}", store.COMPLETIONS) == rows(f"runs/piped/{table}", store.COMPLETIONS)
+    packed, piped = (rows(f"runs/{name}/{table}", store.COMPLETIONS) for name in ("packed", "piped"))
+    assert [row["completion"] for row in packed] == [row["completion"] for row in piped]
     prompts = "\n".join(json.dumps({"prompt": f"Say {n}.", "number": n}) for n in range(6)).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompts)))
     assert call("run", "-", "--reward", "own_reward.py:reward", "stages=[sample]") == 0

@@ -152,7 +152,8 @@ class OpenAISampler:
         """
         if prompt.opening and self.opening is None:
             raise ValueError(
-                f"Prompt {prompt.task_id} opens the answer, which a plain chat API cannot be told: use a prompt style that does "
+                f"Prompt {prompt.task_id} opens the answer (its last words are the assistant's), which a plain chat API "
+                "cannot be told: end with a user's words, use a prompt style that does "
                 "not (chat, zero_shot, few_shot), or set sampler.opening=continue_final_message (vLLM, SGLang) or prefix "
                 "(Mistral, DeepSeek) if the server knows one of them."
             )
