@@ -191,9 +191,9 @@ def fold_of(prompts: int, folds: int, seed: int, clusters: np.ndarray | None = N
     """(P,) fold of every prompt, by lot, a cluster in one fold; the folds' numbers of clusters differ by one at most."""
     count = prompts if clusters is None else int(clusters.max()) + 1
     if count < folds:
-        what = "prompts" if clusters is None else "groups of prompts that belong together"
-        way = f"use more {what} or evaluation.folds={count}" if count > 1 else "cross-validation needs two at least"
-        raise ValueError(f"{count} {what if count > 1 else what[:-1]} cannot make {folds} folds: {way}.")
+        one, several = ("prompt", "prompts") if clusters is None else ("cluster of prompts", "clusters of prompts")
+        way = f"use more {several} or evaluation.folds={count}" if count > 1 else "cross-validation needs two at least"
+        raise ValueError(f"{count} {several if count > 1 else one} cannot make {folds} folds: {way}.")
     of_cluster = np.random.default_rng([seed, count]).permutation(np.arange(count) % folds)
     return of_cluster if clusters is None else of_cluster[clusters]
 
