@@ -126,7 +126,7 @@ def test_a_models_size_is_read_off_its_configuration(code_llama: ModelSpec) -> N
 def test_the_needs_of_a_table_are_words_before_work(
     make: Make, code_llama: ModelSpec, fakes: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(needs.passes, "free_memory", lambda devices: 13 * 2**30)
+    monkeypatch.setattr(needs.memory, "free_memory", lambda devices: 13 * 2**30)
     ends = composition.back_ends(configured(code_llama))
     pipeline = make(sampler=ends.sampler, greedy=None, embedder=ends.embedder, tests=[fakes.split("test", 2000)])
     needs.tell(pipeline, STAGES, ["and a judge."])
@@ -149,7 +149,7 @@ def configured(spec: ModelSpec) -> dict[str, Any]:
 
 
 def test_a_model_that_does_not_fit_ends_before_any_work(make: Make, code_llama: ModelSpec, monkeypatch: Any) -> None:
-    monkeypatch.setattr(needs.passes, "free_memory", lambda devices: 12 * 2**30)
+    monkeypatch.setattr(needs.memory, "free_memory", lambda devices: 12 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ends = composition.back_ends(configured(code_llama))
     pipeline = make(sampler=ends.sampler, greedy=None, embedder=ends.embedder)

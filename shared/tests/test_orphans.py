@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 # Starts a process that starts another, says who they are, and waits to be killed.
 SCRIPT = """
 import os, subprocess, sys, time
-from qprobe.orphans import Guard
+from qprobe.models.child_processes import Guard
 guard = Guard()
 inner = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
 child = subprocess.Popen([sys.executable, "-c", inner], env=os.environ | guard.environment, stdout=subprocess.PIPE, text=True)

@@ -327,7 +327,7 @@ def test_a_join_of_large_features_is_the_same_join(
     pool: Pool, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined = complete(pool, fakes)
-    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr("qprobe.store.table.MAPPED_ABOVE", 0)
     mapped = join(pool, fakes.Reward(), fakes.Embedder(), 1)
     assert isinstance(mapped.features, np.memmap)
     assert joined.features is not None
