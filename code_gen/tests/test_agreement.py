@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qprobe_code_gen.agreement import OutputsAgree, calls_alone
-from qprobe_code_gen.problems import Problem, humaneval
-from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.programs import Problem, humaneval
+from qprobe_code_gen.programs.agreement import OutputsAgree, calls_alone
+from qprobe_code_gen.programs.prompts import PromptStyle
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 TESTS = "assert f(2) == {} and f(3) == 9, 'message'\nassert not f(4) != 16"

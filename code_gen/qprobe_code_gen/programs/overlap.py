@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qprobe_code_gen.problems.base import Problem
-from qprobe_code_gen.problems.mbpp import REQUEST
+from qprobe_code_gen.programs.mbpp import REQUEST
+from qprobe_code_gen.programs.problem import Problem
 
 
 def text_of(problem: Problem) -> str:

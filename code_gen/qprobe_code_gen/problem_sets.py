@@ -1,15 +1,49 @@
-"""Rows of a data set: from a local JSON-lines file, plain or packed, or from the Hugging Face hub."""
+"""The problems of one split of a data set, and the rows that they are made of: from a JSON-lines file or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from qprobe.files import read_unpacked
+from qprobe.files import fingerprint, read_unpacked
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
+
+
+class HasContent(Protocol):
+    """What a set needs of its problems, programs or not."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    def content(self) -> list[str]: ...
+
+
+AnyProblem = TypeVar("AnyProblem", bound=HasContent)
+
+
+@dataclass(frozen=True)
+class ProblemSet(Generic[AnyProblem]):
+    """The problems of one split of a data set, in order, and where they are from."""
+
+    name: str
+    problems: Sequence[AnyProblem]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for problem in self.problems:
+            if problem.task_id in seen:
+                raise ValueError(f"{self.name}: the problem {problem.task_id} occurs twice; task ids must be unique.")
+            seen.add(problem.task_id)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides prompts and rewards: the source and the content of every problem."""
+        content = fingerprint([p.content() for p in self.problems])
+        return {"name": self.name, "problems": len(self.problems), "content": content, **self.source}
 
 
 def from_file(file: str, columns: set[str], name: str, key: str | None, kind: str = "problem") -> Iterator[Row]:

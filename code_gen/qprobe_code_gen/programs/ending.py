@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from qprobe_code_gen.reading import Given, is_whole
+from qprobe_code_gen.programs.reading import Given, is_whole
 
 # Raised whenever completions may end elsewhere than before.
 VERSION = 1

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qprobe_code_gen.relevance import Statement, is_stub
+from qprobe_code_gen.programs.relevance import Statement, is_stub
 
 # A fence may stand behind the marks of lists and quotations, as in answers that count their steps.
 FENCE = re.compile(r"(?P<before>(?:[ \t]|>|(?:[-*+]|\d{1,9}[.)])[ \t])*)(?P<marks>`{3,}|~{3,})(?P<info>.*)")

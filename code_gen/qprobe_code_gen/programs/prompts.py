@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qprobe.prompts import Prompt
-from qprobe_code_gen.ending import CLOSING_FENCE, ProgramEnd
-from qprobe_code_gen.problems.base import Problem
-from qprobe_code_gen.reading import Given, read
+from qprobe_code_gen.programs.ending import CLOSING_FENCE, ProgramEnd
+from qprobe_code_gen.programs.problem import Problem
+from qprobe_code_gen.programs.reading import Given, read
 
 REQUEST = "Write a Python function for this specification."
 STYLES = ("chat_continued", "chat_opened", "chat", "zero_shot", "few_shot")

@@ -6,7 +6,8 @@ import ast
 import importlib.metadata
 from typing import Any
 
-from qprobe_code_gen.problems.base import Problem, ProblemSet
+from qprobe_code_gen.problem_sets import ProblemSet
+from qprobe_code_gen.programs.problem import Problem
 
 
 def load() -> ProblemSet[Problem]:

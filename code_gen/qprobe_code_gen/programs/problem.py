@@ -1,12 +1,8 @@
-"""What a problem is, whatever data set it comes from."""
+"""A programming problem, whatever data set it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
-
-from qprobe.files import fingerprint
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -45,36 +41,3 @@ class Problem:
     def content(self) -> list[str]:
         """What decides prompt and reward."""
         return [self.task_id, self.description, self.code_prompt, self.tests]
-
-
-class HasContent(Protocol):
-    """What a set needs of its problems, programs or not."""
-
-    @property
-    def task_id(self) -> str: ...
-
-    def content(self) -> list[str]: ...
-
-
-AnyProblem = TypeVar("AnyProblem", bound=HasContent)
-
-
-@dataclass(frozen=True)
-class ProblemSet(Generic[AnyProblem]):
-    """The problems of one split of a data set, in order, and where they are from."""
-
-    name: str
-    problems: Sequence[AnyProblem]
-    source: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for problem in self.problems:
-            if problem.task_id in seen:
-                raise ValueError(f"{self.name}: the problem {problem.task_id} occurs twice; task ids must be unique.")
-            seen.add(problem.task_id)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides prompts and rewards: the source and the content of every problem."""
-        content = fingerprint([p.content() for p in self.problems])
-        return {"name": self.name, "problems": len(self.problems), "content": content, **self.source}

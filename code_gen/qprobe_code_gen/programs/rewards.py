@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from qprobe.run.stages import RewardBatch, RewardRow
-from qprobe_code_gen import reading
-from qprobe_code_gen.problems import Problem
-from qprobe_code_gen.problems.mbpp import SLOW
+from qprobe_code_gen.programs import reading
+from qprobe_code_gen.programs.mbpp import SLOW
+from qprobe_code_gen.programs.problem import Problem
 from qprobe_code_gen.sandbox import JUDGE, Executor, Limits, Program, Reference, Verdict
 
 ROOM = 4.0  # times its reference's CPU time that a program of a slow problem may take

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qprobe_code_gen.relevance import BUILTINS, Statement, defines, relevant
-from qprobe_code_gen.statements import BLANK, FENCE, SHORTEST_FENCE, Compiler, Found, Scan
+from qprobe_code_gen.programs.relevance import BUILTINS, Statement, defines, relevant
+from qprobe_code_gen.programs.statements import BLANK, FENCE, SHORTEST_FENCE, Compiler, Found, Scan
 
 # Raised whenever a completion may be read as another program than before: rewards of an older version are made anew.
 VERSION = 2
