@@ -53,7 +53,7 @@ class Sample:
     program: str
 
 
-class AsItIs:
+class _AsItIs:
     """The reader of what is a program already."""
 
     style = "program"
@@ -93,8 +93,8 @@ def evaluate(
         raise ValueError(f"The style {style!r} is unknown: choose one of {', '.join((RAW, *STYLES))}.")
     if not ks or min(ks) < 1:
         raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give whole numbers from 1 on, such as 1,10.")
-    asked = read_problems(problems)
-    read = list(read_samples(samples, asked, style))
+    asked = _read_problems(problems)
+    read = list(_read_samples(samples, asked, style))
     if not read:
         raise ValueError(f'{samples} has no samples: give lines such as {{"task_id": "...", "completion": "..."}}.')
     attempted = {sample.task_id for sample in read}
@@ -103,7 +103,7 @@ def evaluate(
             f"{samples} has no sample of {len(missing)} of {len(asked)} problems, such as {missing[0]}: add them, or say "
             "--ignore-incomplete to estimate pass@k over the others."
         )
-    reward = UnitTestReward([a.problem for a in asked.values()], AsItIs(), limits, workers, strict)
+    reward = UnitTestReward([a.problem for a in asked.values()], _AsItIs(), limits, workers, strict)
     inputs = [
         reward.identity(),
         style,
@@ -125,7 +125,7 @@ def evaluate(
     return {f"pass@{k}": float(np.mean(pass_at_k(n, c, k))) for k in ks if k <= n.min()}
 
 
-def read_problems(file: Path | None) -> dict[str, Asked]:
+def _read_problems(file: Path | None) -> dict[str, Asked]:
     """Problems by their task ids.
 
     Raises:
@@ -167,7 +167,7 @@ def _problem(where: str, row: Mapping[str, Any]) -> Asked:
     return Asked(problem, problem.code_prompt if "test_list" in row else str(row["prompt"]))
 
 
-def read_samples(file: Path, asked: Mapping[str, Asked], style: str) -> Iterator[Sample]:
+def _read_samples(file: Path, asked: Mapping[str, Asked], style: str) -> Iterator[Sample]:
     """Samples in the order of their lines, read as programs."""
     # MBPP's problems are named by a number, in as many ways as there are files.
     numbered = {int(task_id.rpartition("/")[2]): task_id for task_id in asked if task_id.startswith("MBPP/")}

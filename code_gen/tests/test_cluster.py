@@ -5,35 +5,15 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 import qprobe_code_gen.__main__ as command
-from qprobe.models.language_model import ModelSpec
 
 AFTER = "stages=[reward,embed,train,evaluate,report]"
-
-
-def run(model: ModelSpec, folder: Path, *more: str) -> Path:
-    """Eight problems, four completions each, a batch a problem."""
-    words = ["experiment=demo", "limit=8", f"paths.runs={folder}", "model=hub", f"model.name={model.name}"]
-    words += [
-        "model.dtype=float32",
-        "model.device=cpu",
-        "embedder.layers=[2]",
-        "sampler.n=4",
-        "sampler.max_new_tokens=12",
-    ]
-    words += ["sampler.batch_rows=4", "probe.steps=5", "evaluation.seeds=2", "evaluation.bootstrap=100", *more]
-    with initialize_config_module("qprobe_code_gen.conf", version_base="1.3"):
-        config = OmegaConf.to_container(compose("config", words), resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    command.run({str(key): value for key, value in config.items()})
-    return folder / "demo-limit8"
 
 
 def kill_one(run: Path, table: str, killed: list[int]) -> None:
@@ -56,16 +36,22 @@ def kill_one(run: Path, table: str, killed: list[int]) -> None:
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the actors in /proc")
 def test_reward_and_embed_of_the_demo_on_two_workers_of_which_one_is_killed(
-    six_cpus: Any, tiny_code_model: ModelSpec, tmp_path: Path
+    six_cpus: Any, composed: Callable[..., dict[str, Any]], tiny_words: list[str], tmp_path: Path
 ) -> None:
-    local = run(tiny_code_model, tmp_path / "local", "stages=[sample]")
+    def run(folder: Path, *more: str) -> Path:
+        """Eight problems, four completions each, a batch a problem."""
+        own = ["experiment=demo", "limit=8", "sampler.n=4", "sampler.max_new_tokens=12", "sampler.batch_rows=4"]
+        command.run(composed([*own, *tiny_words, f"paths.runs={folder}", *more]))
+        return folder / "demo-limit8"
+
+    local = run(tmp_path / "local", "stages=[sample]")
     shutil.copytree(local, tmp_path / "ray" / local.name)
-    run(tiny_code_model, tmp_path / "local", AFTER)
+    run(tmp_path / "local", AFTER)
     killed: list[int] = []
     killer = threading.Thread(target=kill_one, args=(tmp_path / "ray" / local.name, "rewards", killed))
     killer.start()
     two = ("runner=ray", "runner.reward.workers=2", "runner.embed.workers=2", "sandbox.workers=1")
-    by_ray = run(tiny_code_model, tmp_path / "ray", AFTER, *two)
+    by_ray = run(tmp_path / "ray", AFTER, *two)
     killer.join()
     assert len(killed) == 1
     tables = sorted(path.name for path in (local / "tables").iterdir())

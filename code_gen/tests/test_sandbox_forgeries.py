@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Reference, Verdict
@@ -131,12 +129,6 @@ FORGED: dict[str, tuple[str, str, str]] = {
     ),
 }
 LIMITS = Limits(cpu_seconds=2.0, wall_seconds=10.0)
-
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=2, limits=LIMITS, cache=False) as executor:
-        yield executor
 
 
 @pytest.mark.parametrize("kind", FORGED)

@@ -1,10 +1,10 @@
 """When two programs agree: they give the same outputs on the inputs of their problem's tests.
 
-The inputs are those of the tests' assertions; the values that these expect are not used, so nothing is learnt about which outputs
-are right. Every call of the function inside an assertion is made, and the `repr` of what it returns, or the kind of its
-exception, enters a digest. A program where no call returns, or that is stopped, says nothing and agrees with nobody. Where it
-stops: a program may lie about its outputs, which only moves it to another cluster; 1 and 1.0 are not the same output; calls
-inside comprehensions are not seen, for their variables are not.
+The inputs are those of the tests' assertions; the values that these expect are not used, so nothing says which outputs are
+right. Every call of the function inside an assertion is made, and the `repr` of what it returns, or the kind of its exception,
+enters a digest. A program where no call returns, or that is stopped, agrees with none. Where it stops: a program may lie about
+its outputs, and then agrees with other programs; 1 and 1.0 are not the same output; calls inside comprehensions are not seen,
+for their variables are not.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 
 from qprobe.baselines.consistency import Answer
 from qprobe_code_gen.programs.rewards import UnitTestReward
-from qprobe_code_gen.sandbox import Program, Verdict
+from qprobe_code_gen.sandbox import Program
 
 CANDIDATE = "candidate"  # what HumanEval's tests call the function that they are given
-RECORD, RECORDED = "_record_output", "_recorded_outputs"
+_RECORD, _RECORDED = "_record_output", "_recorded_outputs"
 # Tests that draw random inputs draw the same for all programs. An address in a `repr` is no output.
-RECORDER = f"""
+_RECORDER = f"""
 import hashlib as _hashlib, random as _random, re as _re
 _random.seed(0)
 _outputs, _returned = _hashlib.sha256(), []
-def {RECORD}(call):
+def {_RECORD}(call):
     try:
         output = _re.sub(" at 0x[0-9a-f]+", "", repr(call()))
         _returned.append(True)
     except Exception as fault:
         output = "!" + type(fault).__name__
     _outputs.update(output.encode("utf-8", "backslashreplace") + b"\\0")
-def {RECORDED}():
+def {_RECORDED}():
     return _outputs.hexdigest() if _returned else ""
 """
 
@@ -60,15 +60,15 @@ class OutputsAgree:
         if task_id not in self._tests:
             self._tests[task_id] = calls_alone(self.reward.problems[task_id].tests)
         program = self.reward.program(task_id, completion)
-        return dataclasses.replace(program, tests=self._tests[task_id], expression=f"{RECORDED}()")
+        return dataclasses.replace(program, tests=self._tests[task_id], expression=f"{_RECORDED}()")
 
     def keys(self, batches: Iterable[Sequence[Answer]]) -> Iterator[list[Hashable | None]]:
         with self.reward.executor() as executor:
             for batch in batches:
                 found: dict[int, Hashable | None] = {}
                 for number, execution in executor.run([self.program(*answer) for answer in batch]):
-                    said = execution.value if execution.verdict == Verdict.PASSED else None
-                    found[number] = said if said not in (None, "''") else None
+                    # The value is the digest's `repr`, of an empty text where no call returned.
+                    found[number] = execution.value if execution.passed and execution.value != "''" else None
                 yield [found[number] for number in range(len(batch))]
 
 
@@ -88,11 +88,11 @@ def calls_alone(tests: str) -> str:
     }
     # A function may have the name of a builtin: then nothing else is called.
     asked = {CANDIDATE} if takes else {name for name in called if not hasattr(builtins, name)} or called
-    return RECORDER + ast.unparse(ast.fix_missing_locations(_Calls(asked).visit(tree)))
+    return _RECORDER + ast.unparse(ast.fix_missing_locations(_Calls(asked).visit(tree)))
 
 
 class _Calls(ast.NodeTransformer):
-    """Assertions to recorded calls of the functions that are asked; other statements with such a call are recorded, and stay."""
+    """Assertions become recorded calls of the functions; an assignment with such a call stays, behind its recorded call."""
 
     def __init__(self, asked: set[str]) -> None:
         self.asked = asked
@@ -116,5 +116,5 @@ class _Calls(ast.NodeTransformer):
 
 def _recorded(call: ast.Call) -> ast.stmt:
     no_arguments = ast.arguments([], [], None, [], [], None, [])
-    record = ast.Call(ast.Name(RECORD, ast.Load()), [ast.Lambda(no_arguments, call)], [])
+    record = ast.Call(ast.Name(_RECORD, ast.Load()), [ast.Lambda(no_arguments, call)], [])
     return ast.Expr(record)

@@ -19,16 +19,16 @@ from qprobe_code_gen.programs.reading import Given, is_whole
 VERSION = 1
 # What a server is told: a fence that names no language seldom opens anything.
 CLOSING_FENCE = "\n```\n"
-FENCE_LINE = re.compile(r"\n {0,3}(?:`{3,}|~{3,})(?P<info>[^`\n]*)(?P<line_end>\n|\Z)")
+_FENCE_LINE = re.compile(r"\n {0,3}(?:`{3,}|~{3,})(?P<info>[^`\n]*)(?P<line_end>\n|\Z)")
 # What begins at the left margin, read far enough to see that it does not define the function anew. `sys.setrecursionlimit` may
 # still belong to a program that is finished without it.
-BEGINS_NEW = re.compile(
+_BEGINS_NEW = re.compile(
     r"\n(?:(?:(?:async )?def|class) (?P<defined>\w+)\b.|(?P<assigned>\w+) ?= |(?!sys\.)\w+[(.]"
     r'|(?:import|from|assert|if|for|while|with)[ (]|print\b.|try:|"""|\'\'\')',
     re.DOTALL,
 )
-CODE = re.compile(r"^(?:[ \t]+\S|(?:def|class|import|from|return)\b|@)", re.MULTILINE)
-AT_MARGIN = re.compile(r"\n(?:[^\s#][^\n]*| {0,3}[`~]{3,}[ \t]*\n[^\n]*)\Z")
+_CODE = re.compile(r"^(?:[ \t]+\S|(?:def|class|import|from|return)\b|@)", re.MULTILINE)
+_AT_MARGIN = re.compile(r"\n(?:[^\s#][^\n]*| {0,3}[`~]{3,}[ \t]*\n[^\n]*)\Z")
 NOTHING = Given("", "", "", "")
 
 
@@ -50,7 +50,7 @@ class ProgramEnd:
 
     def may_end(self, recent: str) -> bool:
         """Whether the text of the last tokens ends in a line at the left margin, or behind a fence."""
-        return AT_MARGIN.search(recent) is not None
+        return _AT_MARGIN.search(recent) is not None
 
     def end(self, prompt: str, text: str, last: bool) -> int | None:
         """Where the completion ends; None while it may go on.
@@ -62,7 +62,7 @@ class ProgramEnd:
         """
         given = self._given(prompt)
         fence = _closing_fence(text, given, last)
-        for new in BEGINS_NEW.finditer(text, 0, len(text) if fence is None else fence):
+        for new in _BEGINS_NEW.finditer(text, 0, len(text) if fence is None else fence):
             if given.entry_point not in (new["defined"], new["assigned"]) and _is_whole(text[: new.start()], given):
                 return new.start()
         return fence
@@ -82,11 +82,11 @@ _is_whole = functools.lru_cache(maxsize=1024)(is_whole)
 def _closing_fence(text: str, given: Given, last: bool) -> int | None:
     """Where a fence closes code, the prompt's or a block's; None where none does."""
     block: int | None = None  # where the code of a block begins
-    for fence in FENCE_LINE.finditer("\n" + text):
+    for fence in _FENCE_LINE.finditer("\n" + text):
         at, behind = fence.start() - 1, fence.end("info") - 1
         if fence["info"].strip():
             block = behind if block is None else block
-        elif block is None and not CODE.search(text, 0, max(at, 0)):
+        elif block is None and not _CODE.search(text, 0, max(at, 0)):
             block = behind
         elif (fence["line_end"] or last) and not _in_string(
             given.code + text[:at] if block is None else text[block:at]

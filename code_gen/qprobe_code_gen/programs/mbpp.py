@@ -16,7 +16,7 @@ from qprobe_code_gen.programs.problem import Problem
 
 OWN_FILE = Path(__file__).parent / "mbpp.jsonl.gz"
 SPLITS = {"mbpp-fewshot": range(1, 11), "mbpp-test": range(11, 511), "mbpp-train": range(511, 975)}
-COLUMNS = {"task_id", "text", "code", "test_list", "test_setup_code"}
+_COLUMNS = {"task_id", "text", "code", "test_list", "test_setup_code"}
 # CPU seconds of solutions of the data set's own (on a machine at rest) that are near the usual limit of a program.
 SLOW = {"MBPP/123": 2.5}
 REQUEST = "Your code should pass these tests:"
@@ -33,7 +33,7 @@ def load(split: str, file: str | None = None) -> ProblemSet[Problem]:
         OSError: no such file.
         ValueError: a line that is no problem of MBPP, a file without problems of this split.
     """
-    found = problem_sets.from_file(file or str(OWN_FILE), COLUMNS, "MBPP", "mbpp_file")
+    found = problem_sets.from_file(file or str(OWN_FILE), _COLUMNS, "MBPP", "mbpp_file")
     problems = [problem_from_row(row) for _, row in found if int(row["task_id"]) in SPLITS[split]]
     if not problems:
         raise ValueError(f"{file or OWN_FILE} has no problem of the split {split} (task ids {SPLITS[split]}).")

@@ -22,7 +22,7 @@ STYLES = ("chat_continued", "chat_opened", "chat", "zero_shot", "few_shot")
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How problems are put to the model.
+    """How a problem becomes a prompt.
 
     Args:
         style: one of `STYLES`.

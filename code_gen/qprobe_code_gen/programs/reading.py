@@ -19,13 +19,13 @@ from qprobe_code_gen.programs.statements import BLANK, FENCE, SHORTEST_FENCE, Co
 # Raised whenever a completion may be read as another program than before: rewards of an older version are made anew.
 VERSION = 2
 # What a model ends its turn with, where its sampler lets it through.
-LAST_MARKS = re.compile(r"(?:<\|\w{1,30}\|>|</s>|<eos>|<end_of_turn>|<EOT>)\s{0,9}\Z")
+_LAST_MARKS = re.compile(r"(?:<\|\w{1,30}\|>|</s>|<eos>|<end_of_turn>|<EOT>)\s{0,9}\Z")
 CONSOLE = re.compile(r"^[ \t]*(?:>>> |\.\.\. |\.\.\.$)")
-TAGS = r"(?:think|thinking|thought|reasoning|reflection|scratchpad)"
-REASONING = re.compile(rf"^[ \t]*(?:<{TAGS}>|\[THINK\])", re.IGNORECASE | re.MULTILINE)
-REASONED = re.compile(rf"</{TAGS}>|\[/THINK\]", re.IGNORECASE)
+_TAGS = r"(?:think|thinking|thought|reasoning|reflection|scratchpad)"
+REASONING = re.compile(rf"^[ \t]*(?:<{_TAGS}>|\[THINK\])", re.IGNORECASE | re.MULTILINE)
+_REASONED = re.compile(rf"</{_TAGS}>|\[/THINK\]", re.IGNORECASE)
 # The same where the prompt began the reasoning: at a line's end, where no program's string has it.
-REASONED_IN_PROMPT = re.compile(rf"(?:</{TAGS}>|\[/THINK\])[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_REASONED_IN_PROMPT = re.compile(rf"(?:</{_TAGS}>|\[/THINK\])[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read(completion: str, given: Given) -> Reading:
         given: what it was asked to go on with.
     """
     text = re.sub(r"\r\n?", "\n", completion)
-    answer = _without_reasoning(LAST_MARKS.sub("", text.removeprefix("\ufeff")))
+    answer = _without_reasoning(_LAST_MARKS.sub("", text.removeprefix("\ufeff")))
     compiler = Compiler(len(answer))
     with warnings.catch_warnings():  # of the answer's code
         warnings.simplefilter("ignore")
@@ -138,12 +138,12 @@ def _program(found: Sequence[Found], entry_point: str, returns: bool) -> list[St
 
 
 def _without_reasoning(text: str) -> str:
-    begin, end = REASONING.search(text), REASONED_IN_PROMPT.search(text)
+    begin, end = REASONING.search(text), _REASONED_IN_PROMPT.search(text)
     if end and (not begin or end.start() < begin.start()):
         text = text[end.end() :]
     parts, at = [], 0
     while begin := REASONING.search(text, at):
-        end = REASONED.search(text, begin.end())
+        end = _REASONED.search(text, begin.end())
         parts.append(text[at : begin.start()])
         at = end.end() if end else len(text)
     return "".join(parts) + text[at:]

@@ -16,15 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__"}
-SHOWS = frozenset({"print", "pprint", "display", "input", "exit", "quit", "help", "breakpoint", "open"})
-SHOWS_OF_MODULES = frozenset(
+_SHOWS = frozenset({"print", "pprint", "display", "input", "exit", "quit", "help", "breakpoint", "open"})
+_SHOWS_OF_MODULES = frozenset(
     {("sys", "exit"), ("os", "_exit"), ("unittest", "main"), ("pytest", "main"), ("sys", "stdin"), ("sys", "stdout")}
     | {("doctest", name) for name in ("testmod", "testfile", "run_docstring_examples")}
 )
 # Nothing but tests needs these, and they are not part of Python.
-TEST_PACKAGES = frozenset({"pytest", "hypothesis", "nose"})
+_TEST_PACKAGES = frozenset({"pytest", "hypothesis", "nose"})
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-DEFINITIONS = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
+_DEFINITIONS = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _stays(
         return False
     if entry_point in statement.binds:
         return True
-    if isinstance(node, DEFINITIONS):
+    if isinstance(node, _DEFINITIONS):
         return bool(statement.binds & needed) or not (statement.runs & lost or _of_tests(node))
     if isinstance(node, ast.Raise) or (isinstance(node, ast.AnnAssign) and node.value is None):
         return False
@@ -210,10 +210,10 @@ def _reaching(statements: Sequence[Statement], entry_point: str, needed: set[str
 def _shows(calls: Sequence[ast.Call]) -> bool:
     for call in calls:
         called: ast.expr = call.func
-        if isinstance(called, ast.Name) and called.id in SHOWS:
+        if isinstance(called, ast.Name) and called.id in _SHOWS:
             return True
         while isinstance(called, ast.Attribute):
-            if isinstance(called.value, ast.Name) and (called.value.id, called.attr) in SHOWS_OF_MODULES:
+            if isinstance(called.value, ast.Name) and (called.value.id, called.attr) in _SHOWS_OF_MODULES:
                 return True
             called = called.value
     return False
@@ -221,7 +221,7 @@ def _shows(calls: Sequence[ast.Call]) -> bool:
 
 def _of_tests(node: ast.stmt) -> bool:
     """Whether it imports a package for tests."""
-    return any(name in TEST_PACKAGES for name in _packages(node))
+    return any(name in _TEST_PACKAGES for name in _packages(node))
 
 
 def _is_foreign_import(node: ast.stmt) -> bool:

@@ -13,7 +13,7 @@ from qprobe_code_gen.programs.mbpp import SLOW
 from qprobe_code_gen.programs.problem import Problem
 from qprobe_code_gen.sandbox import JUDGE, Executor, Limits, Program, Reference, Verdict
 
-ROOM = 4.0  # times its reference's CPU time that a program of a slow problem may take
+_SLOW_FACTOR = 4.0  # times its reference's CPU time that a program of a slow problem may take
 
 
 class Reader(Protocol):
@@ -96,7 +96,7 @@ class UnitTestReward:
         if task_id not in SLOW:
             return program
         # Else a slow machine would decide whether a right program passes.
-        own = self.limits.relative_to(SLOW[task_id], factor=ROOM, least=self.limits.cpu_seconds)
+        own = self.limits.relative_to(SLOW[task_id], factor=_SLOW_FACTOR, least=self.limits.cpu_seconds)
         return dataclasses.replace(program, limits=own)
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:

@@ -11,17 +11,17 @@ from qprobe_code_gen.programs.relevance import Statement, is_stub
 
 # A fence may stand behind the marks of lists and quotations, as in answers that count their steps.
 FENCE = re.compile(r"(?P<before>(?:[ \t]|>|(?:[-*+]|\d{1,9}[.)])[ \t])*)(?P<marks>`{3,}|~{3,})(?P<info>.*)")
-CODE_ON_FENCE = re.compile(r"(?:[\w+.-]+[ \t]+)?((?:(?:async|def|class|import|from)[ \t]|@\w).*)")
+_CODE_ON_FENCE = re.compile(r"(?:[\w+.-]+[ \t]+)?((?:(?:async|def|class|import|from)[ \t]|@\w).*)")
 PYTHON = re.compile(r"(?:\{?\s*\.?(?:python|py|ipython|pycon|sage|code|tool_code)[\d.]*(?![\w+#-]).*)?", re.IGNORECASE)
-NEEDS_MORE = re.compile(r"unterminated triple-quoted|was never closed|unexpected EOF")
+_NEEDS_MORE = re.compile(r"unterminated triple-quoted|was never closed|unexpected EOF")
 # What goes on with a statement although it stands at the left margin.
-GOES_ON = re.compile(r"(?:else|elif|except|finally)\b|[)\]}]")
+_GOES_ON = re.compile(r"(?:else|elif|except|finally)\b|[)\]}]")
 SHORTEST_FENCE = 3
 BLANK = " \t\f"
-DEEPEST_FENCE = 3  # CommonMark: a closing fence is indented by three spaces at most
+_DEEPEST_FENCE = 3  # CommonMark: a closing fence is indented by three spaces at most
 # What the compiler may be given for a text, in characters: it takes about a second for a million. A statement costs as much as
 # so many characters, however short.
-EFFORT, EFFORT_PER_CHARACTER, PIECE = 100_000, 3, 40
+_EFFORT, _EFFORT_PER_CHARACTER, PIECE = 100_000, 3, 40
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Compiler:
     """
 
     def __init__(self, length: int) -> None:
-        self.effort = EFFORT + EFFORT_PER_CHARACTER * length
+        self.effort = _EFFORT + _EFFORT_PER_CHARACTER * length
 
     @property
     def tired(self) -> bool:
@@ -129,7 +129,7 @@ class Scan:
     def _begins(self, line: str) -> bool:
         """Whether a statement may begin with this line."""
         line = line.lstrip("\f")
-        return bool(line.strip()) and line[0] not in " \t#" and not GOES_ON.match(line)
+        return bool(line.strip()) and line[0] not in " \t#" and not _GOES_ON.match(line)
 
     def _next(self, at: int) -> int:
         """The next line where a statement may begin or a fence stands."""
@@ -142,7 +142,7 @@ class Scan:
         """Whether a fence is a line of the block at hand, because it cannot close it."""
         marks = self.block.marks
         closes = fence["marks"].startswith(marks) and not fence["info"].strip() and not fence["before"].strip()
-        return bool(marks) and not (closes and len(fence["before"]) <= DEEPEST_FENCE)
+        return bool(marks) and not (closes and len(fence["before"]) <= _DEEPEST_FENCE)
 
     def _turn(self, at: int, fence: re.Match[str]) -> tuple[int, list[Found]]:
         """Go on behind a fence that opens or closes a block, and what stands on its own line."""
@@ -157,7 +157,7 @@ class Scan:
                 if isinstance(nodes, list) and nodes and not isinstance(nodes[0], ast.Expr):
                     return at + 1, [Found(statement, number, False) for statement in _split(code, nodes)]
             return at + 1, []
-        code_here = CODE_ON_FENCE.fullmatch(info)
+        code_here = _CODE_ON_FENCE.fullmatch(info)
         if code_here:
             self.lines[at] = code_here[1]
         at += not code_here
@@ -191,7 +191,7 @@ class Scan:
         def piece(place: int) -> tuple[list[ast.stmt] | SyntaxError, bool]:
             nodes = self.compiler.statements(self._text(at, ends[place]))
             last = self._line(ends[place - 1] if place else at)
-            more = isinstance(nodes, SyntaxError) and bool(NEEDS_MORE.search(nodes.msg) or last.startswith("@"))
+            more = isinstance(nodes, SyntaxError) and bool(_NEEDS_MORE.search(nodes.msg) or last.startswith("@"))
             return nodes, more
 
         nodes, more = piece(0)

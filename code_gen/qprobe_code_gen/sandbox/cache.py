@@ -8,7 +8,7 @@ from collections import OrderedDict
 from .verdicts import Execution, Limits, Program
 
 ENTRIES = 100_000
-LARGEST_OUTPUT = 1 << 14  # characters; longer ones are not kept
+_LARGEST_OUTPUT = 1 << 14  # characters; longer ones are not kept
 
 
 class Cache:
@@ -39,7 +39,7 @@ class Cache:
 
     def put(self, key: bytes, execution: Execution) -> None:
         """Keep an execution."""
-        if len(execution.output) + len(execution.value or "") <= LARGEST_OUTPUT:
+        if len(execution.output) + len(execution.value or "") <= _LARGEST_OUTPUT:
             self._kept[key] = execution
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)

@@ -18,8 +18,8 @@ from .child import GONE
 from .processes import Processes, Usage
 from .slots import Slot
 
-PIPES = ("output", "errors", "result")
-SLACK = 0.2  # seconds by which the kernel's two counts of CPU time may differ
+_PIPES = ("output", "errors", "result")
+_SLACK = 0.2  # seconds by which the kernel's two counts of CPU time may differ
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Running:
         self.started = started
         self.next_look = next_look
         self.finish_by = float("inf")  # the program's last moment, once it has been judged
-        self.fds = dict(zip(PIPES, fds, strict=True))
+        self.fds = dict(zip(_PIPES, fds, strict=True))
         self._channel = channel
         self._token = token
-        self._data = {name: bytearray() for name in PIPES}
+        self._data = {name: bytearray() for name in _PIPES}
         self._watched: set[str] = set()
         self._cpu_seconds = 0.0
         self._settled = True
@@ -107,7 +107,7 @@ class Running:
 
     def drain_all(self, selector: selectors.BaseSelector) -> None:
         """Read what is left in its pipes after its end, and close them."""
-        for name in PIPES:
+        for name in _PIPES:
             if name in self.fds:
                 self.drain(name, selector)
         self.close_all(selector)
@@ -261,7 +261,7 @@ class Running:
 def _at_ceiling(end: End) -> bool:
     """Whether the kernel killed a process because it is allowed no more CPU time, whatever the program's own limit."""
     ceiling = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    return ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - SLACK
+    return ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - _SLACK
 
 
 def in_words(status: int) -> str:
