@@ -1,4 +1,4 @@
-"""The commands beside experiments: `qprobe-code-gen evaluate` and `qprobe-code-gen samples`."""
+"""The commands that are no experiments: `qprobe-code-gen evaluate` and `qprobe-code-gen samples`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _work(chosen: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="qprobe-code-gen", description="Code generation: commands beside experiments.")
+    parser = Parser(prog="qprobe-code-gen", description="Code generation: samples of other programs.")
     commands = parser.add_subparsers(dest="command", required=True)
     evaluating = commands.add_parser("evaluate", help=NAMES["evaluate"], description=NAMES["evaluate"])
     evaluating.add_argument("samples", type=Path, help="JSON lines with task_id and completion (or solution)")

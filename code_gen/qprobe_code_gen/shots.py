@@ -56,10 +56,9 @@ def shots_of(
     known = {prompt.task_id: prompt for prompt in prompts}
     if foreign := sorted({row["task_id"] for row in completions} - set(known)):
         raise ValueError(f"dataset.shots: {run} has completions of {foreign[0]}, which is no problem of {split}.")
-    lessons = [
-        Lesson(
-            known[row["task_id"]], "", [], row["completion"], row["token_ids"], earned[row["task_id"], row["sample"]]
-        )
-        for row in sorted(completions, key=lambda row: (row["task_id"], row["sample"]))
+    rows = sorted(completions, key=lambda row: (row["task_id"], row["sample"]))
+    rewarded = [
+        Lesson(known[name := row["task_id"]], "", [], row["completion"], row["token_ids"], earned[name, row["sample"]])
+        for row in rows
     ]
-    return successes(lessons, settings)
+    return successes(rewarded, settings)

@@ -250,5 +250,5 @@ def test_a_full_experiment_says_what_it_needs_and_stops_where_that_is_missing(
     drawn = prompts * config["sampler"]["n"] + tested
     assert f"This run needs: {drawn:,} completions of {prompts:,} prompts to draw" in printed
     assert (name in ON_API) == ("API m: at least" in printed)
-    beside = f"Baselines, beside these hours: few-shot (5 successes) ({tested} answers)"
-    assert bool(config["baselines"]["names"]) == (beside in printed)
+    few_shot = f"few-shot (5 successes) ({tested} answers)"
+    assert bool(config["baselines"]["names"]) == (few_shot in printed)

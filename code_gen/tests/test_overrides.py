@@ -104,8 +104,8 @@ def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: st
     assert settings == EVALUATION | published["evaluation"] | {"curve_shares": [], "curve_prompts": []}
     # And what is said of it runs in its place, and not in ours.
     own = {key: PROBE[key] for key in published["probe"]}
-    beside = configured(experiment, "procedure=both", *words("authors.probe", own), "authors.evaluation.beta=0.7")
-    ours, papers = composition.procedures(beside)
+    both = configured(experiment, "procedure=both", *words("authors.probe", own), "authors.evaluation.beta=0.7")
+    ours, papers = composition.procedures(both)
     assert papers is not None
     assert {key: of(papers)[0][key] for key in own} == own
     assert papers.settings.beta == 0.7
@@ -122,7 +122,7 @@ def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str, configur
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
-def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(
+def test_a_choice_of_a_group_leaves_the_other_words_in_force(
     experiment: str, choice: str, configured: Configured
 ) -> None:
     # No experiment says hidden widths on top of a choice that the user makes.

@@ -250,8 +250,8 @@ def test_nothing_that_a_plain_continuation_passes_is_lost() -> None:
         exec(compile(problem.code_prompt + body, "plain", "exec"), plain)
         found: dict[str, object] = {}
         exec(compile(PromptStyle("zero_shot").program(problem, body), "read", "exec"), found)
-        ours, theirs = found[problem.entry_point], plain[problem.entry_point]
-        assert ours.__code__.co_code == theirs.__code__.co_code, (problem.task_id, body)  # type: ignore[attr-defined]
+        function, expected = found[problem.entry_point], plain[problem.entry_point]
+        assert function.__code__.co_code == expected.__code__.co_code, (problem.task_id, body)  # type: ignore[attr-defined]
 
 
 HOSTILE = {

@@ -45,7 +45,7 @@ def lines(path: Path, *rows: dict[str, object]) -> str:
     return write(path, "".join(json.dumps(row) + "\n\n" for row in rows))
 
 
-def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_beside(
+def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = "import time\ntime.sleep(0.5)\ndef f():\n    return 1"

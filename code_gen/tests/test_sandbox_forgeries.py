@@ -1,4 +1,4 @@
-"""Programs that mean to pass and are wrong: none does; and beside each an honest one that does nearly the same, and passes."""
+"""Programs that mean to pass and are wrong: none does; each has an honest twin that does nearly the same, and passes."""
 
 from __future__ import annotations
 

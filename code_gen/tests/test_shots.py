@@ -1,4 +1,4 @@
-"""Successes of a finished run that stand before the prompts of another."""
+"""Successes of a finished run that the prompts of another show."""
 
 import dataclasses
 from collections.abc import Callable

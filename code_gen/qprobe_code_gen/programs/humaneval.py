@@ -44,7 +44,7 @@ def problem_from_row(row: dict[str, Any]) -> Problem:
     return Problem(
         task_id=str(row["task_id"]),
         description=prompt.strip(),
-        # The prompts begin with empty lines now and then; in a header of code they say nothing.
+        # Some prompts begin with empty lines, which mean nothing in a header of code.
         header="".join(lines[:first]).lstrip("\n"),
         signature="".join(lines[first:body]),
         docstring="".join(lines[body:]),

@@ -173,7 +173,7 @@ class Scan:
         ends, nodes = self._fewest(at)
         end = ends
         if isinstance(nodes, SyntaxError):
-            # Talk at the margin may begin with a word that goes on with a statement: what stands before it may be whole.
+            # Talk at the margin may begin with a word that goes on with a statement: what precedes it may be whole.
             cut = at + (nodes.lineno or 0) - 1
             if at < cut < end and self._line(cut)[:1] not in ("", *BLANK):
                 end, nodes = cut, self.compiler.statements(self._text(at, cut))

@@ -50,12 +50,16 @@ def virtual_environment() -> str:
 
 def outermost(paths: list[str]) -> list[str]:
     """The existing folders among `paths` that lie in no other of them and not in the system's."""
-    kept: list[str] = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
+    kept = _system_folders()
     system = len(kept)
     for path in sorted({os.path.abspath(p) for p in paths if os.path.isdir(p)}, key=len):
         if path != "/" and not any(path == other or path.startswith(other + "/") for other in kept):
             kept.append(path)
     return kept[system:]
+
+
+def _system_folders() -> list[str]:
+    return [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
 
 
 class Tree:
@@ -69,7 +73,7 @@ class Tree:
     def __init__(self, folders: list[str], answers: list[str]) -> None:
         self.folders = folders
         self.staged: set[str] = set()
-        self.visible = [*(path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)), *folders]
+        self.visible = [*_system_folders(), *folders]
         self.hidden = hidden.found(self.visible, answers)
 
     def build(self) -> None:

@@ -97,7 +97,7 @@ def plan(tests: str, expression: str, reference: Reference | None) -> Plan:
             sources.append(f"import {name}")
         elif not known:
             (calls if name in used.called else values).append(name)
-    # Without a reference, a capital letter beside other functions is all that tells a class.
+    # Without a reference, a capital letter where there are other functions is all that tells a class.
     if not known and len(calls) > 1 and (classes := [name for name in calls if _CAPITAL_WORDS.fullmatch(name)]):
         return Plan(f"the class {classes[0]} of the program")
     reason = used.reach_of({*calls, *values}, header.functions)

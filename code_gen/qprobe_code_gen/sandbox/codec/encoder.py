@@ -80,17 +80,12 @@ def _children_of_named(value: Any) -> _Children:
     return tags.NAMEDTUPLE, items, len(items)
 
 
-def _dict(tag: int) -> Callable[[Any], _Children]:
+def _dict(tag: int, kind: type[dict[Any, Any]] = dict) -> Callable[[Any], _Children]:
     def children(value: Any) -> _Children:
-        items = list(dict.items(value))
+        items = list(kind.items(value))
         return tag, chain.from_iterable(items), 2 * len(items)
 
     return children
-
-
-def _ordered(value: Any) -> _Children:
-    items = list(OrderedDict.items(value))
-    return tags.ORDERED, chain.from_iterable(items), 2 * len(items)
 
 
 def _default(value: Any) -> _Children:
@@ -129,7 +124,7 @@ _CONTAINERS: dict[type, Callable[[Any], _Children]] = {
     set: _listed(tags.SET, set),
     frozenset: _listed(tags.FROZENSET, frozenset),
     deque: lambda value: (tags.DEQUE, [value.maxlen, *deque.__iter__(value)], 1 + len(value)),
-    OrderedDict: _ordered,
+    OrderedDict: _dict(tags.ORDERED, OrderedDict),
     defaultdict: _default,
     Counter: _dict(tags.COUNTER),
     slice: _fields(tags.SLICE, "start stop step"),
