@@ -1,7 +1,5 @@
 """When programs agree: by their outputs on the tests' inputs, whatever these expect."""
 
-from pathlib import Path
-
 import pytest
 
 from qprobe_code_gen.programs import Problem, humaneval
@@ -94,7 +92,7 @@ def test_every_solution_of_humaneval_says_something() -> None:
     assert None not in found
 
 
-def test_identity_holds_what_decides_the_outputs(tmp_path: Path) -> None:
+def test_identity_holds_what_decides_the_outputs() -> None:
     own = agreement(problem(TESTS)).identity()
     assert own["agreement"] == "outputs"
     assert own["limits"]["cpu_seconds"] == 0.5

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from qprobe_code_gen.programs.mbpp import OWN_FILE, SPLITS, load, problem_from_row
-from qprobe_code_gen.programs.prompts import PromptStyle
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Reference
 
 # One reference solution (MBPP/123, by trial division) takes 2 CPU seconds on a quiet machine.
@@ -60,13 +59,6 @@ def test_the_entry_point_is_the_function_that_the_tests_call_and_the_solution_de
 def test_set_up_code_runs_after_the_program_and_before_the_tests(mbpp_row: Row, executor: Executor) -> None:
     problem = problem_from_row(mbpp_row(11, test_setup_code="eleven = add_11(0)", test_list=["assert eleven == 11"]))
     assert executor.execute(Program(problem.solution, problem.tests)).passed
-
-
-def test_completions_of_a_program_with_several_functions_survive(mbpp_row: Row) -> None:
-    completion = "def eleven():\n    return 11\n\ndef add_11(x):\n    return x + eleven()\n"
-    namespace: dict[str, Any] = {}
-    exec(PromptStyle("zero_shot").program(problem_from_row(mbpp_row(11)), completion), namespace)
-    assert namespace["add_11"](1) == 12
 
 
 def test_plain_and_gzipped_files_give_the_same_problems(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qprobe_code_gen.sandbox import Executor, ExecutorError, Limits, Program
+from qprobe_code_gen.sandbox import Executor, ExecutorError, Limits, Program, executor
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
 
@@ -143,9 +143,10 @@ def test_a_killed_zygote_raises_and_is_never_a_verdict(which: str, descendants: 
     assert wait_until(lambda: not alive(everything)), alive(everything)
 
 
-def test_a_module_that_cannot_be_preloaded_raises_with_the_reason() -> None:
+def test_a_zygote_that_cannot_start_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "BOOTSTRAP", f"import no_such_module\n{executor.BOOTSTRAP}")
     with pytest.raises(ExecutorError, match="no_such_module"):
-        Executor(workers=1, preload=["no_such_module"])
+        Executor(workers=1)
 
 
 PARENT = """

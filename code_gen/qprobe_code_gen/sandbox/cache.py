@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from .verdicts import Execution, Limits, Program
 
-ENTRIES = 100_000
+_ENTRIES = 100_000
 _LARGEST_OUTPUT = 1 << 14  # characters; longer ones are not kept
 
 
@@ -16,12 +16,10 @@ class Cache:
 
     Args:
         version: of the interpreter that executes.
-        entries: how many are kept, >= 0; with 0 none is.
     """
 
-    def __init__(self, version: str, entries: int = ENTRIES) -> None:
+    def __init__(self, version: str) -> None:
         self._version = version
-        self._entries = entries
         self._kept: OrderedDict[bytes, Execution] = OrderedDict()
 
     def key(self, program: Program, limits: Limits) -> bytes:
@@ -41,5 +39,5 @@ class Cache:
         """Keep an execution."""
         if len(execution.output) + len(execution.value or "") <= _LARGEST_OUTPUT:
             self._kept[key] = execution
-        while len(self._kept) > self._entries:
+        while len(self._kept) > _ENTRIES:
             self._kept.popitem(last=False)

@@ -47,8 +47,6 @@ class Executor:
         workers: programs at the same time, >= 1.
         limits: what a program may use unless it brings its own limits.
         strict: refuse to start when a layer of isolation is missing.
-        preload: modules that the zygote imports before it forks: faster for programs that import them, a little slower for
-            all others.
         cache: execute the same program (code, tests, expression, limits) only once. Turn it off to measure time, or for
             programs that are meant to end differently each time.
         one_process: execute programs together with tests that need more of them than their functions' results (their own
@@ -63,7 +61,6 @@ class Executor:
         workers: int = 2,
         limits: Limits | None = None,
         strict: bool = False,
-        preload: Iterable[str] = (),
         cache: bool = True,
         one_process: bool = True,
     ) -> None:
@@ -76,7 +73,7 @@ class Executor:
         self._owner = os.getpid()
         self._next_ident = 0
         self._inbox = wire.Inbox()
-        self._start(list(preload))
+        self._start()
         try:
             hello = self._receive(_START_SECONDS)
         except BaseException:
@@ -97,7 +94,7 @@ class Executor:
                 "Install it, or take strict=False and do without."
             )
 
-    def _start(self, preload: list[str]) -> None:
+    def _start(self) -> None:
         own, zygotes = map(_above_standard, socket.socketpair())
         parent = fcntl.fcntl(os.pidfd_open(os.getpid()), fcntl.F_DUPFD_CLOEXEC, 3) if LINUX else None
         packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
@@ -105,7 +102,6 @@ class Executor:
             "channel": zygotes.fileno(),
             "parent": parent,
             "workers": self.workers,
-            "preload": preload,
             "packages": packages,
             "temporary": tempfile.gettempdir(),
             "answers": hidden.caches(),

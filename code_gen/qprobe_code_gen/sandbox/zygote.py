@@ -33,7 +33,7 @@ from .running import End, Running
 from .slots import CANDIDATE, JUDGE, TOGETHER, Slot
 
 # Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for. Not hashlib,
-# which brings OpenSSL, nor numpy: every fork would pay for them; `preload` adds them where most programs want them.
+# which brings OpenSSL, nor numpy: every fork would pay for them.
 PRELOADED = """
     abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq io
     itertools math numbers operator os random re statistics string struct sys time traceback types typing warnings
@@ -355,7 +355,7 @@ def main() -> None:
     sys.argv[:] = [""]
     sys.path[:] = [*sys.path, *settings["packages"]]
     os.umask(0o022)  # the caller's would be that of the programs' files, and of the tree of files that they need
-    for name in (*PRELOADED.split(), *settings["preload"]):
+    for name in PRELOADED.split():
         importlib.import_module(name)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
