@@ -85,6 +85,7 @@ def test_every_experiment_runs_shrunk(
     composed: Composed,
     shrunk: Callable[..., list[str]],
     tmp_path: Path,
+    key: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [*shrunk(name), "model.device_map=null"]
@@ -92,10 +93,10 @@ def test_every_experiment_runs_shrunk(
         words = [word for word in words if not word.startswith(("model", "embedder", "sampler.max", "dataset"))]
     words += ["embedder.layers=[1,2]"] if name.endswith("_ours") else []
     words += ["authors.layer=1"] if name in ("table1_ours", "table2_ours") else []
-    if name in ON_API:
-        server = make_server(tiny_code_model)
+    server = make_server(tiny_code_model) if name in ON_API else None
+    if server is not None:
         words += ["sampler.api.model=tiny", f"sampler.api.base_url={server.url}"]
-        embedding = [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny"]
+        embedding = [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny", "dataset.prompt_style=zero_shot"]
         words += embedding if name.startswith("table4") else []
     if name == "table1_few_shot":
         command.run(composed([*shrunk("table1"), "model.device_map=null", "stages=[sample,reward]"]))
@@ -123,34 +124,16 @@ def test_every_experiment_runs_shrunk(
     evaluation = config["evaluation"]
     per_test = 3 + bool(evaluation["curve_shares"]) + (config["layer"] == "best")
     assert len(figures) == per_test * len(config["dataset"]["test"])
+    if server is not None:
+        table4 = {"/v1/completions", "/v1/embeddings"}
+        asked = {path for path, _, _ in server.requests}
+        assert asked == (table4 if name.startswith("table4") else {"/v1/chat/completions"})
+        usage = [line for path in tmp_path.rglob("usage.jsonl") for line in path.read_text().splitlines()]
+        assert sum(json.loads(line)["calls"] for line in usage) == len(server.requests)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
     # All is there: the same words draw and read nothing, so that nothing needs to be said.
     command.run(config)
     assert "needs" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("embedder", ["hf", "openai"])
-def test_completions_from_an_api_with_local_or_remote_embeddings_are_a_choice_of_words(
-    make_server: Callable[[ModelSpec], Any],
-    tiny_code_model: ModelSpec,
-    composed: Composed,
-    shrunk: Callable[..., list[str]],
-    tmp_path: Path,
-    embedder: str,
-    key: str,
-) -> None:
-    server = make_server(tiny_code_model)
-    api = [f"sampler.api.base_url={server.url}", "sampler.api.model=tiny"]
-    if embedder == "openai":
-        api += [f"embedder.api.base_url={server.url}", "embedder.api.model=tiny"]
-    words = ["sampler=openai", f"embedder={embedder}", "dataset.prompt_style=zero_shot"]
-    command.run(composed([*shrunk("demo"), *words, *api, "stages=[sample,reward,embed,train,evaluate]"]))
-    asked = {path for path, _, _ in server.requests}
-    assert asked == {"/v1/completions"} | ({"/v1/embeddings"} if embedder == "openai" else set())
-    run = tmp_path / "demo-limit2"
-    assert list((run / "probes").rglob("*.safetensors"))
-    calls = [json.loads(line)["calls"] for path in run.rglob("usage.jsonl") for line in path.read_text().splitlines()]
-    assert sum(calls) == len(server.requests)
-    assert not [path for path in run.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -81,7 +81,7 @@ def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_on_stderr(
         ('{"program": 1, "tests": ""}', [], "line 1"),
         ("", [], "no line"),
         ('{"program": "x", "tests": ""}', ["--expression", "x"], "own tests"),
-        ('{"program": "", "tests": "assert Node().left == 1"}', ["--apart"], "Node"),
+        ('{"program": "", "tests": "assert Node().left == 1"}', ["--apart"], "line 1"),
         ('{"program": "", "tests": ""}', ["--workers", "0"], "workers"),
     ],
 )
