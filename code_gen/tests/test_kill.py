@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe.models.language_model import ModelSpec
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 
 KILLS = 3
 OUTPUTS = {

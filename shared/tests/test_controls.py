@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.evaluation import controls, measure
+from qprobe.evaluation import controls
+from qprobe.evaluation import evaluate as evaluation
+from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.sweep import EvaluationSettings, cross_validate, probe_seed, train_on_all
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 from qprobe.report import to_text
 from qprobe.report.results import Results, Row
@@ -60,7 +63,7 @@ def row(results: Results, method: str) -> Row:
 def evaluate(joined: Joined, q: np.ndarray, made: controls.Scores, k: int, seeds: int = 1) -> Results:
     scored = {1.0: {"reward_mse": Scored(q, np.zeros((len(q), len(joined.task_ids))), [])}}
     settings = dataclasses.replace(SETTINGS, seeds=seeds)
-    return measure.evaluate("t", "p", "pool", joined, None, scored, settings, k=k, seed=0, controls=made)
+    return evaluation.evaluate(joined, Scores(scored), settings, k=k, seed=0, controls=made)
 
 
 def test_length_and_log_probability_by_hand() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qprobe import files
-from qprobe.evaluation import measure
+from qprobe.evaluation import evaluate as evaluation
+from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.scoring import Scored, score
 from qprobe.evaluation.sweep import (
     EvaluationSettings,
@@ -69,9 +70,7 @@ def evaluate(
 ) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     greedy = None if greedy is None else np.asarray(greedy, dtype=np.float32)
-    return measure.evaluate(
-        "title", "protocol", "pool", pool, greedy, {1.0: scores} | (parts or {}), settings, k=k, seed=0
-    )
+    return evaluation.evaluate(pool, Scores({1.0: scores} | (parts or {})), settings, k=k, seed=0, greedy=greedy)
 
 
 def row(results: Results, method: str) -> Row:
@@ -381,7 +380,7 @@ def test_published_values_stand_beside_their_own_method_alone() -> None:
     pool = joined([[1, 0], [0, 0]])
     scores = {"reward_mse": scored([[0, 1, 2, 3]] * 2, np.zeros((2, 2)))}
     paper = {"Q-probe L_Q": 0.29, "pass@1": 0.24}
-    results = measure.evaluate("t", "p", "pool", pool, None, {1.0: scores}, SETTINGS, k=2, seed=0, paper=paper)
+    results = evaluation.evaluate(pool, Scores({1.0: scores}), SETTINGS, k=2, seed=0, published=paper)
     assert {entry.method: entry.paper for entry in results.rows if entry.paper is not None} == paper
 
 
@@ -449,15 +448,15 @@ def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> Non
 def test_the_example_is_the_mixed_prompt_with_the_widest_gap() -> None:
     pool = joined([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8], [9, -9, 0, 0, 1, 2, 5, 6, 4]]  # means in prompt 2: 5, 5, 6
-    found = measure.example(pool, {"reward_mse": scored(q)}, "reward_mse")
-    assert found == measure.Example("p001", "completion 5", "failed", "completion 3", "failed")
+    found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
+    assert found == evaluation.Example("p001", "completion 5", "failed", "completion 3", "failed")
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8]]
-    found = measure.example(pool, {"reward_mse": scored(q)}, "reward_mse")
-    assert found == measure.Example("p002", "completion 8", "passed", "completion 7", "failed")
+    found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
+    assert found == evaluation.Example("p002", "completion 8", "passed", "completion 7", "failed")
     wordless = dataclasses.replace(joined([[0.25, 1]]), verdicts=["", ""])  # a reward is its own verdict then
-    found = measure.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
-    assert found == measure.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
-    assert measure.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
+    found = evaluation.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
+    assert found == evaluation.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
+    assert evaluation.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from qprobe.evaluation import layer_choice, measure
+from qprobe.evaluation import evaluate as evaluation
+from qprobe.evaluation import layer_choice
+from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, cross_validate, probe_seed
 from qprobe.probe.network import ProbeNetwork
@@ -58,9 +60,7 @@ def evaluate(
 ) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     greedy = None if greedy is None else np.asarray(greedy, dtype=np.float32)
-    return measure.evaluate(
-        "title", "protocol", "pool", pool, greedy, {1.0: scores} | (parts or {}), settings, k=k, seed=0
-    )
+    return evaluation.evaluate(pool, Scores({1.0: scores} | (parts or {})), settings, k=k, seed=0, greedy=greedy)
 
 
 def row(results: Results, method: str) -> Row:
@@ -106,7 +106,7 @@ def test_all_probes_of_a_learning_curve_hold_prompts_out_or_none_does() -> None:
     assert len(curve) == 3 * len(table)
     scores = layer_choice.score_over(sweep, lambda _: pool, [1], settings, 0)
     assert scores.plain is not None
-    results = measure.evaluate("t", "p", "pool", pool, None, scores.by_share, settings, k=2, seed=0, plain=scores.plain)
+    results = evaluation.evaluate(pool, scores, settings, k=2, seed=0)
     assert any("Every probe of the learning curve" in note for note in results.notes)
     line = results.reward_against_prompts
     assert line is not None
@@ -248,13 +248,9 @@ def test_the_figure_of_reward_against_kl_is_enumerated_where_its_subsets_are_few
 def test_what_is_reported_of_all_prompts_is_reported_without_some() -> None:
     pool = joined([[1, 0], [0, 1], [1, 1], [0, 0]])
     q = scored([[1, 0, 0, 1, 0, 0, 0, 0]], np.zeros((1, 4)))
-    results = measure.evaluate(
-        "t",
-        "p",
-        "pool",
+    results = evaluation.evaluate(
         pool,
-        None,
-        {1.0: {"reward_mse": q}},
+        Scores({1.0: {"reward_mse": q}}),
         dataclasses.replace(SETTINGS, seeds=1),
         k=2,
         seed=0,

@@ -17,7 +17,8 @@ from qprobe.cli import composition
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.models.language_model import ModelSpec
 from qprobe.pipeline import needs
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 
 Make = Callable[..., Pipeline]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qprobe.evaluation.sweep import EvaluationSettings, fold_of, probe_seed
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
 from qprobe.report import to_text

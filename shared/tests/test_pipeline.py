@@ -13,7 +13,8 @@ import pytest
 from qprobe import store
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.closing import closing_words
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.estimator import EmbeddingSource, QProbe
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.stages import RewardRow, Split
@@ -117,7 +118,7 @@ def test_shards_together_make_the_tables_of_one_run(make: Make, tmp_path: Path) 
     shards = [make(run=tmp_path / "sharded", shard=(number, 3)) for number in (3, 1, 2)]
     for shard in shards:
         with pytest.raises(StoreError, match=r"is missing \d+ of 4 parts"):
-            make(run=tmp_path / "sharded").train()
+            make(run=tmp_path / "sharded").execute(["train"])
         shard.execute()
         assert not (shard.run / "probes").exists()
         assert closing_words(shard).startswith(f"shard {shard.shard[0]} of 3 is done")
@@ -143,7 +144,7 @@ def test_results_are_kept_and_those_of_other_settings_are_not_reported(
         changed.execute(["report"])
     changed.execute(["evaluate", "report"])
     assert changed.results(changed.tests[0]).made_from != ""
-    monkeypatch.setattr("qprobe.evaluation.measure.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr("qprobe.pipeline.evaluated.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     make(settings=dataclasses.replace(SETTINGS, draws=7)).execute(WORK)
 
 

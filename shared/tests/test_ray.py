@@ -15,7 +15,8 @@ import pytest
 
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline import ray_cluster
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.runners.ray import Step, run_steps
 
