@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import row
 
 from qprobe.evaluation import controls
 from qprobe.evaluation import evaluate as evaluation
@@ -19,7 +20,7 @@ from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 from qprobe.report import to_text
-from qprobe.report.results import Results, Row
+from qprobe.report.results import Results
 from qprobe.run.joined import Joined
 from qprobe.run.stages import Split
 
@@ -53,11 +54,6 @@ def balanced(joined: Joined) -> Joined:
     features = (features - features.mean(axis=1, keepdims=True)).reshape(240, 3)
     features[:, 0] += 2 * rewards - 1
     return dataclasses.replace(joined, rewards=rewards, features=features)
-
-
-def row(results: Results, method: str) -> Row:
-    (found,) = [entry for entry in results.rows if entry.method == method]
-    return found
 
 
 def evaluate(joined: Joined, q: np.ndarray, made: controls.Scores, k: int, seeds: int = 1) -> Results:
