@@ -230,7 +230,5 @@ def test_a_pipeline_has_the_controls_that_are_asked_for(fakes: ModuleType, tmp_p
 
 @pytest.mark.parametrize("names", [("lenght",), ("length", "greedy")])
 def test_an_unknown_control_is_refused(names: tuple[str, ...]) -> None:
-    with pytest.raises(
-        ValueError, match=r"evaluation.controls has (lenght|greedy): choose from length, logprob, likelihood, random_"
-    ):
+    with pytest.raises(ValueError, match=r"evaluation\.controls"):
         EvaluationSettings(controls=names)

@@ -96,10 +96,10 @@ def test_damage_is_named(what: str, pool: Pool, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("absent", "is no run folder: it has no folder prompts."),
-        ("empty", "is no run folder: it has no folder prompts."),
-        ("file", "is no run folder: it has no folder prompts."),
-        ("begun", "holds no table yet: run the stage sample."),
+        ("absent", "prompts"),
+        ("empty", "prompts"),
+        ("file", "prompts"),
+        ("begun", "sample"),
     ],
 )
 def test_what_is_no_run_folder_is_one_sentence_and_exit_1(

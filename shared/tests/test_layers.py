@@ -156,9 +156,7 @@ def test_where_nothing_can_be_held_out_the_highest_layer_is_read_and_it_is_said(
     source = QProbe.from_pretrained(pipeline.final_probe()).source
     assert source is not None
     assert source.layer == 3
-    with pytest.raises(
-        ValueError, match=r"read layer bset, but the embedder makes \[3, 1, 2\]: .* say best to try them"
-    ):
+    with pytest.raises(ValueError, match="embedder"):
         make(layer="bset")
 
 

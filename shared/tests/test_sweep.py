@@ -62,7 +62,7 @@ def test_every_seed_has_folds_of_its_own_that_part_the_prompts() -> None:
         assert sorted(np.bincount(fold).tolist()) == [3, 4, 4]
     assert len({tuple(fold) for fold in folds}) == 4
     np.testing.assert_array_equal(folds[0], fold_of(11, 3, 0))
-    with pytest.raises(ValueError, match=r"2 prompts cannot make 3 folds: use more prompts or evaluation.folds=2"):
+    with pytest.raises(ValueError, match=r"evaluation\.folds"):
         fold_of(2, 3, 0)
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> Non
     else:
         save_sweep(sweep_of(0.5), tmp_path / "other", INPUTS)
         path.write_bytes((tmp_path / "other" / file).read_bytes())
-    with pytest.raises(ValueError, match=r"holds a damaged sweep of probes \(.+\): delete the folder"):
+    with pytest.raises(ValueError, match="damaged"):
         load_sweep(tmp_path, INPUTS)
 
 
