@@ -285,7 +285,7 @@ def test_an_unknown_stage_is_refused_before_any_work(make: Make) -> None:
         ({"settings": EvaluationSettings(folds=13)}, "prompts"),
         ({"tests": []}, "splits"),
         ({"tests": ["a", "a"]}, "splits"),
-        ({"training_split": "splits"}, "numbers"),
+        ({"training_split": "numbers"}, "splits"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(
