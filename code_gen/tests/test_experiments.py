@@ -13,7 +13,7 @@ from qprobe.cli import composition
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.vllm_engine import EngineSettings
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 from qprobe.sampling.vllm import VLLMSampler
 
 CONF, CORE = Path(command.__file__).parent / "conf", Path(qprobe.__file__).parent / "conf"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 
 KILLS = 3
 OUTPUTS = {

@@ -9,7 +9,8 @@ from typing import Any
 
 from qprobe.evaluation import comparisons
 from qprobe.files import write_whole
-from qprobe.pipeline.pipeline import BEST, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.setup import BEST
 from qprobe.probe.metrics import Interval
 from qprobe.report.results import Results, Row
 from qprobe.settings import check_keys

@@ -102,8 +102,7 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
         scores = layer_choice.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
         name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
         scored[name] = scores.by_share[1.0][loss]
-        curve = scores.by_share if scores.plain is None else scores.by_share | {1.0: scores.plain}
-        by_share[name] = {share: by_loss[loss] for share, by_loss in sorted(curve.items())}
+        by_share[name] = {share: by_loss[loss] for share, by_loss in sorted(scores.curve.items())}
     pool = joined.join(pipeline.test_pools[0], experiment.reward)
     judged = judgements(experiment, pool)
     method = f"Q-probe {find_loss(loss).symbol}"

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from qprobe import store
-from qprobe.evaluation.measure import EvaluationSettings
+from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt

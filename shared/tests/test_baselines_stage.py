@@ -13,7 +13,8 @@ from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.inspection import inspect
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 from qprobe.report.results import Results, Row
 from qprobe.store.table import StoreError

@@ -103,7 +103,7 @@ def test_a_run_has_rows_of_what_was_trained_and_trains_once(
 
     # The scores are the head's, of the adapted model's last layer.
     pool = pipeline.test_pools[0]
-    (ranked,) = pipeline._beside().rankings(pool).values()
+    (ranked,) = pipeline.every_baseline().rankings(pool).values()
     assert ranked is not None
     assert ranked.shape == (1, 16)
     folder = tmp_path / "run" / "baselines" / "finetune_rm" / "adapter"
@@ -119,7 +119,7 @@ def test_a_run_has_rows_of_what_was_trained_and_trains_once(
     monkeypatch.setattr(models.load, "__wrapped__", lambda spec: pytest.fail("trained again"))
     again = make()
     again.execute(["sample", "reward", "embed", "baselines", "train", "evaluate"])
-    assert np.array_equal(ranked, next(iter(again._beside().rankings(again.test_pools[0]).values())))
+    assert np.array_equal(ranked, next(iter(again.every_baseline().rankings(again.test_pools[0]).values())))
 
 
 def test_examples_are_the_rows_of_the_tables(make: Make, tiny_model: ModelSpec) -> None:

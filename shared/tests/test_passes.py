@@ -246,7 +246,7 @@ def test_a_single_row_that_does_not_fit_is_a_sentence(tiny_model: ModelSpec, ran
 
 def test_other_errors_are_not_taken_for_want_of_memory(tiny_model: ModelSpec, random_ids: Ids) -> None:
     with at_most(0, tiny_model, RuntimeError("mat1 and mat2 differ")), rows_of_passes() as begun:
-        with pytest.raises(RuntimeError, match="mat1 and mat2 differ"):
+        with pytest.raises(RuntimeError, match="differ"):
             HFSampler(tiny_model, SETTINGS).sample(random_ids(LENGTHS), SEEDS)
         assert begun == [12]
 
@@ -304,5 +304,5 @@ def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpe
 
 @pytest.mark.parametrize("gib", [0.0, -1.0, float("nan")])
 def test_a_memory_that_cannot_be_is_refused(gib: float) -> None:
-    with pytest.raises(ValueError, match=r"model memory_gib is .* above 0, or null"):
+    with pytest.raises(ValueError, match="memory_gib"):
         ModelSpec(memory_gib=gib)

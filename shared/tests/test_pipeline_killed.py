@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 
 # A process that has imported everything forks one child a run: a child is killed, and the next starts in milliseconds.
 SERVER = """
@@ -25,7 +25,8 @@ sys.path.insert(0, sys.argv[1])
 import fakes
 import qprobe.report.figures
 from qprobe.evaluation.sweep import EvaluationSettings
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 
 def work(run):

@@ -30,7 +30,8 @@ from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.pipeline import needs, ray_cluster
-from qprobe.pipeline.pipeline import SHARDED, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import SHARDED
 from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import TrainingSettings
 from qprobe.run import lengths

@@ -118,8 +118,8 @@ class EvaluationSettings:
             folded: whether the set is cross-validated, so that a probe learns from all folds but one.
         """
         every = prompts if clusters is None else int(clusters.max()) + 1
-        learnt = every * (1 - 1 / self.folds if folded else self.drawn_share)
-        shares = {count / learnt for count in self.curve_prompts if count < round(learnt)}
+        trained = every * (1 - 1 / self.folds if folded else self.drawn_share)
+        shares = {count / trained for count in self.curve_prompts if count < round(trained)}
         return dataclasses.replace(self, curve_shares=tuple(sorted({*self.curve_shares, *shares})), curve_prompts=())
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
+from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, growing_cache, register, shares_prefix
 from qprobe.models.language_model import LanguageModel, ModelSpec
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
@@ -243,20 +243,14 @@ class Continuation:
     """Rows that grow from shared prompts. `keep` drops finished rows, `extend` adds tokens to the rest."""
 
     def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
-        from transformers import DynamicCache
-
         self.run = run
         self.owner = owner
         self.length = 0
         self._lengths = prefix.lengths
         self._mask = prefix.mask
         if run.shared:
-            self._cache = DynamicCache()
-            self._prompts = SharedPrompts(
-                _keys(prefix),
-                prefix.mask,
-                owner,
-            )
+            self._cache = growing_cache()
+            self._prompts = SharedPrompts(_keys(prefix), prefix.mask, owner)
         else:
             self._cache = copy.deepcopy(prefix.cache)
             self._cache.batch_select_indices(owner)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.pipeline import needs
-from qprobe.pipeline.pipeline import SHARDED, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import SHARDED
 from qprobe.run import stages
 from qprobe.run.runners.ray import Item, Step, run_steps
 from qprobe.settings import build
