@@ -67,6 +67,18 @@ def mbpp_row() -> Callable[..., dict[str, Any]]:
     return row
 
 
+@pytest.fixture
+def local_data(mbpp_row: Callable[..., dict[str, Any]], jsonl: Callable[..., Path]) -> dict[str, list[str]]:
+    """Words that name files: five problems of MBPP in each split that experiments read, 11 training and 3 test questions."""
+    problems = jsonl([mbpp_row(number) for number in (*range(11, 16), *range(601, 606))], "mbpp.jsonl")
+    questions = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(11)]
+    train, test = jsonl(questions, "train.jsonl"), jsonl(questions[:3], "test.jsonl")
+    return {
+        "mbpp": [f"dataset.mbpp_file={problems}"],
+        "gsm8k": [f"dataset.train_file={train}", f"dataset.test_file={test}"],
+    }
+
+
 @pytest.fixture(scope="session")
 def half_row() -> dict[str, str]:
     """A row of HumanEval."""

@@ -14,14 +14,10 @@ Composed = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def words(jsonl: Callable[..., Path], mbpp_row: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, list[str]]:
-    """Words of experiments on local data: five problems of MBPP in each of two splits, 11 and 3 questions."""
-    problems = jsonl([mbpp_row(number) for number in (*range(11, 16), *range(601, 606))], "mbpp.jsonl")
-    found = {name: [f"experiment={name}", f"dataset.mbpp_file={problems}"] for name in ("demo", "mbpp", "humaneval")}
-    questions = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(11)]
-    train, test = jsonl(questions, "train.jsonl"), jsonl(questions[:3], "test.jsonl")
-    found["gsm8k"] = ["experiment=gsm8k", f"dataset.train_file={train}", f"dataset.test_file={test}"]
-    return {name: [*own, f"paths.runs={tmp_path}/runs"] for name, own in found.items()}
+def words(local_data: dict[str, list[str]], tmp_path: Path) -> dict[str, list[str]]:
+    """Words of experiments on local data."""
+    data = {name: local_data["gsm8k" if name == "gsm8k" else "mbpp"] for name in ("demo", "mbpp", "humaneval", "gsm8k")}
+    return {name: [f"experiment={name}", *own, f"paths.runs={tmp_path}/runs"] for name, own in data.items()}
 
 
 def test_problems_that_share_a_name_with_a_training_one_are_reported_apart_and_folded_together(
