@@ -15,7 +15,8 @@ from qprobe.cli import composition
 from qprobe.cli.command import Experiments
 from qprobe.pipeline import needs
 from qprobe.pipeline.closing import closing_words
-from qprobe.pipeline.steps import SHARDED, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import SHARDED
 from qprobe.settings import check_keys
 from qprobe_preference import comparison, outcome, policy, sets
 from qprobe_preference.dataset import prompt_style

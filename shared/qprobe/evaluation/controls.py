@@ -77,7 +77,9 @@ def shuffled_labels(
         lot = np.random.default_rng([own_seed, len(trained_on.rewards)]).random(len(trained_on.rewards))
         # Rows are sorted by prompt, so the order below moves none out of its own.
         shuffled = trained_on.rewards[np.lexsort((lot, trained_on.groups))]
-        probes = make(dataclasses.replace(trained_on, rewards=shuffled), training, one, k=k, seed=own_seed, progress=False)
+        probes = make(
+            dataclasses.replace(trained_on, rewards=shuffled), training, one, k=k, seed=own_seed, progress=False
+        )
         rows.append(score(probes, tested, one, own_seed)[1.0][loss].q[0])
     return {f"shuffled labels {find_loss(loss).symbol}": np.stack(rows)}
 
