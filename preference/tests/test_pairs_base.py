@@ -32,7 +32,7 @@ def test_what_is_of_no_use_is_counted_by_its_reason(found: Any, reason: str) -> 
     pairs = collect("set", [Found(ASK, "good", "bad"), found], {})
     assert [(p.chosen, p.rejected) for p in pairs.pairs] == [("good", "bad")]
     assert pairs.dropped == {reason: 1}
-    assert pairs.dropped_words() == f"Dropped: {reason} 1."
+    assert pairs.summary().endswith(f" Dropped: {reason} 1.")
 
 
 def test_a_set_without_a_pair_is_a_sentence_with_the_counts() -> None:

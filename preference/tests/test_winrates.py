@@ -11,14 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
 from qprobe.probe.metrics import reward_grid
+from qprobe_preference.agreement import agreement
+from qprobe_preference.lengths import SLOPE_PRECISION, length_controlled
 from qprobe_preference.winrates import (
-    SLOPE_PRECISION,
     Judgements,
-    agreement,
     band,
     curve,
     difference,
-    length_controlled,
     win_rate,
 )
 
@@ -31,12 +30,12 @@ def pools(prompts: int = 40, each: int = 6, seed: int = 0) -> tuple[Judgements, 
     groups = rng.permutation(np.repeat(np.arange(prompts), each))
     wins = rng.choice([0.0, 0.2, 0.5, 1.0], size=len(groups))
     lengths, references = rng.integers(1, 200, (2, len(groups)))
-    return Judgements.of(wins, groups, None, lengths, references), wins + rng.normal(size=len(groups)).round(1)
+    return Judgements(wins, groups, None, lengths, references), wins + rng.normal(size=len(groups)).round(1)
 
 
 def single(wins: int, ties: int, losses: int) -> Judgements:
     values = np.repeat([1.0, 0.5, 0.0], [wins, ties, losses])
-    return Judgements.of(values, np.arange(len(values)))
+    return Judgements(values, np.arange(len(values)))
 
 
 def test_ties_count_half_and_are_counted() -> None:
@@ -56,7 +55,7 @@ def test_wilson_with_ties_holds_the_truth_often_enough() -> None:
     # Wins, ties and losses of known probability: 2,000 samples of 60 prompts, true rate 0.45.
     rng = np.random.default_rng(0)
     samples = rng.choice([1.0, 0.5, 0.0], p=[0.3, 0.3, 0.4], size=(2000, 60))
-    found = [win_rate(Judgements.of(s, np.arange(60)), np.ones(60), draws=2).wilson for s in samples]
+    found = [win_rate(Judgements(s, np.arange(60)), np.ones(60), draws=2).wilson for s in samples]
     assert np.mean([w is not None and w.low <= 0.45 <= w.high for w in found]) > 0.95
 
 
@@ -66,7 +65,7 @@ def test_wilson_is_only_for_one_answer_a_prompt() -> None:
 
 
 def test_a_prompt_weighs_the_same_however_many_candidates_it_has() -> None:
-    judged = Judgements.of([1, 1, 1, 1, 0, 0], [7, 7, 7, 7, 3, 3])
+    judged = Judgements([1, 1, 1, 1, 0, 0], [7, 7, 7, 7, 3, 3])
     found = win_rate(judged, judged.base_law())
     assert found.rate.value == pytest.approx(0.5)
     np.testing.assert_array_equal(found.prompts, [3, 7])
@@ -74,7 +73,7 @@ def test_a_prompt_weighs_the_same_however_many_candidates_it_has() -> None:
 
 
 def test_no_verdict_counts_half_apart_and_bounds_the_rate() -> None:
-    judged = Judgements.of([1, np.nan, 0, 1, 0], range(5), ["win", "unparsed", "loss", "win", "refused"])
+    judged = Judgements([1, np.nan, 0, 1, 0], range(5), ["win", "unparsed", "loss", "win", "refused"])
     found = win_rate(judged, np.ones(5))
     assert found.rate.value == pytest.approx(3 / 5)
     assert (found.wins, found.ties, found.losses) == (2, 0, 1)
@@ -85,7 +84,7 @@ def test_no_verdict_counts_half_apart_and_bounds_the_rate() -> None:
 def test_a_missing_verdict_never_moves_selection() -> None:
     judged, scores = pools()
     words = np.where(scores > np.median(scores), "unparsed", judged.verdicts)
-    hidden = Judgements.of(judged.wins, judged.groups, list(words))
+    hidden = Judgements(judged.wins, judged.groups, list(words))
     np.testing.assert_array_equal(judged.probe_law(scores, 4, 0.3), hidden.probe_law(scores, 4, 0.3))
 
 
@@ -125,12 +124,12 @@ def test_a_curve_is_the_table_s_rate_at_every_k() -> None:
     line = curve(judged, scores, [1, 4], 0.3, seed=5)
     at_4 = win_rate(judged, judged.probe_law(scores, 4, 0.3, seed=5), seed=5).rate
     assert (line.value[1], line.low[1], line.high[1]) == (at_4.value, at_4.low, at_4.high)
-    assert band([None, at_4]).value == [None, at_4.value]
+    assert band([at_4]).value == [at_4.value]
 
 
 def test_turned_round_a_judge_gives_the_other_side_s_rate() -> None:
     judged, _ = pools()
-    turned = Judgements.of(1 - judged.wins, judged.groups, None, judged.reference_lengths, judged.lengths)
+    turned = Judgements(1 - judged.wins, judged.groups, None, judged.reference_lengths, judged.lengths)
     a, b = (win_rate(j, j.base_law()) for j in (judged, turned))
     assert a.rate.value == pytest.approx(1 - b.rate.value)
     assert (a.wins, a.ties, a.losses) == pytest.approx((b.losses, b.ties, b.wins))
@@ -145,16 +144,16 @@ def test_two_policies_are_compared_on_the_same_prompts() -> None:
     # Every prompt is won by 0.1 more: the difference has no spread at all, though the rates do.
     rng = np.random.default_rng(0)
     wins = rng.uniform(0, 0.9, size=50)
-    a, b = (win_rate(Judgements.of(w, np.arange(50)), np.ones(50)) for w in (wins + 0.1, wins))
+    a, b = (win_rate(Judgements(w, np.arange(50)), np.ones(50)) for w in (wins + 0.1, wins))
     found = difference(a, b)
     assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
     assert a.rate.low < b.rate.high
     with pytest.raises(ValueError, match="other prompts"):
-        difference(a, win_rate(Judgements.of(wins, np.arange(1, 51)), np.ones(50)))
+        difference(a, win_rate(Judgements(wins, np.arange(1, 51)), np.ones(50)))
 
 
 def test_mean_lengths_are_those_of_what_is_taken() -> None:
-    judged = Judgements.of([1, 0, 0, 1], [0, 0, 1, 1], None, [10, 20, 30, 40], [5, 5, 7, 7])
+    judged = Judgements([1, 0, 0, 1], [0, 0, 1, 1], None, [10, 20, 30, 40], [5, 5, 7, 7])
     found = win_rate(judged, judged.probe_law([1, 2, 1, 2], 2, 0.0))
     assert (found.length, found.reference_length) == (30, 6)
 
@@ -272,7 +271,7 @@ def two_judges(count: int = 300, alike: float = 0.6, seed: int = 0) -> tuple[lis
 
 def judge(words: list[str], each: int = 1) -> Judgements:
     wins = [{"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": 0.5}[w] for w in words]
-    return Judgements.of(wins, np.arange(len(words)) // each, words)
+    return Judgements(wins, np.arange(len(words)) // each, words)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -283,7 +282,7 @@ def test_kappa_is_scikit_learn_s(seed: int) -> None:
     assert found.kappa.value == pytest.approx(cohen_kappa_score(a, b))
     assert found.kappa.low < found.kappa.value < found.kappa.high
     assert found.agreed == pytest.approx(np.mean(np.array(a) == np.array(b)))
-    assert found.table.sum() == 300
+    assert found.compared == 300
 
 
 def test_kappa_s_interval_is_as_wide_as_theory_says_and_wider_over_few_prompts() -> None:
@@ -308,7 +307,7 @@ def test_kappa_s_interval_is_as_wide_as_theory_says_and_wider_over_few_prompts()
 def test_kappa_of_one_verdict_throughout_and_of_none() -> None:
     assert agreement(judge(["win"] * 5), judge(["win"] * 5)).kappa is None
     found = agreement(judge(["win", "loss", "unparsed", "tie"]), judge(["win", "loss", "win", "unparsed"]))
-    assert (found.left_out, found.agreed, found.table.sum()) == (2, 1.0, 2)
+    assert (found.left_out, found.agreed, found.compared) == (2, 1.0, 2)
     with pytest.raises(ValueError, match="nothing to agree on"):
         agreement(judge(["unparsed"]), judge(["win"]))
     with pytest.raises(ValueError, match="other comparisons"):
@@ -331,7 +330,7 @@ def test_kappa_of_one_verdict_throughout_and_of_none() -> None:
 )
 def test_bad_judgements_are_one_sentence(columns: dict[str, list[float]], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Judgements.of(**({"wins": [1.0, 0.0], "groups": [0, 1]} | columns))  # type: ignore[arg-type]
+        Judgements(**({"wins": [1.0, 0.0], "groups": [0, 1]} | columns))  # type: ignore[arg-type]
 
 
 def test_a_law_that_is_none_is_refused() -> None:
