@@ -6,6 +6,8 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from qprobe.probe.metrics import Floats, Interval
 
@@ -49,30 +51,22 @@ def length_controlled(
     x = np.stack([np.ones(len(y)), np.tanh(d / (spread or 1.0))], axis=1)
     prior = np.diag([0.0, SLOPE_PRECISION])
 
-    def loss(at: Floats) -> float:
+    def loss(at: Floats) -> tuple[float, Floats]:
         logits = x @ at
-        return float(w @ (np.logaddexp(0, logits) - y * logits) + at @ prior @ at / 2)
+        value = w @ (np.logaddexp(0, logits) - y * logits) + at @ prior @ at / 2
+        return float(value), x.T @ (w * (expit(logits) - y)) + prior @ at
 
-    found = np.zeros(2)
-    for _ in range(100):
-        p = _sigmoid(x @ found)
-        curvature = (x.T * (w * p * (1 - p))) @ x + prior
-        step = np.linalg.solve(curvature, x.T @ (w * (y - p)) - prior @ found)
-        # Newton's step may overshoot far from the optimum; halved often enough, it always goes down.
-        while loss(found + step) > loss(found) and np.abs(step).max() > 1e-10:
-            step = step / 2
-        found = found + step
-        if np.abs(step).max() <= 1e-10:
-            break
-    p = _sigmoid(x @ found)
+    def curvature(at: Floats) -> Floats:
+        p = expit(x @ at)
+        return np.asarray((x.T * (w * p * (1 - p))) @ x + prior)
+
+    found = minimize(loss, np.zeros(2), jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-10}).x
+    # The last digits, which a loss cannot show.
+    found = found - np.linalg.solve(curvature(found), loss(found)[1])
     scores = np.zeros((clusters.max() + 1, 2))
-    np.add.at(scores, clusters, x * (w * (y - p))[:, None])
-    inverse = np.linalg.inv((x.T * (w * p * (1 - p))) @ x + prior)
+    np.add.at(scores, clusters, x * (w * (y - expit(x @ found)))[:, None])
+    inverse = np.linalg.inv(curvature(found))
     error = float(np.sqrt((inverse @ scores.T @ scores @ inverse)[0, 0]))
     z = NormalDist().inv_cdf(0.975)
-    value, low, high = _sigmoid(found[0] + np.array([0.0, -z, z]) * error)
+    value, low, high = expit(found[0] + np.array([0.0, -z, z]) * error)
     return Interval(float(value), float(low), float(high))
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    return np.asarray(0.5 * (1 + np.tanh(logits / 2)))
