@@ -161,7 +161,9 @@ def test_every_key_of_every_configuration_has_a_comment(conf: Path) -> None:
         lines = path.read_text().splitlines()
         assert lines[0].startswith("#"), path
         # An experiment, and a file with defaults, override keys that are commented where they are defined.
-        if path.parent.name != "experiment" and (path.parent.name != "dataset" or "\ndefaults:" not in path.read_text()):
+        if path.parent.name != "experiment" and (
+            path.parent.name != "dataset" or "\ndefaults:" not in path.read_text()
+        ):
             keys = [n for n, line in enumerate(lines) if re.match(r"\s*\w+: [^|]", line)]
             bare = [lines[n] for n in keys if not lines[n - 1].strip().startswith("#") and "hydra" not in lines[n]]
             assert not bare, (path, bare)

@@ -1,9 +1,9 @@
 """A judge behind an OpenAI-compatible API: both orders of every pair, disagreement is a tie.
 
-The template of the configuration puts conversation and answers between lines that hold a sign drawn for every request, so
+The template of the configuration writes conversation and answers between lines that hold a sign drawn for every request, so
 that no answer can end its own section, and the verdict is read from the last line of the reply only. This keeps answers
-from forging the form of a request; whether a model obeys what it was told to judge is a matter of the model, so answers
-that speak to a judge are flagged and counted. Every reply is kept by content (`cache`), and `usage.jsonl` beside it counts
+from forging the form of a request; whether a model obeys what it was told to judge is up to the model, so answers that speak
+to a judge are flagged and counted. Every reply is kept by content (`cache`), and `usage.jsonl` beside it counts
 what was spent.
 
 A reply that is an error, empty, cut or without a verdict is a fault: it is asked for again, and never kept. Where that does not
@@ -28,7 +28,6 @@ from typing import Any
 from qprobe.files import fingerprint
 from qprobe.models import choices
 from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, ApiUnusable, Client, client
-from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, folder_name, undecided
 from qprobe_preference.judges.cache import Reply, ReplyCache
 
@@ -60,7 +59,7 @@ class OpenAIJudge:
 
     def __init__(
         self,
-        api: ApiSettings | Mapping[str, Any],
+        api: ApiSettings,
         folder: Path,
         user: str,
         verdict: str,
@@ -80,7 +79,7 @@ class OpenAIJudge:
             raise ValueError(
                 f"judge: retries={retries} must be 0 or more, max_tokens={max_tokens} and top_logprobs={top_logprobs} 1 or more."
             )
-        self.api = api if isinstance(api, ApiSettings) else build(ApiSettings, api, "judge.api")
+        self.api = api
         self.name = folder_name(name, self.api.model, "soft" if soft else "")
         self.system, self.user = system, user
         self.verdict = _compiled(verdict, "judge.verdict")
@@ -145,7 +144,7 @@ class OpenAIJudge:
 
     def _judgement(self, comparison: Comparison) -> Judgement:
         shown = dict(zip(("first", "second"), comparison.shown, strict=True))
-        flagged = [name for name, answer in shown.items() if self._speaks_to_judges(answer)]
+        flagged = [name for name, answer in shown.items() if any(p.search(answer) for p in self.suspicious)]
         detail: dict[str, Any] = {"flagged": flagged} if flagged else {}
         if shown["first"] == shown["second"]:
             return Judgement(0.5, "tie", json.dumps({"equal": True, **detail}))
@@ -153,14 +152,9 @@ class OpenAIJudge:
         assert plain is not None
         assert swapped is not None
         detail |= {"letters": [plain.letter, swapped.letter], "asked": [plain.asked, swapped.asked]}
-        for why, verdict in (
-            ("too_long", "too_long"),
-            ("refused", "refused"),
-            ("failed", "unparsed"),
-            ("unparsed", "unparsed"),
-        ):
+        for why in ("too_long", "refused", "failed", "unparsed"):
             if why in (plain.why, swapped.why):
-                return undecided(verdict, **detail)
+                return undecided("unparsed" if why == "failed" else why, **detail)
         votes = (plain.letter == "A") + (swapped.letter == "B")
         win = votes / 2
         if self.soft:
@@ -170,9 +164,6 @@ class OpenAIJudge:
             detail["shares"] = [plain.share, swapped.share]
         return Judgement(win, ("loss", "tie", "win")[votes], json.dumps(detail))
 
-    def _speaks_to_judges(self, answer: str) -> bool:
-        return any(pattern.search(answer) for pattern in self.suspicious)
-
     def _key(self, comparison: Comparison, swapped: bool) -> str:
         content = [self._asked, comparison.prompt, *comparison.shown[:: -1 if swapped else 1]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -180,11 +171,9 @@ class OpenAIJudge:
     def _known(self, key: str) -> Reply | None:
         """A kept reply, where it says as much as a new one would."""
         reply = self.cache.get(key)
-        if reply is None:
-            return None
-        if reply.letter is None:
-            return reply if reply.why == "refused" else None
-        return reply if reply.share is not None or not self.soft else None
+        if reply is None or reply.why == "refused":
+            return reply
+        return reply if reply.letter is not None and (reply.share is not None or not self.soft) else None
 
     def _reply(self, key: str, comparison: Comparison, swapped: bool, halt: threading.Event) -> None:
         reply = Reply(None, why="unparsed", asked=0)
@@ -255,15 +244,12 @@ class OpenAIJudge:
 
     def messages(self, comparison: Comparison, swapped: bool) -> list[dict[str, str]]:
         """The request's messages, with a new fence."""
-        answers = comparison.shown
-        values = {
-            "conversation": written(comparison.prompt),
-            "answer_a": answers[swapped],
-            "answer_b": answers[not swapped],
-        }
-        values["fence"] = secrets.token_hex(6)
-        while any(values["fence"] in text for name, text in values.items() if name != "fence"):
-            values["fence"] = secrets.token_hex(6)
+        a, b = comparison.shown[:: -1 if swapped else 1]
+        values = {"conversation": written(comparison.prompt), "answer_a": a, "answer_b": b}
+        fence = secrets.token_hex(6)
+        while any(fence in text for text in values.values()):
+            fence = secrets.token_hex(6)
+        values["fence"] = fence
         messages = [("system", self.system), ("user", self.user)]
         # In one pass: what an answer holds is never taken for a place of the template.
         places = re.compile("|".join(rf"\{{{name}\}}" for name in PLACES))
@@ -282,7 +268,7 @@ class OpenAIJudge:
         parts = given.get("content") if isinstance(given, dict) else None
         if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
             raise ApiError(f"{self.client.where} gives no log-probabilities of its tokens: set judge.soft=false.")
-        spelled = [_spelled(part) for part in parts]
+        spelled = [bytes(part.get("bytes") or str(part.get("token")).encode(errors="replace")) for part in parts]
         begins = b"".join(spelled).rfind(text.encode(errors="replace"))
         place, end = begins + len(text[:at].encode(errors="replace")), 0
         for part, token in zip(parts, spelled, strict=True):
@@ -312,11 +298,6 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{where} is no regular expression ({error}): {pattern!r}.") from None
-
-
-def _spelled(part: Mapping[str, Any]) -> bytes:
-    spelled = part.get("bytes")
-    return bytes(spelled) if spelled else str(part.get("token")).encode(errors="replace")
 
 
 def _share_of_a(alternatives: Sequence[Any]) -> float | None:

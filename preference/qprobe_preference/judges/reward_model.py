@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from qprobe.models.language_model import ModelSpec
-from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
 from qprobe_preference.judges.openai import written
 
@@ -37,7 +37,7 @@ class RewardModelJudge:
 
     def __init__(
         self,
-        model: ModelSpec | Mapping[str, Any],
+        model: ModelSpec,
         logit: int | None = None,
         minus: int | None = None,
         tokens_per_pass: int = 8192,
@@ -46,18 +46,17 @@ class RewardModelJudge:
         tie: float = 1e-6,
         name: str | None = None,
     ) -> None:
-        self.spec = model if isinstance(model, ModelSpec) else build(ModelSpec, model, "judge.model")
-        if self.spec.source()[1] is not None:
+        if model.source()[1] is not None:
             raise ValueError(
-                f"judge.model.name is {self.spec.name!r}: a reward model is a hub id or a folder with safetensors."
+                f"judge.model.name is {model.name!r}: a reward model is a hub id or a folder with safetensors."
             )
         if tokens_per_pass < 1:
             raise ValueError(f"judge.tokens_per_pass is {tokens_per_pass}: 1 or more.")
         if minus is not None and (logit is None or logit == minus):
             raise ValueError(
-                f"judge.logit={logit} and judge.minus={minus}: name two outputs, of which the second is subtracted."
+                f"judge.logit={logit} and judge.minus={minus}: name two outputs; the second is subtracted."
             )
-        self.logit, self.minus = logit, minus
+        self.spec, self.logit, self.minus = model, logit, minus
         self.tokens_per_pass = tokens_per_pass
         self.rule = ScoreRule(soft, beta, tie)
         self.name = folder_name(name, "reward-model", self.spec.name)
@@ -87,7 +86,7 @@ class RewardModelJudge:
             )
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(
-                    f"it lacks {len(missing)} weights, {missing[0]} among them, so it was not trained to give scores"
+                    f"it lacks {len(missing)} weights, such as {missing[0]}: it was not trained to give scores"
                 )
         if self.spec.device_map is None:
             model = model.to(self.spec.resolved_device())
@@ -134,13 +133,11 @@ class RewardModelJudge:
                 key = (repr(c.prompt), answer)
                 if key not in rows:
                     rows[key] = self._encoded(c.task_id, c.prompt, answer)
-        room = self._context
-        fitting = [key for key, row in rows.items() if len(row["input_ids"]) <= room]
+        fitting = [key for key, row in rows.items() if len(row["input_ids"]) <= self._context]
         scores = dict(zip(fitting, self._scores([rows[key] for key in fitting]), strict=True))
         judgements = []
         for c in comparisons:
-            pair = [scores.get((repr(c.prompt), answer)) for answer in c.shown]
-            first, second = pair
+            first, second = (scores.get((repr(c.prompt), answer)) for answer in c.shown)
             if first is None or second is None:
                 judgements.append(undecided("too_long"))
             else:
@@ -157,15 +154,11 @@ class RewardModelJudge:
         tokenizer = self._loaded[1]
         if not tokenizer.chat_template:
             return dict(tokenizer(written(conversation), answer))
-        from jinja2 import TemplateError
-
         turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
         try:
             text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
         except TemplateError as error:
-            raise ValueError(
-                f"The chat template of {self.spec.name!r} refuses the conversation {task_id} ({error})."
-            ) from error
+            raise ValueError(f"The chat template of {self.spec.name!r} refuses {task_id} ({error}).") from error
         return dict(tokenizer(text, add_special_tokens=False))
 
     def _scores(self, rows: Sequence[Encoded]) -> list[float]:
@@ -190,15 +183,13 @@ class RewardModelJudge:
 
     def _pass(self, rows: Sequence[Encoded]) -> list[float]:
         model, tokenizer = self._loaded
-        if len(rows) == 1:
-            inputs = {name: torch.tensor([values]) for name, values in rows[0].items()}
-        else:
-            names = rows[0].keys()
-            padded = tokenizer.pad({name: [row[name] for row in rows] for name in names}, return_tensors="pt")
-            inputs = dict(padded)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        # A model that knows no padding token gets rows one by one.
+        inputs = columns if len(rows) == 1 else tokenizer.pad(columns)
         device = next(model.parameters()).device
         with torch.inference_mode():
-            logits = model(**{name: values.to(device) for name, values in inputs.items()}).logits.float().cpu()
+            tensors = {name: torch.tensor(values, device=device) for name, values in inputs.items()}
+            logits = model(**tensors).logits.float().cpu()
         scores = logits[:, self.logit or 0]
         if self.minus is not None:
             scores = scores - logits[:, self.minus]
