@@ -11,15 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
-import qprobe_preference
 from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges import Comparison, Judgement, configured
 from qprobe_preference.judges.reward_model import RewardModelJudge
 
-CONFIG = Path(qprobe_preference.__file__).parent / "conf" / "judge" / "reward_model.yaml"
 CHAT = ({"role": "user", "content": "What is the sum?"},)
 ANSWERS = ["", "a", "the letters", "first + second of the word", "of the word is the number of the letters"]
 Make = Callable[..., ModelSpec]
@@ -174,64 +170,53 @@ def test_equal_answers_tie_and_what_exceeds_the_context_is_counted(make_decoder:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ what fails is a sentence
-
-
 def test_weights_that_are_no_safetensors_are_refused(make_decoder: Make) -> None:
-    with pytest.raises(
-        OSError, match=r"could not be had \(.*safetensors.*\): it must be a \*ForSequenceClassification"
-    ):
+    with pytest.raises(OSError, match="safetensors"):
         RewardModelJudge(make_decoder(safe=False)).check()
 
 
 def test_a_language_model_is_no_reward_model(tiny_model: ModelSpec) -> None:
-    with pytest.raises(
-        OSError, match=r"it lacks 1 weights, score\.weight among them, so it was not trained to give scores"
-    ):
+    with pytest.raises(OSError, match=r"score\.weight"):
         RewardModelJudge(tiny_model).check()
 
 
-def test_a_model_that_is_not_there_is_a_sentence() -> None:
-    with pytest.raises(OSError, match=r"The reward model 'no/such-model' could not be had"):
+def test_a_model_that_is_not_there_is_named() -> None:
+    with pytest.raises(OSError, match="no/such-model"):
         RewardModelJudge(ModelSpec("no/such-model")).check()
 
 
 def test_code_of_a_repository_is_not_run(make_decoder: Make) -> None:
     spec = make_decoder()
     config = Path(spec.name) / "config.json"
-    values = json.loads(config.read_text())
-    values |= {
-        "model_type": "mine",
-        "auto_map": {"AutoModelForSequenceClassification": "code.Mine", "AutoConfig": "code.C"},
-    }
-    config.write_text(json.dumps(values))
+    own = {"AutoModelForSequenceClassification": "code.Mine", "AutoConfig": "code.C"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mine", "auto_map": own}))
     (Path(spec.name) / "code.py").write_text(f"open({str(Path(spec.name) / 'ran')!r}, 'w')\n")
-    with pytest.raises(OSError, match="could not be had"):
+    with pytest.raises(OSError, match="reward model"):
         RewardModelJudge(spec).check()
     assert not (Path(spec.name) / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("labels", "changes", "sentence"),
+    ("labels", "changes", "key"),
     [
-        (2, {}, r"has 2 outputs \(0: LABEL_0, 1: LABEL_1\): say which one is the score with judge\.logit"),
-        (2, {"logit": 2}, r"judge\.logit is 2: .* has the outputs 0 to 1"),
+        (2, {}, r"judge\.logit"),
+        (2, {"logit": 2}, r"judge\.logit is 2"),
         (2, {"logit": 0, "minus": -1}, r"judge\.minus is -1"),
-        (2, {"logit": 0, "minus": 0}, r"name two outputs"),
-        (1, {"minus": 0}, r"name two outputs"),
-        (1, {"tokens_per_pass": 0}, r"judge\.tokens_per_pass is 0: 1 or more"),
+        (2, {"logit": 0, "minus": 0}, r"judge\.minus=0"),
+        (1, {"minus": 0}, r"judge\.minus=0"),
+        (1, {"tokens_per_pass": 0}, r"judge\.tokens_per_pass"),
     ],
 )
-def test_outputs_that_are_not_there_are_a_sentence(
-    make_decoder: Make, labels: int, changes: dict[str, int], sentence: str
+def test_outputs_that_are_not_there_are_refused(
+    make_decoder: Make, labels: int, changes: dict[str, int], key: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=key):
         RewardModelJudge(make_decoder(labels=labels), **changes).check()  # type: ignore[arg-type]
 
 
 def test_a_gguf_file_is_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match="a reward model is a hub id or a folder with safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         RewardModelJudge(ModelSpec(str(tmp_path / "m.gguf")))
 
 
@@ -248,12 +233,12 @@ def test_the_identity_knows_weights_and_outputs(make_decoder: Make) -> None:
     assert RewardModelJudge(one, tokens_per_pass=9).identity() == identities[0]
 
 
-def test_the_shipped_configuration_wants_a_name(make_decoder: Make, tmp_path: Path) -> None:
-    config: Any = OmegaConf.load(CONFIG)
-    with pytest.raises(MissingMandatoryValue, match=r"model\.name"):
-        OmegaConf.to_container(config, throw_on_missing=True)
-    config.model.name = make_decoder().name
-    values: Any = OmegaConf.to_container(config)
+def test_the_shipped_configuration_runs_with_a_name(
+    make_decoder: Make, tmp_path: Path, judge_config: Callable[..., dict[str, Any]]
+) -> None:
+    values = judge_config("reward_model")
+    assert values["model"]["name"] == "???"
+    values["model"]["name"] = make_decoder().name
     judge = configured(values, tmp_path)
     judge.check()
     assert judge.name.startswith("judge-reward-model-reward")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from qprobe.probe.metrics import wilson
-from qprobe_preference.agreement import agreement
 from qprobe_preference.report import Method, WinTable, to_csv, to_text, write_figures, write_tables
 from qprobe_preference.winrates import Judgements, band, curve, difference, win_rate
 
@@ -128,12 +127,3 @@ def test_files_and_figures_are_written_the_same_every_time(tmp_path: Path) -> No
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert [p.name for p in write_figures(["t"], tmp_path / "c", ks, against_k, [], {})] == names[:2]
-
-
-def test_agreement_in_a_sentence() -> None:
-    words = ["win"] * 30 + ["loss"] * 20 + ["tie"] * 10
-    first = Judgements([1] * 30 + [0] * 20 + [0.5] * 10, range(60), words)
-    sentence = agreement(first, first).sentence("judge A", "judge B")
-    assert sentence == "judge A and judge B agree on 100.0% of 60 comparisons, Cohen's kappa 1.00 [1.00, 1.00]."
-    one = Judgements([1, 1], range(2))
-    assert "kappa undefined" in agreement(one, one).sentence("a", "b")
