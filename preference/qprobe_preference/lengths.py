@@ -34,7 +34,7 @@ def length_controlled(
         weights: (N,) float >= 0, such as a policy's law; None weighs all alike.
 
     Returns:
-        The rate; None where it cannot be told: no win or no loss at all, one difference other than 0 throughout, fewer than
+        The rate; None where the data do not say: no win or no loss at all, one difference other than 0 throughout, fewer than
         3 groups.
 
     Source: "length_controlled_minimal" of AlpacaEval 2 (arXiv 2404.04475), with the prior in place of none. Its published

@@ -178,7 +178,7 @@ def _table(experiment: Experiment, pool: Joined, judged: Judgements, probes: dic
         trained = f"{len(pipeline.training_split.prompts):,} pairs of other prompts"
     against = f"judge {reward.judge.name}, against {experiment.against}"
     setting = f"{against}; {len(judged.wins):,} candidates; probes trained on {trained}"
-    return WinTable(pipeline.title, setting, "win_rates", rows, "characters", tuple(notes))
+    return WinTable(pipeline.title, setting, "win_rates", rows, tuple(notes))
 
 
 def _choices(

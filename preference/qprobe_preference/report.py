@@ -59,7 +59,6 @@ class WinTable:
         setting: judge, what the answers were judged against, what was trained on what.
         name: of the files, and the label in LaTeX.
         methods: the rows, in the order of printing.
-        unit: of lengths, such as "tokens".
         notes: sentences that belong under the table.
     """
 
@@ -67,7 +66,6 @@ class WinTable:
     setting: str
     name: str
     methods: list[Method]
-    unit: str = "tokens"
     notes: tuple[str, ...] = ()
 
 
@@ -161,7 +159,7 @@ def _foot(table: WinTable) -> list[str]:
     if any(r.length is not None for r in results):
         notes.append(
             "Length-controlled: the rate that a logistic regression on tanh of the standardised difference in length predicts "
-            f"for answers of the same length; lengths are means in {table.unit}."
+            "for answers of the same length; lengths are means in characters."
         )
     for m in table.methods:
         if m.result is not None and m.result.undecided:

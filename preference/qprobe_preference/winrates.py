@@ -153,7 +153,7 @@ class WinRate:
         wins, ties, losses: prompts with that verdict; expected numbers where the policy chooses at random.
         undecided: reason -> prompts without a verdict, likewise.
         length, reference_length: mean lengths of what the policy takes and of what it is judged against; None if unknown.
-        length_controlled: see `length_controlled`; None where it cannot be told.
+        length_controlled: see `length_controlled`; None where the data do not say.
         prompts: (P,) int64, sorted ids.
         per_prompt: (P,) float64, the expected win of each.
         clusters: (P,) int64, what each belongs to.

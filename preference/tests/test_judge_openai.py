@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from qprobe.models.openai_client import ApiError, client
 from qprobe_preference.judges import Comparison, configured, tally
@@ -124,29 +122,6 @@ def test_both_orders_are_asked_with_the_texts_in_their_places(server: Any, judge
     ]
     assert {f["conversation"] for f in found} == {"user: Name a sea.\n\nassistant: Which?"}
     assert all(body["temperature"] == 0 and body["max_tokens"] == 256 for _, _, body in server.requests)
-
-
-@pytest.mark.parametrize(
-    ("reply", "letter"),
-    [
-        ("Verdict: B", "B"),
-        ("B is longer.\n\n**Verdict: A**\n", "A"),
-        ("A", "A"),
-        ("  b is better\nFinal verdict: Answer B.", "B"),
-        ("[[A]]", "A"),
-        ("It says:\nVerdict: A\nwhich is a forgery.\nVerdict: B", "B"),
-        ("Verdict: A\nbut then again, who knows", None),
-        ("A is better than B", None),
-        ("Verdict: C", None),
-        ("verdict: a", None),
-        ("", None),
-    ],
-)
-def test_the_verdict_is_the_last_line_or_none(server: Any, judge: Make, reply: str, letter: str | None) -> None:
-    script(server, lambda *_: reply)
-    (judgement,) = judge(retries=0).compare(pairs(1))
-    assert json.loads(judgement.detail)["letters"] == [letter, letter]
-    assert judgement.verdict == ("unparsed" if letter is None else "tie")
 
 
 def test_equal_answers_tie_without_a_call_and_a_pair_that_comes_twice_is_asked_once(server: Any, judge: Make) -> None:
@@ -373,48 +348,11 @@ def test_fences_without_a_sign_would_be_broken_by_the_same_answers(
     assert judge().compare([pair])[0].win == 0.0
 
 
-TEXTS = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(FORGED)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(conversation=TEXTS.filter(bool), first=TEXTS, second=TEXTS, swapped=st.booleans())
-def test_no_text_leaves_its_section(judge: Make, conversation: str, first: str, second: str, swapped: bool) -> None:
-    made = judge()
-    system, user = made.messages(Comparison("t", conversation, first, second), swapped)
-    found, outside = sections(user["content"])
-    answers = [text.strip() for text in ([second, first] if swapped else [first, second])]
-    assert [found["conversation"], found["answer A"], found["answer B"]] == [conversation, *answers]
-    assert outside == sections(made.messages(Comparison("t", "x", "y", "z"), False)[1]["content"])[1]
-    fence = re.findall(r"\[begin conversation (\w{12})\]", user["content"])[0]
-    assert system["content"].count(fence) == 3
-    assert fence not in conversation + first + second
-
-
 def test_ordinary_answers_are_not_flagged(server: Any, judge: Make) -> None:
     script(server, fair)
     answers = ["The verdict came in 1966.", "I prefer tea. Choose a better answer.", "Begin [here]!", "A"]
     judgements = judge().compare([Comparison("t", "Hi", answer, "Well.") for answer in answers])
     assert "flagged" not in tally(judgements)
-
-
-def test_a_wrong_key_is_a_sentence_without_the_key(server: Any, judge: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-and-secret")
-    with pytest.raises(ApiError, match="OPENAI_API_KEY") as caught:
-        judge().compare(pairs(4))
-    assert "sk-wrong-and-secret" not in str(caught.value)
-    assert len(server.requests) <= 4
-
-
-def test_an_unreachable_server_is_a_sentence(server: Any, judge: Make) -> None:
-    away = judge(api={"base_url": "http://127.0.0.1:9/v1", "retries": 1})
-    with pytest.raises(ApiError, match="2 times in a row"):
-        away.compare(pairs(2))
-
-
-def test_a_missing_key_is_said_before_any_work(server: Any, judge: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ApiError, match="OPENAI_API_KEY"):
-        judge(api={"base_url": "https://api.openai.com/v1"}).check()
 
 
 def test_a_spending_limit_ends_the_run_and_a_later_one_pays_only_for_the_rest(

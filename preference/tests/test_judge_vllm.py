@@ -77,7 +77,7 @@ def comparisons() -> list[Comparison]:
 def share_of_a(made: OpenAIJudge, comparison: Comparison, swapped: bool) -> float:
     """P(A) / (P(A) + P(B)) by transformers: the request's messages, and the verdict up to its letter."""
     tokenizer = models.load(SPEC).tokenizer
-    messages = made.messages(comparison, swapped)
+    messages = made.form.messages(comparison, swapped)
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     replies = [tokenizer(f"Verdict: {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"]
     assert replies[0][:-1] == replies[1][:-1]

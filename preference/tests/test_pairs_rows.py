@@ -71,7 +71,7 @@ def test_a_hub_that_refuses_is_a_sentence_that_names_the_local_file(monkeypatch:
         raise ConnectionError("Couldn't reach 'org/set' on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(OSError, match=r"test of org/set could not be had.*reach 'org/set'.*dataset\.path=FILE"):
+    with pytest.raises(OSError, match=r"test of org/set .*reach 'org/set'.*dataset\.path=FILE"):
         rows.from_hub("org/set", "test")
 
 

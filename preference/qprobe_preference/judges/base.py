@@ -137,7 +137,7 @@ class ScoreRule:
 
 
 def folder_name(name: str | None, *parts: str) -> str:
-    """What the run folder calls a judge: its own name, or one made of what tells it from others."""
+    """What the run folder calls a judge: its own name, or one made of `parts`, such as its model."""
     joined = name or "-".join(["judge", *(Path(part).name if Path(part).is_dir() else part for part in parts if part)])
     return re.sub(r"[^\w.-]+", "-", joined).strip("-.")
 

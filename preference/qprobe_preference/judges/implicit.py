@@ -83,7 +83,7 @@ class ImplicitJudge:
         """Load both tokenizers and see that they render what they are given.
 
         Raises:
-            OSError: a model cannot be had.
+            OSError: a model cannot be loaded.
             ValueError: a chat template that refuses or ignores the system prompt.
         """
         for side in self.sides:
@@ -95,7 +95,7 @@ class ImplicitJudge:
         answers: dict[str, dict[str, None]] = {}
         for c in comparisons:
             answers.setdefault(_asked(c), {}).update(dict.fromkeys(_continuations(c)))
-        # One comparison of every prompt stands for it: equal answers are scored once, so that they tie.
+        # Equal answers to a prompt are scored once, so that they tie.
         by_prompt = {_asked(c): c for c in comparisons}
         grouped = [(by_prompt[prompt], list(texts)) for prompt, texts in answers.items()]
         of_a, of_b = (self._values(side, grouped) for side in self.sides)

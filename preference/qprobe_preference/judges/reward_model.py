@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
-from qprobe_preference.judges.openai import written
+from qprobe_preference.judges.form import written
 
 Encoded = dict[str, list[int]]
 
@@ -99,7 +99,7 @@ class RewardModelJudge:
         """Load the model, see that it has the outputs that are asked for, and let it go: sampling needs the memory.
 
         Raises:
-            OSError: it cannot be had, is not in safetensors, or is no reward model.
+            OSError: it cannot be loaded, is not in safetensors, or is no reward model.
             ValueError: outputs that it has not.
         """
         try:
@@ -147,7 +147,7 @@ class RewardModelJudge:
     @property
     def _context(self) -> float:
         length = getattr(self._loaded[0].config.get_text_config(), "max_position_embeddings", None)
-        # RoBERTa's kin count positions from behind the padding token's id: their tokenizer says what is left.
+        # RoBERTa and models like it count positions from behind the padding token's id: their tokenizer says what is left.
         return float(min(length or math.inf, self._loaded[1].model_max_length))
 
     def _encoded(self, task_id: str, conversation: Conversation, answer: str) -> Encoded:
@@ -215,7 +215,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
         raise OSError(
-            f"The reward model {spec.name!r} could not be had ({first}): it must be a *ForSequenceClassification of "
+            f"The reward model {spec.name!r} could not be loaded ({first}): it must be a *ForSequenceClassification of "
             "transformers with weights in safetensors, on the hub or in a folder."
         ) from error
     finally:

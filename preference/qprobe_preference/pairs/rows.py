@@ -22,7 +22,7 @@ class Row:
 
 
 def from_file(path: Path) -> Iterator[Row]:
-    """The rows of a file, told apart by its name's end.
+    """The rows of a file, by the end of its name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -55,8 +55,8 @@ def from_hub(name: str, split: str, data_dir: str | None = None, config: str | N
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(
-            f"The split {split} of {name} could not be had from the hub ({first.rstrip('.')}): check the network and the names, "
-            "or give a local file by dataset.path=FILE."
+            f"The split {split} of {name} could not be loaded from the hub ({first.rstrip('.')}): check the network and the "
+            "names, or give a local file by dataset.path=FILE."
         ) from error
     return (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
 

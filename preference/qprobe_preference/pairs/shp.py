@@ -14,7 +14,7 @@ def pairs(rows: Iterable[Row], minimum_ratio: float = 2.0) -> Iterator[Found | s
     """A pair of each row, or why there is none.
 
     Args:
-        minimum_ratio: of the preferred comment's score to the other's, 1 or more; its authors advise 2, and so does the paper.
+        minimum_ratio: of the preferred comment's score to the other's, 1 or more; SHP's authors advise 2, which is the paper's.
 
     Raises:
         ValueError: a label or ratio that is none.

@@ -9,7 +9,7 @@ from qprobe_preference.pairs.base import PairSet, prompt_key
 
 
 def train_and_test(pairs: PairSet, test_share: float, seed: int = 0) -> tuple[PairSet, PairSet]:
-    """Two sets, named NAME-train and NAME-test, by lot over clusters.
+    """Two sets, named NAME-train and NAME-test, drawn over clusters.
 
     Args:
         test_share: of the clusters, in (0, 1).
@@ -33,7 +33,7 @@ def train_and_test(pairs: PairSet, test_share: float, seed: int = 0) -> tuple[Pa
 
 
 def share_of(pairs: PairSet, share: float, seed: int = 0) -> PairSet:
-    """A share of the clusters by lot, at least one; a smaller share is part of a larger one.
+    """A share of the clusters, drawn at random, at least one; a smaller share is part of a larger one.
 
     Args:
         share: in (0, 1].
