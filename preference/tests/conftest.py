@@ -128,7 +128,7 @@ def planted(fakes: ModuleType, tmp_path: Path) -> Callable[..., Experiment]:
             states[2][:, 0] = states[2][:, 2]
             return states
 
-    def make(clusters: dict[str, str] | None = None, judge: Any = None, first: bool = False) -> Experiment:
+    def make(clusters: dict[str, str] | None = None, first: bool = False) -> Experiment:
         rng = np.random.default_rng(3)
         drawn = [rng.permutation(100)[:2] for _ in range(40)]
         found = [
@@ -142,7 +142,7 @@ def planted(fakes: ModuleType, tmp_path: Path) -> Callable[..., Experiment]:
             against = {key: own[0] for key, own in recorded.items()}
             labels = {key: rng.integers(0, 2, 4).astype(float).tolist() for key in against}
             truth = Truth(labels, {key: own[0] for key, own in labels.items()})
-        reward = AgainstReference(judge or Larger(), asked, against)
+        reward = AgainstReference(Larger(), asked, against)
         pipeline: Pipeline = fakes.pipeline(
             tmp_path / "run",
             tests=[Split("asked", asked, {"asked": 30}, recorded=recorded, reward=reward, clusters=clusters)],

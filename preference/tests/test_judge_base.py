@@ -86,13 +86,13 @@ def test_a_score_that_is_no_number_is_raised_and_no_loss(score: float) -> None:
 
 @pytest.mark.parametrize("values", [{"beta": 0.0}, {"beta": math.inf}, {"tie": -1.0}, {"tie": math.nan}])
 def test_a_rule_that_cannot_be_is_a_sentence(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"judge\.beta=.* must be above 0 and judge\.tie="):
+    with pytest.raises(ValueError, match=r"judge\.beta"):
         ScoreRule(**values)  # type: ignore[arg-type]
 
 
 def test_a_judgement_is_a_probability() -> None:
     for win in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"a probability lies in \[0, 1\]"):
+        with pytest.raises(ValueError, match="probability"):
             Judgement(win, "win")
 
 
@@ -124,26 +124,16 @@ def test_a_judge_that_fails_leaves_what_was_finished_and_no_zero(pool: Pool, fak
     assert join(pool, reference_stage(fakes)).rewards.shape == (40,)
 
 
-def test_conversations_reach_the_judge_as_messages(fakes: ModuleType) -> None:
+def test_conversations_reach_the_judge_as_messages_with_the_opening_of_both_answers() -> None:
     messages = ({"role": "user", "content": "Hi"},)
-    judge = ByNumber()
-    stage = AgainstReference(judge, [Prompt("c", messages=messages)], {"c": "answer 1"})
-    list(stage([RewardBatch(("c",), [("c", 0, "answer 2")])]))
-    assert judge.seen == [[Comparison("c", messages, "answer 2", "answer 1")]]
-
-
-def test_an_opening_belongs_to_both_answers(fakes: ModuleType) -> None:
-    opened = Prompt("o", messages=({"role": "user", "content": "Hi"},), opening="Sure:\n")
+    opened, closed = (Prompt("o", messages=messages, opening=opening) for opening in ("Sure:\n", ""))
     judge = ByNumber()
     stage = AgainstReference(judge, [opened], {"o": "answer 1"})
     list(stage([RewardBatch(("o",), [("o", 0, "answer 2")])]))
-    (comparison,) = judge.seen[0]
-    assert comparison.shown == ("Sure:\nanswer 2", "Sure:\nanswer 1")
-    closed = Prompt("o", messages=({"role": "user", "content": "Hi"},))
+    assert judge.seen == [[Comparison("o", messages, "answer 2", "answer 1", "Sure:\n")]]
+    assert judge.seen[0][0].shown == ("Sure:\nanswer 2", "Sure:\nanswer 1")
     assert stage.identity() != AgainstReference(judge, [closed], {"o": "answer 1"}).identity()
-
-
-def test_white_space_around_an_answer_is_not_shown() -> None:
+    # White space around an answer is not shown.
     assert Comparison("t", "Hi", " one\n two\n\n", "\tthree").shown == ("one\n two", "three")
 
 

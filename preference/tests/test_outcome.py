@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,21 +23,6 @@ STAGES = ["sample", "reward", "embed"]
 REFERENCE = 60  # what the planted experiments judge against: "answer 61" beats it, "answer 60" ties
 
 Make = Callable[..., Experiment]
-
-
-class Silent:
-    """A judge that gives no verdict but where nothing needs to be said."""
-
-    name = "silent"
-
-    def identity(self) -> dict[str, Any]:
-        return {"judge": "silent"}
-
-    def check(self) -> None:
-        pass
-
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
-        return [Judgement(0.5, "tie" if one.first == one.second else "unparsed") for one in comparisons]
 
 
 def answers(experiment: Experiment) -> list[list[int]]:
@@ -131,8 +115,12 @@ def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(planted: M
     assert f"{itself} left out, of an answer with itself" in words
 
 
-def test_a_judge_without_a_verdict_agrees_with_nobody(planted: Make) -> None:
-    experiment = planted(first=True, judge=Silent())
+def test_a_judge_without_a_verdict_agrees_with_nobody(planted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(comparisons: Sequence[Comparison]) -> list[Judgement]:
+        return [Judgement(0.5, "tie" if one.first == one.second else "unparsed") for one in comparisons]
+
+    experiment = planted(first=True)
+    monkeypatch.setattr(experiment.reward.judge, "compare", silent)
     experiment.pipeline.execute(STAGES)
     words = " ".join(outcome.write(experiment, []).split())
     assert "agree on" not in words

@@ -231,7 +231,7 @@ def test_a_full_experiment_stops_with_what_it_is_for_where_its_data_or_model_can
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = composed(f"experiment={name}", "judge.api.model=m", f"paths.runs={tmp_path}/runs")
-    with pytest.raises(OSError, match=r"24,576 completions of 512 prompts, at most 12,582,912 tokens") as caught:
+    with pytest.raises(OSError, match="24,576 completions") as caught:
         command.run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()

@@ -42,14 +42,8 @@ class OpenAIJudge:
         api: which model of which server, and how it is called.
         folder: where replies and usage.jsonl are kept; may serve several judges.
         user, verdict, system: see `Form`.
-        suspicious: regular expressions of answers that speak to a judge.
-        soft: whether win is the mean of P(A) / (P(A) + P(B)) over both orders; the server must give log-probabilities.
-        top_logprobs: alternatives of a token that are asked for, 1 or more.
-        retries: how often a reply without a verdict is asked for again.
-        temperature: 0 is greedy; None sends none.
-        max_tokens: longest reply.
-        extra_body: further keys of every request; they decide the replies.
         name: what the run folder calls the judge; None is made of its model.
+        soft, ...: conf/judge/openai.yaml describes the others.
     """
 
     def __init__(

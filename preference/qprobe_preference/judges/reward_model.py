@@ -162,24 +162,16 @@ class RewardModelJudge:
         return dict(tokenizer(text, add_special_tokens=False))
 
     def _scores(self, rows: Sequence[Encoded]) -> list[float]:
-        """In the order of the rows; passes are made of rows of about one length."""
+        """In the order of the rows; passes are made of rows of about one length, longest first."""
+        most = 1 if _padding(self._loaded[0]) is None else len(rows)
+        left = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]), reverse=True)
         scores: list[float] = [math.nan] * len(rows)
-        for places in self._passes([len(row["input_ids"]) for row in rows]):
+        while left:
+            fit = min(most, max(1, self.tokens_per_pass // max(1, len(rows[left[0]]["input_ids"]))))
+            places, left = left[:fit], left[fit:]
             for place, score in zip(places, self._pass([rows[place] for place in places]), strict=True):
                 scores[place] = score
         return scores
-
-    def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        most = 1 if _padding(self._loaded[0]) is None else len(lengths)
-        places: list[int] = []
-        for place in sorted(range(len(lengths)), key=lambda place: lengths[place], reverse=True):
-            # The first row of a pass is its longest.
-            if places and ((len(places) + 1) * lengths[places[0]] > self.tokens_per_pass or len(places) == most):
-                yield places
-                places = []
-            places.append(place)
-        if places:
-            yield places
 
     def _pass(self, rows: Sequence[Encoded]) -> list[float]:
         model, tokenizer = self._loaded
