@@ -20,7 +20,7 @@ from qprobe.settings import check_keys
 from qprobe_preference import comparison, dataset, outcome, policy, splits
 from qprobe_preference.comparison import Variant
 
-KEYS = composition.KEYS | {"name", "title", "paths", "dataset", "compare", "policy", "judge"}
+_KEYS = composition.KEYS | {"name", "title", "paths", "dataset", "compare", "policy", "judge"}
 
 
 def make_pipeline(config: dict[str, Any]) -> Pipeline:
@@ -30,7 +30,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         ValueError: an unknown key, or a value that cannot be; before any work.
         OSError: pairs that cannot be read, or that the hub does not give.
     """
-    check_keys(config, KEYS, "the configuration")
+    check_keys(config, _KEYS, "the configuration")
     ends = composition.back_ends(config, stop=())
     if ends.greedy is not None:
         raise ValueError("sampler.greedy is true, but the answers of pairs are recorded: say sampler.greedy=false.")
@@ -63,7 +63,7 @@ def run(config: dict[str, Any]) -> None:
 
 def _run_policy(config: dict[str, Any], variants: list[Variant], first: list[str], later: list[str]) -> None:
     """The stages of the core, what other policies and judges add, the win rates."""
-    check_keys(config, KEYS, "the configuration")
+    check_keys(config, _KEYS, "the configuration")
     try:
         experiment = policy.load(config)
     except OSError as error:

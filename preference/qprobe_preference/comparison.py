@@ -14,11 +14,11 @@ from qprobe.probe.metrics import Interval
 from qprobe.report.results import Results, Row
 from qprobe.settings import build
 
-HEAD = ("layer", "probe", "chosen by", "pair accuracy", "95 % interval", "pairs", "seeds")
+_HEAD = ("layer", "probe", "chosen by", "pair accuracy", "95 % interval", "pairs", "seeds")
 
-PROBE = "Q-probe "
+_PROBE = "Q-probe "
 # Rows that say nothing about pairs: of two answers one is chosen at random, or by its label.
-EMPTY = ("pass@1", "greedy", "skyline")
+_EMPTY = ("pass@1", "greedy", "skyline")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
         lines += [
             f"{split.name}, share of the pairs whose chosen answer scores higher, ties half; a coin gives .5.",
             "",
-            _row(HEAD),
-            _row(["---"] * len(HEAD)),
+            _row(_HEAD),
+            _row(["---"] * len(_HEAD)),
         ]
         results = {}
         for variant in wanted:
@@ -98,9 +98,9 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
             shape = f"MLP {list(one.training.hidden)}" if one.training.hidden else "linear"
             results[one.layer, shape] = one.results(split)
         for (layer, shape), found in results.items():
-            lines += [_cells(layer, shape, row) for row in found.rows if row.method.startswith(PROBE)]
+            lines += [_cells(layer, shape, row) for row in found.rows if row.method.startswith(_PROBE)]
         # Lengths and likelihoods are the same at every layer; random directions and shuffled labels are shown at the last.
-        lines += [_cells("", "control", row) for row in found.rows if not row.method.startswith((PROBE, *EMPTY))]
+        lines += [_cells("", "control", row) for row in found.rows if not row.method.startswith((_PROBE, *_EMPTY))]
         lines += ["", *_against_controls(results)]
         lines += ["", "The best of several rows is flattered by having been chosen among them.", ""]
     text = "\n".join(lines)
@@ -112,7 +112,7 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
 def _cells(layer: object, shape: str, row: Row) -> str:
     # A pair is one good and one bad answer: the AUC within it is its accuracy, whatever the temperature.
     value, low, high = (f"{x:.3f}" if x is not None else "not run" for x in (row.auc, row.auc_low, row.auc_high))
-    return _row([layer, shape, row.method.removeprefix(PROBE), value, f"[{low}, {high}]", row.prompts, row.seeds])
+    return _row([layer, shape, row.method.removeprefix(_PROBE), value, f"[{low}, {high}]", row.prompts, row.seeds])
 
 
 def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
@@ -121,7 +121,7 @@ def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
         return ["No control was run (evaluation.controls): nothing says whether a probe is worth its training."]
     lines = []
     for (layer, shape), found in results.items():
-        for row in (row for row in found.rows if row.method.startswith(PROBE)):
+        for row in (row for row in found.rows if row.method.startswith(_PROBE)):
             where, control = f"- Layer {layer}, {shape}: {row.method}", f"the best control, {found.best_control}"
             if row.over_control is None or row.over_control_low is None or row.over_control_high is None:
                 lines.append(f"{where} cannot be compared with {control}: there are too few pairs.")

@@ -18,13 +18,13 @@ from qprobe_preference.pairs.base import collect
 from qprobe_preference.pairs.truncation import fitted
 
 # How rows become pairs; `run` reads a run folder.
-READERS: dict[str, Callable[..., Iterator[Found | str]]] = {
+_READERS: dict[str, Callable[..., Iterator[Found | str]]] = {
     "hh": hh.pairs,
     "shp": shp.pairs,
     "oasst": oasst.pairs,
     "trl": trl.pairs,
 }
-FORMATS = (*READERS, "run")
+_FORMATS = (*_READERS, "run")
 # Keys where `dataset` is several sets as one (conf/dataset/paper.yaml).
 _JOINED_KEYS = {"name", "sets", "limit", "train_share", "prompts"}
 
@@ -98,8 +98,8 @@ class Dataset:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"dataset.format is {self.format!r}: choose from {', '.join(FORMATS)}.")
+        if self.format not in _FORMATS:
+            raise ValueError(f"dataset.format is {self.format!r}: choose from {', '.join(_FORMATS)}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"dataset.limit is {self.limit}: a number of pairs, at least 1, or null for all.")
         if self.path is None and (self.hub is None or self.format == "run"):
@@ -152,7 +152,7 @@ class Dataset:
             source |= {"hub": self.hub, "data_dir": self.data_dir, "config": self.config, "split": hub_split}
         else:
             read = rows.from_file(Path(path).expanduser())
-        found = build(READERS[self.format], self.options, "dataset.options", rows=read)
+        found = build(_READERS[self.format], self.options, "dataset.options", rows=read)
         return collect(name, found, source, limit=self.limit)
 
 

@@ -28,8 +28,8 @@ from qprobe_preference.policy import Experiment, Truth, paper_values
 from qprobe_preference.report import Method, WinTable
 from qprobe_preference.winrates import Judgements, WinRate
 
-KS = (1, 2, 3, 5, 10, 20, 30, 40, 48)
-FEW = 30  # prompts below which a note warns of the intervals
+_KS = (1, 2, 3, 5, 10, 20, 30, 40, 48)
+_FEW = 30  # prompts below which a note warns of the intervals
 
 
 def _policy_pools(experiment: Experiment) -> dict[str, Pool]:
@@ -110,7 +110,7 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     tables = [_table(experiment, pool, judged, scored), *_truth_table(experiment, scored)]
     for each in tables:
         report.write_tables(each, run / "tables")
-    ks = sorted({k for k in KS if k <= pipeline.k} | {pipeline.k})
+    ks = sorted({k for k in _KS if k <= pipeline.k} | {pipeline.k})
     curves = {name: winrates.curve(judged, scores.q, ks, 0.0) for name, scores in scored.items()}
     curves["skyline"] = winrates.curve(judged, judged.wins, ks, 0.0)
     depths = {}
@@ -171,7 +171,7 @@ def _table(experiment: Experiment, pool: Joined, judged: Judgements, probes: dic
     rows += _choices(pipeline, judged, base, probes, paper)
     notes = _agreements(experiment, judged)
     prompts = len(pool.task_ids)
-    if prompts < FEW:
+    if prompts < _FEW:
         notes.append(f"Only {prompts} prompts: the intervals are wide, and the bootstrap's own are too narrow.")
     trained = "prompts of other folds"
     if pipeline.training_split is not None:

@@ -28,7 +28,7 @@ from qprobe_preference.judges.openai import OpenAIJudge
 from qprobe_preference.pairs import Pair, PairSet, run_folder
 
 # Where the assistant's turn ends in a transcript.
-TRANSCRIPT_STOP = ("\n\nHuman:", "\n\nAssistant:")
+_TRANSCRIPT_STOP = ("\n\nHuman:", "\n\nAssistant:")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load(config: dict[str, Any]) -> Experiment:
         raise ValueError("A policy experiment needs a judge: say judge=implicit, judge=openai or judge=reward_model.")
     settings = build(PolicySettings, config["policy"], "policy")
     style = dataset.prompt_style(config)
-    stop = TRANSCRIPT_STOP if style == "text" else ()
+    stop = _TRANSCRIPT_STOP if style == "text" else ()
     ends = composition.back_ends(config, stop=stop)
     judge = judges.configured(config["judge"], splits.folder_of_run(config) / "judge")
     training, test = dataset.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)

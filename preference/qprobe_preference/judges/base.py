@@ -27,7 +27,7 @@ from qprobe.run import stages
 from qprobe.run.stages import RewardBatch, RewardRow
 
 Conversation = str | tuple[dict[str, str], ...]
-DECIDED = ("win", "loss", "tie")
+_DECIDED = ("win", "loss", "tie")
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class AgainstReference:
                 yield batch, [RewardRow(j.win, j.verdict, seconds, j.detail) for j in judgements]
         finally:
             stages.give_back(self.judge)  # the memory is the next stage's
-        if unusual := [f"{count} {name}" for name, count in counts.items() if name not in DECIDED]:
+        if unusual := [f"{count} {name}" for name, count in counts.items() if name not in _DECIDED]:
             judged = sum(count for name, count in counts.items() if name != "flagged")
             tqdm.write(f"Of {judged} judgements by {self.name}: {', '.join(unusual)}.", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from typing import Any
 from qprobe.files import fingerprint
 from qprobe_preference.judges.base import Comparison, Conversation
 
-PLACES = ("fence", "conversation", "answer_a", "answer_b")
+_PLACES = ("fence", "conversation", "answer_a", "answer_b")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Form:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if missing := [place for place in PLACES if f"{{{place}}}" not in self.user]:
+        if missing := [place for place in _PLACES if f"{{{place}}}" not in self.user]:
             raise ValueError(f"judge.user lacks {{{missing[0]}}}: the judge would not see it, or not where it ends.")
         if self._pattern.groups < 1:
             raise ValueError("judge.verdict has no group: put the letter into parentheses, as ([AB]).")
@@ -56,7 +56,7 @@ class Form:
             fence = secrets.token_hex(6)
         values["fence"] = fence
         # In one pass: what an answer holds is never taken for a place of the template.
-        places = re.compile("|".join(rf"\{{{name}\}}" for name in PLACES))
+        places = re.compile("|".join(rf"\{{{name}\}}" for name in _PLACES))
         return [
             {"role": role, "content": places.sub(lambda found: values[found[0][1:-1]], template)}
             for role, template in (("system", self.system), ("user", self.user))

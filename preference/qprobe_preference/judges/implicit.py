@@ -22,8 +22,8 @@ from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
 
-Ids = list[int]
-MARK = "an answer to be found again"
+_Ids = list[int]
+_MARK = "an answer to be found again"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class ImplicitJudge:
     def _values(self, side: Side, grouped: Sequence[tuple[Comparison, list[str]]]) -> dict[str, dict[str, float]]:
         """Log-likelihoods by prompt and answer, of the answers that fit the side's context."""
         tokenizer, context = models.load_tokenizer(side.model), models.outline(side.model).context_length
-        prompts: list[Ids] = []
-        tokens: list[dict[str, Ids]] = []
+        prompts: list[_Ids] = []
+        tokens: list[dict[str, _Ids]] = []
         for comparison, answers in grouped:
             text = self._rendered(side, comparison.task_id, comparison.prompt, comparison.opening)
             templated = not isinstance(comparison.prompt, str)
@@ -171,8 +171,8 @@ def _end_of_turn(spec: ModelSpec, templated: bool) -> int:
     """The token that ends an answer: what the chat template puts behind it, for plain text the end of the sequence."""
     tokenizer = models.load_tokenizer(spec).tokenizer
     if templated:
-        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": MARK}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).partition(MARK)[2]
+        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _MARK}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).partition(_MARK)[2]
         for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
             if token in tokenizer.added_tokens_decoder:
                 return int(token)

@@ -29,10 +29,10 @@ from qprobe_preference.judges.base import Comparison, Judgement, folder_name, un
 from qprobe_preference.judges.cache import Reply, ReplyCache
 from qprobe_preference.judges.form import Form, compiled, share_of_a
 
-CUT = ("length", "max_tokens")  # why a reply ended, where it might have gone on
+_CUT = ("length", "max_tokens")  # why a reply ended, where it might have gone on
 # Replies in a row that fail for good before the server counts as broken.
-FAILED_IN_A_ROW = 10
-ORDERS = (False, True)  # whether the answers are swapped, so that the first one is B
+_FAILED_IN_A_ROW = 10
+_ORDERS = (False, True)  # whether the answers are swapped, so that the first one is B
 
 
 class OpenAIJudge:
@@ -114,7 +114,7 @@ class OpenAIJudge:
         jobs: dict[str, tuple[Comparison, bool]] = {}
         for comparison in comparisons:
             first, second = comparison.shown
-            for swapped in ORDERS if first != second else ():
+            for swapped in _ORDERS if first != second else ():
                 key = self._key(comparison, swapped)
                 if self._known(key) is None:
                     jobs[key] = (comparison, swapped)
@@ -132,7 +132,7 @@ class OpenAIJudge:
         detail: dict[str, Any] = {"flagged": flagged} if flagged else {}
         if shown["first"] == shown["second"]:
             return Judgement(0.5, "tie", json.dumps({"equal": True, **detail}))
-        plain, swapped = (self.cache.get(self._key(comparison, order)) for order in ORDERS)
+        plain, swapped = (self.cache.get(self._key(comparison, order)) for order in _ORDERS)
         assert plain is not None
         assert swapped is not None
         detail |= {"letters": [plain.letter, swapped.letter], "asked": [plain.asked, swapped.asked]}
@@ -165,7 +165,7 @@ class OpenAIJudge:
             reply = self._ask(comparison, swapped, reply.asked + 1, halt)
         with self._lock:
             self._failed = self._failed + 1 if reply.why == "failed" else 0
-            if self._failed >= FAILED_IN_A_ROW:
+            if self._failed >= _FAILED_IN_A_ROW:
                 raise ApiError(f"{self._failed} replies in a row failed for good; the last: {reply.text}")
         # What failed is asked again; a server may get a longer context, and nothing was paid for such a call.
         self.cache.add(key, reply, keep=reply.letter is not None or reply.why == "refused")
@@ -187,7 +187,7 @@ class OpenAIJudge:
             return Reply(None, asked=asked, text=str(choice["message"].get("refusal") or text), why="refused")
         at = self.form.letter_at(text)
         # The last line of what was cut may be the beginning of another; a reply of one line is what was asked for.
-        if at is None or (said.reason in CUT and "\n" in text.strip()):
+        if at is None or (said.reason in _CUT and "\n" in text.strip()):
             return Reply(None, asked=asked, text=text, why="unparsed")
         share = share_of_a(self._tokens(choice), text, at) if self.soft else None
         if self.soft and share is None:

@@ -20,7 +20,7 @@ from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
 from qprobe_preference.judges.form import written
 
-Encoded = dict[str, list[int]]
+_Encoded = dict[str, list[int]]
 
 
 class RewardModelJudge:
@@ -127,7 +127,7 @@ class RewardModelJudge:
     def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison, scores in its detail; what exceeds the model's context is "too_long"."""
         self._check_outputs()
-        rows: dict[tuple[str, str], Encoded] = {}
+        rows: dict[tuple[str, str], _Encoded] = {}
         for c in comparisons:
             for answer in c.shown:
                 key = (repr(c.prompt), answer)
@@ -150,7 +150,7 @@ class RewardModelJudge:
         # RoBERTa and models like it count positions from behind the padding token's id: their tokenizer says what is left.
         return float(min(length or math.inf, self._loaded[1].model_max_length))
 
-    def _encoded(self, task_id: str, conversation: Conversation, answer: str) -> Encoded:
+    def _encoded(self, task_id: str, conversation: Conversation, answer: str) -> _Encoded:
         tokenizer = self._loaded[1]
         if not tokenizer.chat_template:
             return dict(tokenizer(written(conversation), answer))
@@ -161,7 +161,7 @@ class RewardModelJudge:
             raise ValueError(f"The chat template of {self.spec.name!r} refuses {task_id} ({error}).") from error
         return dict(tokenizer(text, add_special_tokens=False))
 
-    def _scores(self, rows: Sequence[Encoded]) -> list[float]:
+    def _scores(self, rows: Sequence[_Encoded]) -> list[float]:
         """In the order of the rows; passes are made of rows of about one length, longest first."""
         most = 1 if _padding(self._loaded[0]) is None else len(rows)
         left = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]), reverse=True)
@@ -173,7 +173,7 @@ class RewardModelJudge:
                 scores[place] = score
         return scores
 
-    def _pass(self, rows: Sequence[Encoded]) -> list[float]:
+    def _pass(self, rows: Sequence[_Encoded]) -> list[float]:
         model, tokenizer = self._loaded
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         # A model that knows no padding token gets rows one by one.

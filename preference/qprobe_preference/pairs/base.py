@@ -18,7 +18,7 @@ from qprobe.prompts import Prompt
 Conversation = tuple[dict[str, str], ...]
 
 # How a conversation is written for a model without a chat template: as HH-RLHF writes it.
-SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def prompt_key(prompt: str | Conversation, opening: str = "") -> str:
 
 def _transcript(messages: Conversation) -> str:
     """A conversation as plain text, ending where the assistant speaks."""
-    said = "".join(f"\n\n{SPEAKERS.get(m['role'], m['role'].title())}: {m['content']}" for m in messages)
+    said = "".join(f"\n\n{_SPEAKERS.get(m['role'], m['role'].title())}: {m['content']}" for m in messages)
     return f"{said}\n\nAssistant:"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qprobe.files import read_text
 
-PACKED = (".gz", ".bz2", ".zst")
+_PACKED = (".gz", ".bz2", ".zst")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def from_file(path: Path) -> Iterator[Row]:
         raise FileNotFoundError(f"There is no file {path}: check dataset.path.")
     if path.name.endswith(".parquet"):
         return _parquet_rows(path)
-    if path.name.removesuffix(path.suffix if path.suffix in PACKED else "").endswith((".jsonl", ".json")):
+    if path.name.removesuffix(path.suffix if path.suffix in _PACKED else "").endswith((".jsonl", ".json")):
         return _json_rows(path)
     raise ValueError(f"{path} is of no known kind: give .jsonl or .json (also packed: .gz, .bz2, .zst), or .parquet.")
 
