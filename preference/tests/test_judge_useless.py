@@ -12,12 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
 from qprobe.models import openai_client
-from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import ApiError
 from qprobe.run import stages
 from qprobe.run.joined import join
@@ -160,7 +157,7 @@ def test_a_run_whose_replies_mostly_fail_ends_and_goes_on_when_repaired(
     """9 of 12, as a new user saw it."""
     bad = {f"r {prompt.task_id}" for prompt in pool.split.prompts[:9]}
     answers(server, lambda a, b: a in bad or b in bad, body_of(name))
-    with pytest.raises(RuntimeError, match=r"18 of 24 replies.*Most could not|10 replies in a row failed for good"):
+    with pytest.raises(RuntimeError, match=r"18 of 24 replies|10 replies in a row"):
         stages.reward(pool, stage(fakes, server, pool), progress=False)
     answers(server, lambda *_: False, None)
     stages.reward(pool, again := stage(fakes, server, pool), progress=False)
@@ -170,7 +167,7 @@ def test_a_run_whose_replies_mostly_fail_ends_and_goes_on_when_repaired(
 def test_a_broken_server_ends_a_run_early(server: Any, tmp_path: Path) -> None:
     answers(server, lambda *_: True, choice(None))
     pairs = [Comparison(f"t-{n}", "Hi", f"one {n}", f"two {n}") for n in range(500)]
-    with pytest.raises(ApiError, match=r"10 replies in a row failed for good; the last: .*null"):
+    with pytest.raises(ApiError, match="10 replies in a row"):
         judge(server, tmp_path).compare(pairs)
     assert len(server.requests) < 40
     assert not kept(tmp_path)
@@ -214,23 +211,17 @@ def test_a_reply_of_one_line_is_whole_though_it_reached_its_length(server: Any, 
 
 
 def test_a_policy_run_says_it_before_its_tables_and_is_whole_when_repaired(
-    server: Any, tiny_code_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Any,
+    composed: Callable[..., Json],
+    policy_words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    start = "\n\nHuman: Is {0} a colour?\n\nAssistant:"
-    words = ["red", "blue", "green", "gold", "grey", "pink", "black", "white", "brown", "plum"]
-    rows = [{"chosen": f"{start.format(w)} {w}!", "rejected": f"{start.format(w)} no {w}"} for w in words]
-    (tmp_path / "hh.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    overrides = [
-        *("experiment=hh_policy", "model=hub", f"model.name={tiny_code_model.name}", "model.dtype=float32"),
-        *("model.device=cpu", f"paths.runs={tmp_path}", "embedder.layers=[2]", "sampler.n=3", "policy.prompts=4"),
-        *("sampler.max_new_tokens=4", "probe.steps=5", "probe.chunks_per_batch=4", "evaluation.k=3"),
-        *("evaluation.seeds=2", "evaluation.bootstrap=100", "evaluation.draws=10", "policy.label_pairs=0"),
-        *("dataset.test_share=0.5", "dataset.max_tokens=200", f"dataset.path={tmp_path / 'hh.jsonl'}"),
+    config = composed(
+        *("experiment=hh_policy", *policy_words, "policy.label_pairs=0", "compare.hidden=[]", "dataset.test_share=0.5"),
         *("judge=openai", "judge.api.model=tiny", f"judge.api.base_url={server.url}", "judge.api.concurrency=1"),
-        *("policy.policies=[]", "judge.api.retries=0", "sampler.greedy=false", "compare.hidden=[]"),
-    ]
-    with initialize_config_module("qprobe_preference.conf", version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+        "judge.api.retries=0",
+    )
     calls = {"made": 0}
 
     def every_fifth(path: str, body: Json) -> Json:

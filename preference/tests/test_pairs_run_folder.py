@@ -72,7 +72,7 @@ def test_what_passes_is_a_setting(run: Path, sampler: HFSampler) -> None:
 
 def test_what_is_not_there_is_a_sentence(run: Path, sampler: HFSampler) -> None:
     render = lambda p: sampler.render(p)[0]  # noqa: E731
-    with pytest.raises(ValueError, match=r"completions has no folder tasks\.other: it has tasks\.sample"):
+    with pytest.raises(ValueError, match=r"tasks\.other"):
         list(run_folder.pairs(run, "tasks.other", render))
     with pytest.raises(ValueError, match=r"has no folder judge: it has imported"):
         list(run_folder.pairs(run, "tasks.sample", render, reward="judge"))
