@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from qprobe.models import language_model as models
-from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models import conversion
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.tokenizer import Tokenizer
 from qprobe.prompts import Prompt
 
 MakeModel = Callable[..., ModelSpec]
@@ -409,8 +411,8 @@ def test_the_outline_says_what_the_loaded_model_says_and_holds_no_weights(make_m
 
 
 def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) -> None:
-    assert models.safetensors(tiny_model) == (tiny_model.name, None)
-    assert models.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
+    assert conversion.safetensors(tiny_model) == (tiny_model.name, None)
+    assert conversion.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
 
 
 @pytest.mark.slow
@@ -418,10 +420,10 @@ def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) ->
 def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPROBE_CACHE", str(tmp_path))
     packed = ModelSpec(dtype="float32", device="cpu")
-    folder, revision = models.safetensors(packed)
+    folder, revision = conversion.safetensors(packed)
     assert revision is None
     written = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
-    assert models.safetensors(packed) == (folder, None)
+    assert conversion.safetensors(packed) == (folder, None)
     assert written == {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
     dense = ModelSpec(folder, dtype="float32", device="cpu")
     tokenizer = models.load_tokenizer(dense)
@@ -440,4 +442,4 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(
     monkeypatch.setenv("QPROBE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models.load, "__wrapped__", lambda spec: models.load(tiny_model))
     with pytest.raises(OSError, match=r"could not be converted into .*QPROBE_CACHE"):
-        models.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))
+        conversion.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))

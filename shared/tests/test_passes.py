@@ -172,7 +172,7 @@ def test_the_estimate_of_sampling_is_what_is_allocated(
     sampler = HFSampler(make_model(**changes, eos_token_id=1), settings)
     prompts = random_ids([length] * count)
     measured = peak_bytes(lambda: sampler.sample(prompts, [list(range(n))] * count))
-    run = sampler._run
+    run = sampler.passes.run
     assert run is not None
     estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).sampling(
         count, length, count * n, new_tokens, temperature == 0
@@ -187,7 +187,7 @@ def test_the_estimate_of_embedding_is_what_is_allocated(
     embedder = HFEmbedder(any_tiny_model, layers)
     prompts, completions = random_ids([100] * 4), [random_ids([40] * 6)] * 4
     measured = peak_bytes(lambda: embedder.embed(prompts, completions))
-    run = embedder._run
+    run = embedder.passes.run
     assert run is not None
     estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).reading(4, 100, [40] * 24, layers)
     assert measured <= estimate <= 2.5 * measured

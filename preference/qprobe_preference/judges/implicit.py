@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qprobe import models
-from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.tokenizer import Tokenizer
 from qprobe.prompts import Prompt
 from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided

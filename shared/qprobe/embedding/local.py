@@ -20,7 +20,7 @@ class LocalEmbedder(OwnTokens):
 
     back_end: ClassVar[str]
 
-    def __init__(self, model: ModelSpec, layers: Sequence[int]) -> None:
+    def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,)) -> None:
         if not layers:
             raise ValueError("The embedder was given no layers: name at least one, -1 is the last.")
         self.model = model

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, Client, client
+from qprobe.models.openai_client import ApiBackEnd, ApiError, ApiRefused, ApiSettings
 from qprobe.settings import build
 
 LAYER = 0
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
-class OpenAIEmbedder:
+class OpenAIEmbedder(ApiBackEnd):
     """Embeddings by an OpenAI-compatible API.
 
     Args:
@@ -52,21 +52,6 @@ class OpenAIEmbedder:
         self.extra_body = dict(extra_body or {})
         self.api.check_no_key({"embedder.extra_body": self.extra_body})
         self._width: int | None = None
-
-    @property
-    def client(self) -> Client:
-        return client(self.api)
-
-    def usage(self) -> dict[str, int]:
-        return self.client.usage()
-
-    def check(self) -> None:
-        """Raise, before any work, where the openai package or the key is missing."""
-        self.client.check()
-
-    def close(self) -> None:
-        """Close the connections; the next call opens them again."""
-        self.client.close()
 
     def identity(self) -> dict[str, Any]:
         model = {**self.api.identity(), "dimensions": self.dimensions, "extra_body": self.extra_body}

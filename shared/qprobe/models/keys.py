@@ -88,6 +88,11 @@ class Key:
             end = max(end, ends)
         return re.sub(r"(?:\*\*\*){2,}", HIDDEN, "".join([*parts, text[end:]]))
 
+    def scrubbed(self, text: str) -> str:
+        """A server's words with the key hidden, on one line, of bearable length."""
+        text = " ".join(self.hidden(text).split())
+        return (text if len(text) <= 300 else text[:300] + "...").rstrip(".")
+
     def hidden_in(self, value: Any) -> Any:
         """JSON with the key hidden in its texts and names; the same object where nothing was found."""
         if not self.secret:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qprobe import models
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.memory import SCORES_AT_ONCE, Footprint, Passes
+from qprobe.models.memory import SCORES_AT_ONCE, UsesModel
 from qprobe.models.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn, LawCheck, compare, refuse
@@ -33,7 +33,7 @@ CANDIDATES = 256
 _checked: dict[ModelSpec, LawCheck] = {}
 
 
-class HFSampler(LocalSampler):
+class HFSampler(UsesModel, LocalSampler):
     """Completions by transformers.
 
     Args:
@@ -46,50 +46,27 @@ class HFSampler(LocalSampler):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
-        super().__init__(model, settings)
-        self._run: PrefixRun | None = None
-        self._passes: Passes | None = None
-
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
         check_prompts(prompts)
-        if self._run is None or self._passes is None:
-            self._run = PrefixRun(models.load(self.model))
-            self._passes = Passes(self._run.language_model)
-        run, tokenizer, n = self._run, models.load_tokenizer(self.model), self.settings.n
+        run, tokenizer, settings = self.passes.run, models.load_tokenizer(self.model), self.settings
         self.check_length(prompts, run.language_model.context_length)
-        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
+        n, greedy = settings.n, settings.temperature == 0
         owner = [p for p in range(len(prompts)) for _ in range(n)]
-        lengths = [len(prompt) for prompt in prompts]
         completions: dict[int, Completion] = {}
         drawn: dict[int, Drawn] = {}
 
-        def need(rows: Sequence[int]) -> int:
-            used = {owner[row] for row in rows}
-            width = max(lengths[p] for p in used)
-            settings = self.settings
-            return footprint.sampling(
-                len(used), width, len(rows), settings.max_new_tokens, greedy=settings.temperature == 0
-            )
+        def need(count: int, width: int, rows: Sequence[int]) -> int:
+            return self.passes.footprint.sampling(count, width, len(rows), settings.max_new_tokens, greedy)
 
-        def draw(rows: list[int]) -> None:
-            used = list(dict.fromkeys(owner[row] for row in rows))
-            places = {p: place for place, p in enumerate(used)}
-            batch = _Batch(
-                run,
-                tokenizer,
-                self.settings,
-                [prompts[p] for p in used],
-                [places[owner[row]] for row in rows],
-                [seeds[owner[row]][row % n] for row in rows],
-            )
+        def draw(rows: list[int], own: list[Sequence[int]], places: list[int]) -> None:
+            batch = _Batch(run, tokenizer, settings, own, places, [seeds[owner[row]][row % n] for row in rows])
             completions.update(zip(rows, batch.run(), strict=True))
             drawn.update(zip(rows, batch.drawn(), strict=True))
 
-        self._passes.run(range(len(owner)), owner, lengths, need, draw)
+        self.passes.each(range(len(owner)), owner, prompts, need, draw)
         if not self._drawn:
             self._drawn = [[drawn[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
         return [[completions[p * n + sample] for sample in range(n)] for p in range(len(prompts))]

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from qprobe.models import choices
 from qprobe.models.choices import Said
-from qprobe.models.language_model import ModelSpec, Tokenizer
-from qprobe.models.openai_client import ApiRefused, ApiSettings, Client, client
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiBackEnd, ApiRefused, ApiSettings
+from qprobe.models.tokenizer import Tokenizer
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
@@ -54,7 +55,7 @@ class _Job:
     stop: bool = True
 
 
-class OpenAISampler:
+class OpenAISampler(ApiBackEnd):
     """Completions by an OpenAI-compatible API.
 
     Args:
@@ -97,21 +98,6 @@ class OpenAISampler:
         self._left_away: set[str] = set()
         # Of the first batch, by prompt: request, text, and the log-probability of the text alone.
         self._first: list[list[tuple[dict[str, Any], str, float]]] = []
-
-    @property
-    def client(self) -> Client:
-        return client(self.api)
-
-    def usage(self) -> dict[str, int]:
-        return self.client.usage()
-
-    def check(self) -> None:
-        """Raise, before any work, where the openai package or the key is missing."""
-        self.client.check()
-
-    def close(self) -> None:
-        """Close the connections; the next call opens them again."""
-        self.client.close()
 
     def identity(self) -> dict[str, Any]:
         return {

@@ -17,18 +17,17 @@ from qprobe import models
 from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.prefix import check_prompts
-from qprobe.models.vllm_engine import EngineSettings
+from qprobe.models.vllm_engine import EngineSettings, UsesEngine
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.stopping import StopTexts
-from qprobe.settings import build
 
 # vLLM raises a temperature below this to it.
 LOWEST_TEMPERATURE = 0.01
 
 
-class VLLMSampler(LocalSampler):
+class VLLMSampler(UsesEngine, LocalSampler):
     """Completions by vLLM.
 
     Args:
@@ -51,22 +50,14 @@ class VLLMSampler(LocalSampler):
                 "greedy decoding."
             )
         super().__init__(model, settings)
-        self.engine = engine if isinstance(engine, EngineSettings) else build(EngineSettings, engine or {}, "engine")
-
-    def check(self) -> None:
-        """Raise ModuleNotFoundError where vLLM is missing, before any work."""
-        vllm_engine.check_installed()
-
-    def close(self) -> None:
-        """Give back the engine's memory; the next call starts it again."""
-        vllm_engine.shut_down()
+        self.engine = EngineSettings.of(engine)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         n = self.settings.n
         check_seeds(prompts, seeds, n)
         if not prompts:
             return []
-        vllm_engine.check_installed()
+        self.check()
         check_prompts(prompts)
         self.check_length(prompts, self.engine.context_length(self.model))
         engine = vllm_engine.start(self.model, self.engine, pooling=False)
