@@ -313,13 +313,13 @@ def test_one_part_at_a_time_is_in_memory(states: Table, monkeypatch: pytest.Monk
     part = 64 * 512 * 2
     monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
     held = []
-    original = store._read_part
+    original = store.read_part
 
     def spy(*arguments: Any) -> pa.Table:
         held.append(pa.total_allocated_bytes())
         return original(*arguments)
 
-    monkeypatch.setattr(store, "_read_part", spy)
+    monkeypatch.setattr(store, "read_part", spy)
     tracemalloc.start()
     before = pa.total_allocated_bytes()
     values = states.read_embeddings(batches)[1]
