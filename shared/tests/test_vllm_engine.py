@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qprobe import models
 from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
@@ -16,7 +18,8 @@ from qprobe.models.vllm_engine import EngineSettings
 from qprobe.run.stages import check, give_back
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
-from qprobe.sampling.vllm import VLLMSampler, _Row
+from qprobe.sampling.stopping import Growing, StopTexts
+from qprobe.sampling.vllm import VLLMSampler, _take
 
 SETTINGS = SamplingSettings(n=1, max_new_tokens=8)
 
@@ -114,22 +117,12 @@ def test_the_first_complaint_of_the_engine_is_the_reason(tmp_path: Any) -> None:
 
 def test_tokens_that_come_together_end_where_they_would_have_ended_one_by_one(tiny_model: ModelSpec) -> None:
     """An engine that runs ahead hands over tokens beyond the stop text; a stop text within them must not count."""
-    from types import SimpleNamespace
-
-    from qprobe import models
-    from qprobe.sampling import SamplingSettings
-    from qprobe.sampling.stopping import StopTexts
-
     tokenizer = models.load_tokenizer(tiny_model)
     tokens = [token for letter in "xabcd" for token in tokenizer.encode_completion(letter)]
     stops = StopTexts(tokenizer, SamplingSettings(stop=("c", "abcd")))
     output = SimpleNamespace(token_ids=tokens, logprobs=[{t: SimpleNamespace(logprob=-1.0)} for t in tokens])
-    row = _Row([0, 9], 3, 50, frozenset({1}), stops)
-    assert not row.take(output)
+    row = Growing([0, 9], 3, frozenset({1}), stops)
+    assert not _take(row, output)
     found = row.completion()
-    assert (found.text, len(found.token_ids or []), found.finish_reason, found.logprob) == (
-        "xab",
-        3,
-        "stop",
-        -4.0,
-    )  # the stop text was drawn too
+    assert (found.text, len(found.token_ids or []), found.finish_reason) == ("xab", 3, "stop")
+    assert found.logprob == -4.0  # the stop text was drawn too
