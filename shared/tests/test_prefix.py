@@ -190,9 +190,9 @@ def test_no_hook_stays_on_the_model(run: PrefixRun, prompts: list[list[int]]) ->
     assert hook_count(run.model) == before
 
 
-@pytest.mark.parametrize(("prompts", "message"), [([], "No prompts were given"), ([[5], []], "A prompt has no tokens")])
-def test_nothing_to_run_on_is_a_sentence(run: PrefixRun, prompts: list[list[int]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("prompts", "word"), [([], "No prompts"), ([[5], []], "no tokens")])
+def test_nothing_to_run_on_is_a_sentence(run: PrefixRun, prompts: list[list[int]], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         run.prefill(prompts)
 
 
@@ -289,5 +289,5 @@ def test_attention_with_a_window_or_unknown_is_left_to_the_model(
 def test_a_model_without_a_list_of_layers_is_a_sentence() -> None:
     config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=4))
     model = SimpleNamespace(config=config, base_model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="keeps its 4 layers in no module list"):
+    with pytest.raises(ValueError, match="module list"):
         prefix.decoder_layers(model)

@@ -19,8 +19,8 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import ApiBackEnd, ApiError, ApiRefused, ApiSettings
 from qprobe.settings import build
 
-LAYER = 0
-LARGEST = float(torch.finfo(torch.float32).max)
+_LAYER = 0
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class OpenAIEmbedder(ApiBackEnd):
@@ -59,7 +59,7 @@ class OpenAIEmbedder(ApiBackEnd):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return (LAYER,)
+        return (_LAYER,)
 
     def folder_name(self) -> str:
         name = re.sub(r"[^\w.-]+", "-", self.api.model).strip("-")
@@ -90,7 +90,7 @@ class OpenAIEmbedder(ApiBackEnd):
         rows = [row for part in self.client.each([functools.partial(self._call, p) for p in parts]) for row in part]
         for row in rows:
             self._check_width(len(row))
-        return {LAYER: torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._width or 0)}
+        return {_LAYER: torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._width or 0)}
 
     def _call(self, texts: Sequence[str], halt: threading.Event) -> list[list[float]]:
         body: dict[str, Any] = {"model": self.api.model, "input": list(texts), "encoding_format": "float"}
@@ -139,4 +139,4 @@ def _rows(answer: Mapping[str, Any]) -> dict[int, list[float]]:
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number of float32."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

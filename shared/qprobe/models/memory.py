@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import functools
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from qprobe.models.prefix import PrefixRun
 # Share of the free memory that a pass may take. A CPU's memory is everybody's, and a CPU that runs out of it kills
 # processes instead of raising an error.
 _SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.5
-# Where nothing says how much memory a machine has.
-_UNKNOWN_MEMORY = 4 * 2**30
 GIB = 2**30
 # Scores that are drawn from at once; `sampling.hf` cuts its rows by it.
 SCORES_AT_ONCE = 2**21
@@ -47,7 +44,7 @@ class Footprint:
     """
 
     def __init__(self, language_model: LanguageModel, shared: bool, tokens_per_pass: int) -> None:
-        config = language_model.model.config.get_text_config(decoder=True)
+        config = language_model.config
         self.shared = shared
         self.tokens_per_pass = tokens_per_pass
         self.layers = int(config.num_hidden_layers)
@@ -120,8 +117,8 @@ class Footprint:
 def free_memory(devices: Sequence[torch.device]) -> int:
     """Bytes that may still be taken on the devices of a model, what torch holds in reserve included.
 
-    CUDA: the driver's answer. MPS: what the system recommends. CPU: MemAvailable on Linux, or less where a control group
-    (a container) allows less; half of the physical memory where there is no MemAvailable, 4 GiB where that is unknown.
+    CUDA: the driver's answer. MPS: what the system recommends. CPU: what the system calls available, or less where a control
+    group of Linux (a container) allows less.
     """
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
@@ -129,18 +126,11 @@ def free_memory(devices: Sequence[torch.device]) -> int:
         return unused + sum(int(torch.cuda.mem_get_info(d)[0]) for d in gpus)
     if any(device.type == "mps" for device in devices):
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
-    return min([_system_memory(), *_group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+    import psutil
 
-
-def _system_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return _UNKNOWN_MEMORY
+    return min(
+        [int(psutil.virtual_memory().available), *_group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
+    )
 
 
 def _group_memory(root: Path, membership: Path) -> Iterator[int]:
@@ -249,10 +239,8 @@ class Passes:
 
     def _release(self) -> None:
         gc.collect()
-        if any(device.type == "cuda" for device in self.devices):
-            torch.cuda.empty_cache()
-        if any(device.type == "mps" for device in self.devices):
-            torch.mps.empty_cache()
+        for kind in {device.type for device in self.devices} & {"cuda", "mps"}:
+            getattr(torch, kind).empty_cache()
 
     def _places(self) -> str:
         return ", ".join(map(str, self.devices))

@@ -52,7 +52,7 @@ class Prefix:
 
     Args:
         cache: transformers' cache with keys and values (P, heads, S, d) a layer.
-        mask: (P, S) bool, True where a token stands.
+        mask: (P, S) bool, True where there is a token.
         lengths: (P,) int64, tokens of each prompt.
         logits: (P, V) float, scores of the token that follows each prompt; None where they were not asked for.
         states: layer -> (P, D), the hidden state at each prompt's last token.
@@ -249,7 +249,7 @@ class Continuation:
         """Add tokens to every row.
 
         Args:
-            ids: (R, T) int64; shorter rows are padded on the right with any token (what stands there reaches nothing
+            ids: (R, T) int64; shorter rows are padded on the right with any token (what is there reaches nothing
                 before it).
             layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
             scored: last tokens that logits are made of, (R, scored, V); 1 makes (R, V), 0 is all of them.

@@ -1,4 +1,4 @@
-"""vLLM's engine: at most one in this process. It either generates or pools, and its memory is given back before another starts.
+"""vLLM's engine: at most one in this process. It either generates or pools, and ends before another starts.
 
 vLLM runs in processes of its own, started by "spawn": a script that samples with it needs `if __name__ == "__main__":`. What
 these processes print goes to a log, for there, and only there, they say why they failed; the log is kept when they do. They
@@ -194,7 +194,7 @@ class Engine:
             ) from error
 
     def close(self) -> None:
-        """End the engine's processes, which gives back all of its memory."""
+        """End the engine's processes, which frees its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown(timeout=_PATIENCE)

@@ -36,8 +36,8 @@ from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_se
 from qprobe.sampling.law import Drawn
 from qprobe.settings import build
 
-OPENINGS = ("continue_final_message", "prefix")
-LEFT_AWAY = {
+_OPENINGS = ("continue_final_message", "prefix")
+_LEFT_AWAY = {
     "n": "completions are asked for one by one",
     "seed": "completions cannot be repeated",
     "stop": "completions are cut here, and cost tokens up to max_new_tokens",
@@ -85,8 +85,8 @@ class OpenAISampler(ApiBackEnd):
             raise ValueError(f"choices_per_call is {choices_per_call}: at least 1, or null for all of a prompt.")
         if stop_limit < 0:
             raise ValueError(f"stop_limit is {stop_limit}: 0 or more.")
-        if opening is not None and opening not in OPENINGS:
-            raise ValueError(f"opening is {opening!r}: choose {' or '.join(OPENINGS)}, or null.")
+        if opening is not None and opening not in _OPENINGS:
+            raise ValueError(f"opening is {opening!r}: choose {' or '.join(_OPENINGS)}, or null.")
         self.settings = settings
         self.api = api if isinstance(api, ApiSettings) else build(ApiSettings, api, "sampler.api")
         self.opening = opening
@@ -219,7 +219,7 @@ class OpenAISampler(ApiBackEnd):
                         f"A prompt with max_new_tokens={self.settings.max_new_tokens} exceeds the context of "
                         f"{self.api.model} ({error.said}): shorten the prompt or lower max_new_tokens."
                     ) from None
-                name = next((name for name in LEFT_AWAY if name in body and _names(error, name)), None)
+                name = next((name for name in _LEFT_AWAY if name in body and _names(error, name)), None)
                 if name is None:
                     raise
                 self._leave_away(name)
@@ -227,7 +227,7 @@ class OpenAISampler(ApiBackEnd):
     def _leave_away(self, name: str) -> None:
         if name not in self._left_away:
             self._left_away.add(name)
-            tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.", file=sys.stderr)
+            tqdm.write(f"{self.client.where} refuses {name}: {_LEFT_AWAY[name]}.", file=sys.stderr)
         if name == "n":
             self.choices_per_call = 1
 

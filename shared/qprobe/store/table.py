@@ -222,8 +222,8 @@ class Table:
         except OSError as error:
             size = shape[0] * shape[1] * dtype.itemsize / 2**30
             raise StoreError(
-                f"The embeddings of {self.name} do not fit a temporary file beside them ({error.strerror or error}): training "
-                f"and evaluation need {size:.1f} GiB there while they run; make room, then start the same command again."
+                f"The embeddings of {self.name} do not fit a temporary file in their folder ({error.strerror or error}): "
+                f"training and evaluation need {size:.1f} GiB there while they run; make room, then start the same command again."
             ) from error
 
     def _paths_of(self, batches: Iterable[Sequence[str]] | None) -> list[Path]:
@@ -241,7 +241,7 @@ class Table:
         return paths
 
     def note(self, name: str, value: Any) -> None:
-        """Write down something of how the table was made, beside its inputs: it is no input, no later table depends on it."""
+        """Write down something of how the table was made, in its manifest: it is no input, no later table depends on it."""
         manifest = json.loads(self._manifest.read_text())
         write_whole(self._manifest, json.dumps(manifest | {name: value}, indent=2).encode())
 
