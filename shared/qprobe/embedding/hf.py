@@ -15,7 +15,7 @@ from torch import Tensor
 from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
 from qprobe.models.memory import UsesModel
-from qprobe.models.prefix import law_of, parts_of
+from qprobe.models.prefix import check_rows, law_of, parts_of
 
 
 class HFEmbedder(UsesModel, LocalEmbedder):
@@ -42,7 +42,7 @@ class HFEmbedder(UsesModel, LocalEmbedder):
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        self.check_rows(prompts, completions)
+        check_rows(prompts, completions)
         run, footprint = self.passes.run, self.passes.footprint
         layers = sorted({run.language_model.check_layer(layer) for layer in self.layers})
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]

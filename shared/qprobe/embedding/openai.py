@@ -7,7 +7,6 @@ it likes. There is one layer, numbered 0: what the server calls the embedding.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.embedding.base import path_name
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import ApiBackEnd, ApiError, ApiRefused, ApiSettings
+from qprobe.models.prefix import check_rows
 from qprobe.settings import build
 
 _LAYER = 0
@@ -62,8 +63,7 @@ class OpenAIEmbedder(ApiBackEnd):
         return (_LAYER,)
 
     def folder_name(self) -> str:
-        name = re.sub(r"[^\w.-]+", "-", self.api.model).strip("-")
-        return f"openai-{name}"
+        return path_name("openai", self.api.model)
 
     def tokenizer_fingerprint(self) -> str:
         return "utf-8"
@@ -77,10 +77,7 @@ class OpenAIEmbedder(ApiBackEnd):
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        if not all(prompts):
-            raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+        check_rows(prompts, completions)
         texts = [
             bytes([*prompt, *ids]).decode(errors="replace")
             for prompt, of_prompt in zip(prompts, completions, strict=True)

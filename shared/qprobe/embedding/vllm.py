@@ -15,6 +15,7 @@ from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
 from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.prefix import check_rows
 from qprobe.models.vllm_engine import EngineSettings, UsesEngine
 
 
@@ -57,7 +58,7 @@ class VLLMEmbedder(UsesEngine, LocalEmbedder):
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        self.check_rows(prompts, completions)
+        check_rows(prompts, completions)
         (layer,) = self.layers
         rows = [[*prompt, *ids] for prompt, of_prompt in zip(prompts, completions, strict=True) for ids in of_prompt]
         self.check()

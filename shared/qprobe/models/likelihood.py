@@ -13,7 +13,7 @@ import torch
 from qprobe import models
 from qprobe.models.language_model import ModelSpec, OwnTokens
 from qprobe.models.memory import UsesModel
-from qprobe.models.prefix import check_prompts, law_of, parts_of
+from qprobe.models.prefix import check_rows, law_of, parts_of
 
 # Scores of the whole vocabulary in one pass, in float32 twice: 2,048 tokens of 150,000 words are 2.5 GB.
 _MOST_TOKENS = 2048
@@ -50,9 +50,7 @@ class Likelihood(UsesModel, OwnTokens):
         Raises:
             ValueError: lists of different lengths, an empty prompt, a token that the model does not know.
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        check_prompts(prompts)
+        check_rows(prompts, completions)
         run, footprint = self.passes.run, self.passes.footprint
         known, given = footprint.vocabulary, [*prompts, *(row for of_prompt in completions for row in of_prompt)]
         if not all(0 <= token < known for ids in given for token in ids):

@@ -291,6 +291,13 @@ def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
         raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
 
 
+def check_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Raise ValueError where prompts and completions do not belong together, or a prompt is empty."""
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
+    check_prompts(prompts)
+
+
 def parts_of(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
     """Rows in order, each part within `tokens_per_pass` where it has more than one; empty rows need none."""
     part: list[int] = []

@@ -284,8 +284,6 @@ def test_the_older_interface_of_groups_is_read_too(tmp_path: Path) -> None:
     assert list(memory._group_memory(tmp_path, tmp_path / "membership")) == [630]
 
 
-
-
 def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpec) -> None:
     free = memory.free_memory([torch.device("cpu")])
     assert 2**20 < free < 2**50

@@ -21,7 +21,6 @@ Error = Callable[[Tensor, Tensor], float]
 
 PROMPT_LENGTHS = (5, 19, 1, 12)
 COMPLETION_LENGTHS = ((3, 0, 11), (1, 8), (7, 7, 2, 30), (0,))
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -31,51 +30,46 @@ def batch(random_ids: Ids) -> tuple[list[list[int]], list[list[list[int]]]]:
     return random_ids(PROMPT_LENGTHS), completions
 
 
-def last_states(states: States, spec: ModelSpec, batch: Any, layer: int) -> Tensor:
-    """(N, D): every sequence joined and run by itself on the stock model; the state of its last token."""
-    prompts, completions = batch
-    return torch.stack(
-        [
-            states(spec, [*prompt, *ids])[layer][-1]
-            for prompt, of_prompt in zip(prompts, completions, strict=True)
-            for ids in of_prompt
-        ]
-    )
+Hold = Callable[..., None]
+
+
+@pytest.fixture
+def hold(stock_states: States, relative_error: Error) -> Hold:
+    """Compares embeddings with every sequence joined and run by itself on the stock model: the state of its last token."""
+
+    def compare(spec: ModelSpec, batch: Any, found: dict[int, Tensor], tolerance: float = 1e-4) -> None:
+        joined = [[*prompt, *ids] for prompt, of_prompt in zip(*batch, strict=True) for ids in of_prompt]
+        for layer, values in found.items():
+            assert values.dtype == torch.float32
+            assert (
+                relative_error(values, torch.stack([stock_states(spec, ids)[layer][-1] for ids in joined])) <= tolerance
+            )
+
+    return compare
 
 
 @pytest.mark.parametrize("tokens_per_pass", [8192, 20, 1])
 def test_states_equal_those_of_the_joined_sequence(
-    any_tiny_model: ModelSpec,
-    batch: Any,
-    stock_states: States,
-    relative_error: Error,
-    monkeypatch: pytest.MonkeyPatch,
-    tokens_per_pass: int,
+    any_tiny_model: ModelSpec, batch: Any, hold: Hold, monkeypatch: pytest.MonkeyPatch, tokens_per_pass: int
 ) -> None:
     monkeypatch.setitem(prefix.TOKENS_PER_PASS, "cpu", tokens_per_pass)
     found = HFEmbedder(any_tiny_model, (0, 1, 2, 4)).embed(*batch)
     assert sorted(found) == [0, 1, 2, 4]
-    for layer, values in found.items():
-        assert values.dtype == torch.float32
-        assert relative_error(values, last_states(stock_states, any_tiny_model, batch, layer)) <= TOLERANCE
+    hold(any_tiny_model, batch, found)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3, 4, -1, -3])
 def test_a_single_layer_is_read_as_well_as_several(
-    any_tiny_model: ModelSpec, batch: Any, stock_states: States, relative_error: Error, layer: int
+    any_tiny_model: ModelSpec, batch: Any, hold: Hold, layer: int
 ) -> None:
     found = HFEmbedder(any_tiny_model, (layer,)).embed(*batch)
-    resolved = layer % 5
-    assert list(found) == [resolved]
-    assert relative_error(found[resolved], last_states(stock_states, any_tiny_model, batch, resolved)) <= TOLERANCE
+    assert list(found) == [layer % 5]
+    hold(any_tiny_model, batch, found)
 
 
-def test_a_prompt_without_completions_adds_no_rows(
-    tiny_model: ModelSpec, random_ids: Ids, stock_states: States, relative_error: Error
-) -> None:
-    prompts, ids = random_ids((4, 8, 3)), random_ids((5,), seed=9)[0]
-    found = HFEmbedder(tiny_model, (2,)).embed(prompts, [[], [ids], []])[2]
-    assert relative_error(found, stock_states(tiny_model, [*prompts[1], *ids])[2][-1:]) <= TOLERANCE
+def test_a_prompt_without_completions_adds_no_rows(tiny_model: ModelSpec, random_ids: Ids, hold: Hold) -> None:
+    batch = (random_ids((4, 8, 3)), [[], random_ids((5,), seed=9), []])
+    hold(tiny_model, batch, HFEmbedder(tiny_model, (2,)).embed(*batch))
 
 
 def test_no_completions_at_all_are_no_rows(tiny_model: ModelSpec, random_ids: Ids) -> None:
@@ -139,13 +133,9 @@ def test_layers_are_counted_from_zero_in_the_order_given(tiny_model: ModelSpec) 
         HFEmbedder(ModelSpec(dtype="float32"), ())
 
 
-def test_states_of_bfloat16_models_are_returned_in_float32(
-    tiny_model: ModelSpec, batch: Any, stock_states: States, relative_error: Error
-) -> None:
+def test_states_of_bfloat16_models_are_returned_in_float32(tiny_model: ModelSpec, batch: Any, hold: Hold) -> None:
     spec = ModelSpec(tiny_model.name, dtype="bfloat16", device="cpu")
-    found = HFEmbedder(spec, (0, 2)).embed(*batch)
-    assert found[2].dtype == torch.float32
-    assert relative_error(found[2], last_states(stock_states, tiny_model, batch, 2)) < 0.05
+    hold(tiny_model, batch, HFEmbedder(spec, (2,)).embed(*batch), tolerance=0.05)
 
 
 def test_the_identity_names_what_decides_the_embeddings(tiny_model: ModelSpec) -> None:
@@ -169,6 +159,6 @@ def test_a_layer_that_is_not_there_is_a_sentence(tiny_model: ModelSpec, layer: i
         HFEmbedder(tiny_model, (layer,)).embed([[7]], [[[8]]])
 
 
-def test_a_sequence_may_fill_the_context(tiny_model: ModelSpec, stock_states: States, relative_error: Error) -> None:
-    found = HFEmbedder(tiny_model, (4,)).embed([[7] * 100], [[[8] * 92]])[4]
-    assert relative_error(found, stock_states(tiny_model, [7] * 100 + [8] * 92)[4][-1:]) <= TOLERANCE
+def test_a_sequence_may_fill_the_context(tiny_model: ModelSpec, hold: Hold) -> None:
+    batch = ([[7] * 100], [[[8] * 92]])
+    hold(tiny_model, batch, HFEmbedder(tiny_model, (4,)).embed(*batch))
