@@ -14,7 +14,8 @@ import numpy as np
 from qprobe.cli import composition
 from qprobe.evaluation import layer_choice
 from qprobe.evaluation.scoring import Scored
-from qprobe.pipeline.pipeline import BEST, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.setup import BEST
 from qprobe.probe.losses import find_loss
 from qprobe.probe.metrics import Interval
 from qprobe.run import joined, stages

@@ -10,10 +10,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 
-def build(make: Callable[..., Made], values: Mapping[str, Any], where: str, **more: Any) -> Made:
+def build(make: Callable[..., _Made], values: Mapping[str, Any], where: str, **more: Any) -> _Made:
     """Call a dataclass or a factory with the keys of one part of a configuration.
 
     Args:
@@ -26,7 +26,8 @@ def build(make: Callable[..., Made], values: Mapping[str, Any], where: str, **mo
         ValueError: a key that `make` does not know, one that it needs and does not get, or a value of the wrong kind.
     """
     check_keys(values, accepted(make) - set(more), where)
-    for name, kind in _kinds(make).items():
+    declared = make.__init__ if inspect.isclass(make) and not dataclasses.is_dataclass(make) else make
+    for name, kind in typing.get_type_hints(declared).items():
         if name in values and not _fits(values[name], kind):
             wanted = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
             raise ValueError(f"{where}.{name} is {values[name]!r}: it should be {wanted.replace('None', 'null')}.")
@@ -67,13 +68,6 @@ def accepted(make: Callable[..., Any]) -> set[str]:
     return {name for name in inspect.signature(make).parameters if name != "self"}
 
 
-def _kinds(make: Callable[..., Any]) -> dict[str, Any]:
-    """The declared kind of every argument."""
-    if inspect.isclass(make) and not dataclasses.is_dataclass(make):
-        return typing.get_type_hints(make.__init__)
-    return typing.get_type_hints(make)
-
-
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value out of a configuration is of a kind; kinds that no configuration can hold are not looked at."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -81,10 +75,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if origin in (tuple, list, Sequence):
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (str, bool, types.NoneType):
-        return isinstance(value, kind)
-    return True
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (str, bool, types.NoneType) else True

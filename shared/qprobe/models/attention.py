@@ -86,7 +86,7 @@ class SharedPrompts:
         own = grouped @ key.float().transpose(-1, -2)
         if self._hidden is not None:
             before.masked_fill_(self._hidden, -torch.inf)
-        if width > 1:  # a single token sees all that stands before it
+        if width > 1:  # a single token sees all before it
             own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
         weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
@@ -114,7 +114,7 @@ class PackedRows:
             end += len(own)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-        """Softmax attention of every token over its prompt and what stands before it in its own row.
+        """Softmax attention of every token over its prompt and what is before it in its own row.
 
         Args:
             query: (1, H, N, d); key, value: (1, H_kv, N, d); mask: not read.
@@ -130,7 +130,7 @@ class PackedRows:
             values = torch.cat(
                 [prompt_value[prompt, None, :, prompt_value.shape[2] - length :], value[:, :, own]], dim=2
             )
-            # Queries that share a head of keys stand under each other: no copies of keys, and fewer, larger blocks.
+            # Queries that share a head of keys are under each other: no copies of keys, and fewer, larger blocks.
             output[:, :, own] = torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, own].reshape(1, shared, -1, d),
                 keys,

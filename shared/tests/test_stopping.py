@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models import prefix
 from qprobe.models.language_model import ModelSpec
-from qprobe.sampling import SamplingSettings, sample_seeds
+from qprobe.sampling import SamplingSettings
 from qprobe.sampling.base import stop_position
 from qprobe.sampling.hf import HFSampler
 
@@ -81,7 +80,7 @@ def complete(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable
         *scripts: Sequence[str], stop: tuple[str, ...] = (), max_new_tokens: int = 30, prompt: str = "def f"
     ) -> list[tuple[str, int, str]]:
         ids = [token_ids(script) for script in scripts]
-        monkeypatch.setattr("qprobe.sampling.hf.PrefixRun", lambda language_model: ScriptedRun(language_model, ids))
+        monkeypatch.setattr("qprobe.models.memory.PrefixRun", lambda language_model: ScriptedRun(language_model, ids))
         sampler = HFSampler(
             tiny_model, SamplingSettings(n=1, temperature=0.0, stop=stop, max_new_tokens=max_new_tokens)
         )
@@ -106,63 +105,45 @@ END = "<|eos|>"
 Complete = Callable[..., list[tuple[str, int, str]]]
 
 
-def test_without_a_stop_text_a_completion_ends_at_the_end_token(complete: Complete) -> None:
-    assert complete(["a", "b", END], ["c", END]) == [("ab", 2, "stop"), ("c", 1, "stop")]
-
-
-def test_a_completion_is_cut_at_its_longest_length(complete: Complete) -> None:
-    assert complete([*"abc"], ["c", END], max_new_tokens=3) == [("abc", 3, "length"), ("c", 1, "stop")]
-
-
-def test_the_text_is_cut_before_a_stop_text_over_several_tokens(complete: Complete) -> None:
-    assert complete([*"ab", *"STOP"], stop=("STOP",)) == [("ab", 2, "stop")]
-
-
-def test_the_first_of_several_stop_texts_decides(complete: Complete) -> None:
-    # One token completes both of them.
-    assert complete(["a", "end"], stop=("nd", "e")) == [("a", 1, "stop")]
-    assert complete(["a", "end"], stop=("en", "aend")) == [("a", 1, "stop")]
-
-
-def test_a_token_that_straddles_the_cut_is_kept(complete: Complete) -> None:
-    assert complete(["a", "er", "!"], stop=("r!",)) == [("ae", 2, "stop")]
-    assert complete(["a", "end"], stop=("nd",)) == [("ae", 2, "stop")]
-
-
-def test_a_stop_text_inside_one_token_drops_it_where_it_begins_there(complete: Complete) -> None:
-    assert complete(["a", "end"], stop=("en",)) == [("a", 1, "stop")]
-
-
-def test_each_row_stops_at_its_own_time(complete: Complete) -> None:
-    found = complete([*"abcdef"], [*"a!"], [*"abc", END], [*"abcd!"], stop=("!",), max_new_tokens=6)
-    assert found == [("abcdef", 6, "length"), ("a", 1, "stop"), ("abc", 3, "stop"), ("abcd", 4, "stop")]
-
-
-@pytest.mark.parametrize(
-    ("script", "text"),
-    [
-        ("\n\n#a#", "\n\n#a"),
-        ("#a#", "#a"),
-        ("\n#\n#", "\n#\n"),
-        (" ##", " #"),
-    ],
-)
-def test_a_stop_text_behind_white_space_alone_does_not_count(complete: Complete, script: str, text: str) -> None:
-    assert complete(list(script), stop=("#",)) == [(text, len(text), "stop")]
-
-
-def test_a_stop_text_that_begins_in_leading_white_space_does_not_count(complete: Complete) -> None:
-    assert complete([*"\n\nab\n\n"], stop=("\n\n",)) == [("\n\nab", 4, "stop")]
-
-
-def test_a_prompt_is_no_part_of_a_stop_text(complete: Complete) -> None:
-    assert complete([*"fab", END], stop=("ff", "def"), prompt="def f") == [("fab", 3, "stop")]
-
-
-def test_characters_of_several_tokens_are_text_once_they_are_complete(complete: Complete) -> None:
+# What is written, with which stop texts or other changes, and what is kept of it.
+CASES: dict[str, tuple[list[list[str]], dict[str, Any], list[tuple[str, int, str]]]] = {
+    "the end token": ([["a", "b", END], ["c", END]], {}, [("ab", 2, "stop"), ("c", 1, "stop")]),
+    "the longest length": ([[*"abc"], ["c", END]], {"max_new_tokens": 3}, [("abc", 3, "length"), ("c", 1, "stop")]),
+    "a stop text over several tokens": ([[*"abSTOP"]], {"stop": ("STOP",)}, [("ab", 2, "stop")]),
+    "the first of two that one token completes": ([["a", "end"]], {"stop": ("nd", "e")}, [("a", 1, "stop")]),
+    "that counts": ([["a", "end"]], {"stop": ("en", "aend")}, [("a", 1, "stop")]),
+    "a token that straddles the cut": ([["a", "er", "!"]], {"stop": ("r!",)}, [("ae", 2, "stop")]),
+    "within one token": ([["a", "end"]], {"stop": ("nd",)}, [("ae", 2, "stop")]),
+    "where a token begins": ([["a", "end"]], {"stop": ("en",)}, [("a", 1, "stop")]),
+    "each row at its own time": (
+        [[*"abcdef"], [*"a!"], [*"abc", END], [*"abcd!"]],
+        {"stop": ("!",), "max_new_tokens": 6},
+        [("abcdef", 6, "length"), ("a", 1, "stop"), ("abc", 3, "stop"), ("abcd", 4, "stop")],
+    ),
+    # A stop text behind white space alone does not count.
+    "behind white space": ([[*"\n\n#a#"]], {"stop": ("#",)}, [("\n\n#a", 4, "stop")]),
+    "at the beginning": ([[*"#a#"]], {"stop": ("#",)}, [("#a", 2, "stop")]),
+    "between white space": ([[*"\n#\n#"]], {"stop": ("#",)}, [("\n#\n", 3, "stop")]),
+    "twice": ([[*" ##"]], {"stop": ("#",)}, [(" #", 2, "stop")]),
+    "in leading white space": ([[*"\n\nab\n\n"]], {"stop": ("\n\n",)}, [("\n\nab", 4, "stop")]),
+    "partly in the prompt": ([[*"fab", END]], {"stop": ("ff", "def"), "prompt": "def f"}, [("fab", 3, "stop")]),
     # Each byte is a token: é has 2, € has 3, 😀 has 4.
-    assert complete([*"é€😀", END]) == [("é€😀", 9, "stop")]
-    assert complete([*"a😀", END], max_new_tokens=3) == [("a\N{REPLACEMENT CHARACTER}", 3, "length")]
+    "characters of several tokens": ([[*"é€😀", END]], {}, [("é€😀", 9, "stop")]),
+    "half a character": ([[*"a😀", END]], {"max_new_tokens": 3}, [("a\N{REPLACEMENT CHARACTER}", 3, "length")]),
+    # It is looked for in the last tokens only, and must be found far behind the prompt and any character.
+    "far behind": (
+        [[*"x😀" * 4, *"ab€!?"]],
+        {"stop": ("€!?",), "max_new_tokens": 60},
+        [("x😀" * 4 + "ab", 22, "stop")],
+    ),
+    "leading white space": ([[" ", " the", "\n", END]], {"prompt": "def"}, [("  the\n", 3, "stop")]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_completion_ends_and_is_cut_where_it_should(complete: Complete, name: str) -> None:
+    scripts, changes, kept = CASES[name]
+    assert complete(*scripts, **changes) == kept
 
 
 @pytest.mark.parametrize("character", ["é", "€", "😀"])
@@ -171,17 +152,6 @@ def test_a_character_before_the_cut_keeps_all_its_tokens(complete: Complete, cha
     assert complete([*"a", character, *"STOP"], stop=("STOP",)) == [("a" + character, 1 + size, "stop")]
     assert complete(["a", "b", character], stop=(character,)) == [("ab", 2, "stop")]
     assert complete([*"a", character, character], stop=(character * 2,)) == [("a", 1, "stop")]
-
-
-def test_a_long_completion_is_searched_to_its_end(complete: Complete) -> None:
-    # The stop text is looked for in the last tokens only: it must be found far behind the prompt and any character.
-    script = [*"x😀" * 4, *"ab", *"€", *"!?"]
-    size = len("".join(script).encode())
-    assert complete(script, stop=("€!?",), max_new_tokens=60) == [("x😀" * 4 + "ab", size - 5, "stop")]
-
-
-def test_leading_white_space_belongs_to_the_completion(complete: Complete) -> None:
-    assert complete([" ", " the", "\n", END], prompt="def") == [("  the\n", 3, "stop")]
 
 
 @pytest.mark.parametrize(
@@ -198,19 +168,3 @@ def test_leading_white_space_belongs_to_the_completion(complete: Complete) -> No
 )
 def test_the_position_of_the_first_stop_text(text: str, stop: tuple[str, ...], position: int) -> None:
     assert stop_position(text, stop) == position
-
-
-def test_stop_texts_cut_completions_of_a_real_model(
-    tiny_model: ModelSpec, random_ids: Callable[..., list[list[int]]]
-) -> None:
-    prompts = random_ids((5, 17, 1, 9))
-    seeds = [sample_seeds(0, f"task {p}", 3) for p in range(4)]
-    free = HFSampler(tiny_model, SamplingSettings(n=3, max_new_tokens=30)).sample(prompts, seeds)
-    stop = tuple({c.text[len(c.text) // 2 :][:2] for row in free for c in row})
-    cut = HFSampler(tiny_model, SamplingSettings(n=3, max_new_tokens=30, stop=stop)).sample(prompts, seeds)
-    for before, after in zip(itertools.chain(*free), itertools.chain(*cut), strict=True):
-        assert after.text == before.text[: stop_position(before.text, stop)]
-        assert before.token_ids is not None
-        assert after.token_ids is not None
-        assert after.token_ids == before.token_ids[: len(after.token_ids)]
-        assert after.finish_reason == "stop"

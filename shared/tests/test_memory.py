@@ -172,7 +172,7 @@ def test_the_estimate_of_sampling_is_what_is_allocated(
     sampler = HFSampler(make_model(**changes, eos_token_id=1), settings)
     prompts = random_ids([length] * count)
     measured = peak_bytes(lambda: sampler.sample(prompts, [list(range(n))] * count))
-    run = sampler._run
+    run = sampler.passes.run
     assert run is not None
     estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).sampling(
         count, length, count * n, new_tokens, temperature == 0
@@ -187,7 +187,7 @@ def test_the_estimate_of_embedding_is_what_is_allocated(
     embedder = HFEmbedder(any_tiny_model, layers)
     prompts, completions = random_ids([100] * 4), [random_ids([40] * 6)] * 4
     measured = peak_bytes(lambda: embedder.embed(prompts, completions))
-    run = embedder._run
+    run = embedder.passes.run
     assert run is not None
     estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).reading(4, 100, [40] * 24, layers)
     assert measured <= estimate <= 2.5 * measured
@@ -235,10 +235,9 @@ def test_an_embedder_out_of_memory_halves_too(tiny_model: ModelSpec, random_ids:
 
 
 def test_a_single_row_that_does_not_fit_is_a_sentence(tiny_model: ModelSpec, random_ids: Ids) -> None:
-    sentence = r"a single row with a prompt of 1 tokens does not fit the memory of cpu .* use a smaller model"
     with (
         at_most(0, tiny_model, torch.OutOfMemoryError("out of memory")),
-        pytest.raises(RuntimeError, match=sentence) as error,
+        pytest.raises(RuntimeError, match="single row") as error,
     ):
         HFSampler(tiny_model, SETTINGS).sample(random_ids(LENGTHS), SEEDS)
     assert "\n" not in str(error.value)
@@ -265,35 +264,24 @@ def test_a_budget_is_the_setting_or_a_share_of_what_is_free(
     assert remembering.budget() == 1000
 
 
+def write_group(folder: Path, **values: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / f"memory.{name}").write_text(f"{value}\n")
+
+
 def test_the_narrowest_group_around_the_process_counts(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    inner = tmp_path / "slice" / "job"
-    inner.mkdir(parents=True)
-    membership.write_text("0::/slice/job\n")
-    (inner / "memory.max").write_text("max\n")
-    (inner / "memory.current").write_text("700\n")
-    (inner.parent / "memory.max").write_text("1000\n")
-    (inner.parent / "memory.current").write_text("900\n")
-    (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 250\n")
-    assert list(memory._group_memory(tmp_path, membership)) == [350]
+    (tmp_path / "membership").write_text("0::/slice/job\n")
+    write_group(tmp_path / "slice" / "job", max="max", current="700")
+    write_group(tmp_path / "slice", max="1000", current="900", stat="anon 5\ninactive_file 250")
+    assert list(memory._group_memory(tmp_path, tmp_path / "membership")) == [350]
 
 
 def test_the_older_interface_of_groups_is_read_too(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    group = tmp_path / "memory" / "job"
-    group.mkdir(parents=True)
-    membership.write_text("4:memory:/job\n2:cpu,cpuacct:/job\nnot a line\n")
-    (group / "memory.limit_in_bytes").write_text("1000\n")
-    (group / "memory.usage_in_bytes").write_text("400\n")
-    (group / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 30\n")
-    assert list(memory._group_memory(tmp_path, membership)) == [630]
-
-
-def test_the_systems_memory_is_the_kernels_word(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     123 kB\n")
-    assert memory._system_memory(meminfo) == 123 * 1024
-    assert memory._system_memory(tmp_path / "none") > 2**28
+    (tmp_path / "membership").write_text("4:memory:/job\n2:cpu,cpuacct:/job\nnot a line\n")
+    stat = "inactive_file 10\ntotal_inactive_file 30"
+    write_group(tmp_path / "memory" / "job", limit_in_bytes="1000", usage_in_bytes="400", stat=stat)
+    assert list(memory._group_memory(tmp_path, tmp_path / "membership")) == [630]
 
 
 def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpec) -> None:

