@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import store
-from qprobe.baselines.base import Lesson
+from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShotSettings, Shot, successes
 from qprobe.prompts import Prompt
 from qprobe.run.stages import KEY_COLUMNS
@@ -59,7 +59,7 @@ def shots_of(
     if foreign := sorted({row["task_id"] for row in completions} - set(known)):
         raise ValueError(f"dataset.shots: {run} has completions of {foreign[0]}, which is no problem of {split}.")
     lessons = [
-        Lesson(
+        TrainingRow(
             known[row["task_id"]], "", [], row["completion"], row["token_ids"], earned[row["task_id"], row["sample"]]
         )
         for row in sorted(completions, key=lambda row: (row["task_id"], row["sample"]))

@@ -43,7 +43,7 @@ def score(judge: PromptRM, fakes: ModuleType, folder: Path) -> list[float]:
 
 
 def test_scores_are_those_of_a_plain_forward_pass(tiny_model: ModelSpec, fakes: ModuleType, tmp_path: Path) -> None:
-    judge = PromptRM(tiny_model, PromptRMSettings(TEMPLATE, "Yes", "Not so"))
+    judge = PromptRM(tiny_model, PromptRMSettings(TEMPLATE, good="Yes", bad="Not so"))
     put = [f"<|bos|><|user|>{text}<|end|>\n<|assistant|>\n" for text in ASKED]
     expected = [plain(tiny_model, text, "Yes") - plain(tiny_model, text, "Not so") for text in put]
     assert score(judge, fakes, tmp_path) == pytest.approx(expected, abs=1e-4)

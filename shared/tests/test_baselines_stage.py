@@ -143,7 +143,7 @@ def test_a_second_run_learns_draws_and_scores_nothing(make: Make, fakes: ModuleT
     few, ranker = again.baselines
     assert isinstance(few, FewShot)
     assert isinstance(ranker, fakes.Ranker)
-    assert (ranker.learnt, ranker.calls, ranker.checked) == (0, [], 1)  # type: ignore[attr-defined]
+    assert (ranker.trained, ranker.calls, ranker.checked) == (0, [], 1)  # type: ignore[attr-defined]
     assert few.sampler.calls == []  # type: ignore[attr-defined]
     assert files(run, "baselines", "prompts", "completions", "rewards", "results") == before
 
@@ -163,7 +163,7 @@ def test_a_killed_baseline_goes_on_where_it_was(make: Make, fakes: ModuleType, t
     for path in (torn.run / "rewards" / "test.few_shot").rglob("part-*"):
         path.unlink()
     scoring.execute(WORK)
-    assert scoring.baselines[1].learnt == 1  # type: ignore[attr-defined]
+    assert scoring.baselines[1].trained == 1  # type: ignore[attr-defined]
     assert results(scoring) == results(whole)
     kept = files(torn.run, "baselines/few_shot", "completions/test.few_shot")
     assert all(done[path] == value for path, value in kept.items())
@@ -174,7 +174,7 @@ def test_without_a_training_split_only_what_learns_nothing_has_a_row(make: Make,
         ValueError, match="The baselines few_shot, goodness learn from a training split and there is none"
     ):
         make(training_split=None)
-    crossed = make(training_split=None, baselines=[fakes.Ranker(learns=False)])
+    crossed = make(training_split=None, baselines=[fakes.Ranker(trains=False)])
     crossed.execute(WORK)
     assert rows(crossed)[GOODNESS].auc == 1
     assert not (crossed.run / "baselines").exists()
@@ -190,7 +190,7 @@ def test_what_cannot_be_is_a_sentence(make: Make, fakes: ModuleType) -> None:
         make().execute(["baselines"])
     next((make().run / "completions" / "test.sample").glob("part-*")).unlink()
     with pytest.raises(StoreError, match=r"The stage sample is missing \d+ of 32 rows of test\.sample: run it first"):
-        make(baselines=[fakes.Ranker(learns=False)]).execute(["baselines"])
+        make(baselines=[fakes.Ranker(trains=False)]).execute(["baselines"])
     make().execute(WORK)
     greedy = fakes.Sampler(1, temperature=0.0)
     other = make(baselines=[FewShot(greedy, FewShotSettings(shots=3), lambda: None)])

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qprobe.baselines.base import Lessons, Ranker
+from qprobe.baselines.base import Ranker, TrainingData
 from qprobe.run.stages import Pool, RewardBatch, RewardRow
 
 Answer = tuple[str, str]  # task id and completion
@@ -31,7 +31,7 @@ class SelfConsistency(Ranker):
 
     name = "self_consistency"
     method = "self-consistency"
-    learns = False
+    trains = False
     of_all = True
 
     def __init__(self, agreement: Agreement) -> None:
@@ -43,7 +43,7 @@ class SelfConsistency(Ranker):
     def check(self) -> None:
         self.agreement.check()
 
-    def learn(self, lessons: Lessons, folder: Path) -> None:
+    def train(self, data: TrainingData, folder: Path) -> None:
         """Agreement is seen on the candidates alone."""
 
     def scores(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import models
-from qprobe.baselines.base import Lessons, Ranker, answer, question
+from qprobe.baselines.base import Ranker, TrainingData, answer, question
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
@@ -25,14 +25,16 @@ CUT = 8  # a problem that is too long loses an eighth of itself at a time
 
 @dataclass(frozen=True)
 class PromptRMSettings:
-    """What the judge is asked.
+    """Who judges, and what is asked.
 
     Args:
+        model: name of another judge than the run's own model; None is that one.
         template: holds {problem} and {candidate}, each once, the problem first.
         good, bad: the words whose probabilities are compared.
     """
 
     template: str
+    model: str | None = None
     good: str = "Yes"
     bad: str = "No"
 
@@ -63,20 +65,18 @@ class PromptRM(Ranker):
 
     name = "prompt_rm"
     method = "Prompt RM"
-    learns = False
+    trains = False
 
     def __init__(self, model: ModelSpec, settings: PromptRMSettings) -> None:
-        self.model = model
-        self.settings = settings
-        self.likelihood = Likelihood(model)
+        self.model, self.settings, self.likelihood = model, settings, Likelihood(model)
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        return {**dataclasses.asdict(self.settings), "model": self.model.identity()}
 
     def check(self) -> None:
         self.model.source()  # a file or package that is missing
 
-    def learn(self, lessons: Lessons, folder: Path) -> None:
+    def train(self, data: TrainingData, folder: Path) -> None:
         """The judge is asked as it stands."""
 
     def scores(
@@ -106,12 +106,12 @@ class PromptRM(Ranker):
         longest = max(map(len, self.words))
         while True:
             text = self.settings.asked(problem, candidate)
-            put = (
+            asked = (
                 Prompt(prompt.task_id, messages=({"role": "user", "content": text},))
                 if tokenizer.has_chat_template
                 else Prompt(prompt.task_id, text=f"{text}\nReply:")
             )
-            ids = tokenizer.render_prompt(put)[1]
+            ids = tokenizer.render_prompt(asked)[1]
             if context is None or len(ids) + longest <= context:
                 return ids
             if not problem:

@@ -1,6 +1,6 @@
-"""The stage of the baselines: what must be learnt is learnt, rivals answer and are rewarded, rankers score the candidates.
+"""The stage of the baselines: they are trained where they must be, rivals answer and are rewarded, rankers score the candidates.
 
-run/baselines/<name>/                     what a baseline learnt, with a manifest and, when it is whole, learnt.json
+run/baselines/<name>/                     what was trained, with a manifest and, when it is whole, learnt.json
 run/{prompts,completions}/<split>.<name>  a rival's prompts and answers; their rewards lie in run/rewards/<split>.<name>/
 run/rewards/<split>.sample/<name>/        a ranker's scores of the candidates
 """
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from qprobe import store
-from qprobe.baselines.base import Baseline, Lessons, Ranker, Rival, check_whole
+from qprobe.baselines.base import Baseline, Ranker, Rival, TrainingData, check_whole
 from qprobe.files import write_whole
 from qprobe.run import stages
 from qprobe.run.joined import join
 from qprobe.run.stages import Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import Table
 
-LEARNT = "learnt.json"  # says that what was learnt is whole
+FINISHED = "learnt.json"
 
 
 class Ranking:
@@ -30,19 +30,15 @@ class Ranking:
     Args:
         ranker: gives the scores.
         tested: the pool.
-        folder: what it learnt.
-        learnt: identity of that; None where it learns nothing.
+        folder: what it was trained to.
+        trained: identity of that; None where it is not trained.
     """
 
-    def __init__(self, ranker: Ranker, tested: Pool, folder: Path, learnt: str | None) -> None:
-        self.name = ranker.name
-        self.ranker = ranker
-        self.tested = tested
-        self.folder = folder
-        self.learnt = learnt
+    def __init__(self, ranker: Ranker, tested: Pool, folder: Path, trained: str | None) -> None:
+        self.name, self.ranker, self.tested, self.folder, self.trained = ranker.name, ranker, tested, folder, trained
 
     def identity(self) -> dict[str, Any]:
-        return {"reward": self.name, "ranker": self.ranker.identity(), "learnt": self.learnt}
+        return {"reward": self.name, "ranker": self.ranker.identity(), "learnt": self.trained}
 
     def check(self) -> None:
         self.ranker.check()
@@ -57,34 +53,34 @@ class Baselines:
     Args:
         members: rivals and rankers, rows of the table in this order.
         run: the run folder.
-        lessons: what they may learn from; None where there is no training split.
+        data: what they may be trained on; None where there is no training split.
 
     Raises:
-        ValueError: a name twice, or nothing to learn from.
+        ValueError: a name twice, or nothing to train on.
     """
 
-    def __init__(self, members: Sequence[Baseline], run: Path, lessons: Lessons | None) -> None:
-        self.members, self.run_folder, self.lessons = members, run, lessons
+    def __init__(self, members: Sequence[Baseline], run: Path, data: TrainingData | None) -> None:
+        self.members, self.run_folder, self.data = members, run, data
         names = [member.name for member in members]
         if len(set(names)) < len(names):
             raise ValueError(f"The baselines are {', '.join(names)}: name each of them once.")
-        if lessons is None and (needy := [member.name for member in members if member.learns]):
+        if data is None and (needy := [member.name for member in members if member.trains]):
             raise ValueError(
-                f"The baselines {', '.join(needy)} learn from a training split and there is none, for one set of prompts is "
-                "cross-validated: name a training split, or leave them out."
+                f"The baselines {', '.join(needy)} need a training split, and one set of prompts is cross-validated: name a "
+                "training split, or leave them out."
             )
 
     def check(self) -> None:
         """Say what can be known to fail before any work."""
         for member in self.members:
             member.check()
-            if member.learns:
-                self._learning(member).check_inputs()
+            if member.trains:
+                self._training(member).check_inputs()
 
     def run(self, pools: Sequence[tuple[Pool, Reward]], progress: bool = True) -> None:
         """Do what is left to do on test pools, each with its reward; finished work is found again."""
         for member in self.members:
-            self._learn(member)
+            self._train(member)
             for pool, reward in pools:
                 if isinstance(member, Rival):
                     rival = member.pool(pool, self._folder(member))
@@ -127,7 +123,7 @@ class Baselines:
 
     def _found(self, member: Baseline, pool: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
         """Where a baseline's values lie: a pool and what rewards it; None where they are not all there."""
-        if member.learns and not (self._folder(member) / LEARNT).exists():
+        if member.trains and not (self._folder(member) / FINISHED).exists():
             return None
         at: tuple[Pool, Reward]
         if isinstance(member, Ranker):
@@ -140,25 +136,25 @@ class Baselines:
         table.check_inputs()
         return at if all(table.has(keys) for keys in at[0].batches) else None
 
-    def _learn(self, member: Baseline) -> None:
-        if not member.learns:
+    def _train(self, member: Baseline) -> None:
+        if not member.trains:
             return
-        table = self._learning(member)
+        table = self._training(member)
         table.begin()
-        if not (table.folder / LEARNT).exists():
-            assert self.lessons is not None  # looked at when the baselines were made
-            member.learn(self.lessons, table.folder)
-            write_whole(table.folder / LEARNT, b"{}\n")
+        if not (table.folder / FINISHED).exists():
+            assert self.data is not None  # looked at when the baselines were made
+            member.train(self.data, table.folder)
+            write_whole(table.folder / FINISHED, b"{}\n")
 
-    def _learning(self, member: Baseline) -> Table:
-        """The folder of what a baseline learns, known by its manifest as a table is."""
-        assert self.lessons is not None  # looked at when the baselines were made
-        inputs = {"baseline": member.identity(), "lessons": self.lessons.identity()}
+    def _training(self, member: Baseline) -> Table:
+        """The folder of what a baseline was trained to, known by its manifest as a table is."""
+        assert self.data is not None  # looked at when the baselines were made
+        inputs = {"baseline": member.identity(), "lessons": self.data.identity()}
         return store.open_table(self.run_folder, "baselines", member.name, inputs=inputs)
 
     def _folder(self, member: Baseline) -> Path:
         return self.run_folder / "baselines" / member.name
 
     def _ranking(self, member: Ranker, pool: Pool) -> Ranking:
-        learnt = self._learning(member).identity if member.learns else None
-        return Ranking(member, pool, self._folder(member), learnt)
+        trained = self._training(member).identity if member.trains else None
+        return Ranking(member, pool, self._folder(member), trained)

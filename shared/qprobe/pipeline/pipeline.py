@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qprobe.baselines import Baseline, Baselines, Lessons
+from qprobe.baselines import Baseline, Baselines, TrainingData
 from qprobe.embedding import Embedder
 from qprobe.evaluation import candidates, controls, layer_choice, measure, sweep
 from qprobe.evaluation.measure import Authors, Example
@@ -378,7 +378,7 @@ class Pipeline:
     def _beside(self) -> Baselines:
         """The baselines, with what they may learn from."""
         split = self.training_split
-        lessons = None if split is None else Lessons(self.training_pools[0], self.reward_of(split))
+        lessons = None if split is None else TrainingData(self.training_pools[0], self.reward_of(split))
         return Baselines(self.baselines, self.run, lessons)
 
     @property
