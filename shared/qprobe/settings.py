@@ -111,8 +111,8 @@ def accepted(make: Callable[..., Any]) -> set[str]:
 
 
 @functools.cache
-def kinds_of(make: Callable[..., Any]) -> dict[str, Any]:
-    """The declared type of every argument."""
+def kinds_of(make: Any) -> dict[str, Any]:
+    """The declared type of every argument of a dataclass or function."""
     if inspect.isclass(make) and not dataclasses.is_dataclass(make):
         return typing.get_type_hints(make.__init__)
     return typing.get_type_hints(make)

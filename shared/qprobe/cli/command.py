@@ -73,22 +73,22 @@ class Experiments:
 
     def help(self) -> str:
         """What the command does, its options, examples, experiments and groups."""
-        usage = [f"usage: {self.name} experiment=NAME [GROUP=NAME ...] [KEY=VALUE ...] [options]"]
-        usage += [f"       {self.name} {word} --help" for word in self.commands]
         of_group = configuration.groups(self.package)
         experiments = of_group.pop(configuration.EXPERIMENT)
-        beside = [f"  {word:<22} {about}" for word, about in self.commands.items()]
+        usage = [f"usage: {self.name} experiment=NAME [GROUP=NAME ...] [KEY=VALUE ...] [options]"]
+        usage += [f"       {self.name} {word} --help" for word in self.commands]
+        commands = ["Other commands:", *(f"  {word:<22} {about}" for word, about in self.commands.items())]
         parts = [
-            "\n".join(usage),
-            self.does,
-            "\n".join(["Options:", OPTIONS.replace("{name}", self.name)]),
-            "\n".join(["Examples:", *(f"  {line}\n      {about}" for line, about in self.examples)]),
-            *(["\n".join(["Commands beside experiments:", *beside])] if beside else []),
-            "\n".join(["Experiments (experiment=NAME):", *_choices(experiments)]),
-            groups_text(of_group),
-            f"Any setting is changed by KEY=VALUE. All of them: {self.name} experiment=NAME --cfg job",
+            usage,
+            [self.does],
+            ["Options:", OPTIONS.replace("{name}", self.name)],
+            ["Examples:", *(f"  {line}\n      {about}" for line, about in self.examples)],
+            *([commands] if self.commands else []),
+            ["Experiments (experiment=NAME):", *_choices(experiments)],
+            [groups_text(of_group)],
+            [f"Any setting is changed by KEY=VALUE. All of them: {self.name} experiment=NAME --cfg job"],
         ]
-        return "\n\n".join(parts)
+        return "\n\n".join(map("\n".join, parts))
 
     def _main(self, words: list[str], debug: bool) -> int:
         if not words:
@@ -121,18 +121,15 @@ class Experiments:
 
     def _check(self, words: Sequence[str]) -> None:
         """Raise UsageError for an option or a command that is none."""
+        known = [*OWN, *MULTIRUN, *HYDRAS]
         for word in words:
-            if word.startswith("-") and word.partition("=")[0] not in (*OWN, *MULTIRUN, *HYDRAS):
-                known = [option for option in (*OWN, *MULTIRUN, *HYDRAS) if option.startswith("--")]
+            if word.startswith("-") and word.partition("=")[0] not in known:
                 raise UsageError(f"There is no option {word}{meant(word, known)}: {self.name} --help lists them.")
         if "=" not in words[0] and not words[0].startswith(("-", "~")):
             experiments = [choice.name for choice in configuration.groups(self.package)[configuration.EXPERIMENT]]
-            named = {name: name for name in self.commands} | {name: f"experiment={name}" for name in experiments}
-            near = meant(words[0], named)
-            for name in sorted(named, key=len, reverse=True):  # an experiment is named with its group
-                if f"did you mean {name}" in near:
-                    near = f" (did you mean {named[name]}?)"
-                    break
+            near = meant(words[0], self.commands) or meant(
+                f"experiment={words[0]}", [f"experiment={x}" for x in experiments]
+            )
             raise UsageError(
                 f"There is no command {words[0]}{near}: say experiment=NAME, NAME one of {', '.join(experiments)}"
                 f"{'; or ' + ' or '.join(self.commands) if self.commands else ''}."
@@ -142,12 +139,10 @@ class Experiments:
         launched = any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in words)
         compose = functools.partial(configuration.composed, self.package, "config")
         jobs = multirun.plan(words, compose, self.folder, self.check)
-        if launched:
-            status = self._by_hydra([*MULTIRUN[:1], *words], jobs, debug)
-        else:
-            status = multirun.run(self.name, jobs, lambda job: self.run(multirun.placed(compose(job.words), job)))
-        if shown := multirun.summary(jobs):
-            print(shown)
+        if not launched:
+            return multirun.run(self.name, jobs, lambda job: self.run(multirun.placed(compose(job.words), job)))
+        status = self._by_hydra([*MULTIRUN[:1], *words], jobs, debug)
+        multirun.show(jobs)
         return status
 
     def _by_hydra(self, words: list[str], jobs: Sequence[multirun.Job], debug: bool) -> int:
@@ -158,11 +153,7 @@ class Experiments:
         decorated = hydra.main(version_base="1.3", config_path=f"pkg://{self.package}", config_name="config")(task)
         before = sys.argv
         settings = [word for word in words if "=" in word and not word.startswith("-")]
-        sys.argv = [
-            self.name,
-            *settings,
-            *(word for word in words if word not in settings),
-        ]  # Hydra wants them in one piece
+        sys.argv = [self.name, *settings, *(word for word in words if word not in settings)]  # settings in one piece
         if debug:
             os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
@@ -176,12 +167,9 @@ class Experiments:
         return 0
 
     def _completion(self, shells: Sequence[str]) -> str:
-        of_group = configuration.groups(self.package)
-        words = [f"{group}={choice.name}" for group, choices in of_group.items() for choice in choices]
-        first = next(iter(of_group[configuration.EXPERIMENT]))
-        words += [f"{key}=" for key in configuration.keys(self.package, "config", [f"experiment={first.name}"])]
-        options = [*OWN, *MULTIRUN, "--cfg"]
-        of_command = {"": [*words, *options, *self.commands], **{name: [] for name in self.commands}}
+        first = configuration.groups(self.package)[configuration.EXPERIMENT][0]
+        words = completion.settings(self.package, "config", [f"experiment={first.name}"])
+        of_command = {"": [*words, *OWN, *MULTIRUN, "--cfg", *self.commands], **{name: [] for name in self.commands}}
         return completion.script(self.name, shells, of_command)
 
 
@@ -260,11 +248,8 @@ def guarded(name: str, work: Callable[[], int | None], debug: bool = False) -> i
         if debug:
             traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"{name}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}). This is a fault of the program, "
-            "not of yours: the same command with --debug shows how it came about.",
-            file=sys.stderr,
-        )
+        said = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        print(f"{name}: {said}. This is a fault of the program: --debug shows how it came about.", file=sys.stderr)
         return 1
 
 

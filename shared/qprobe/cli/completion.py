@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qprobe.cli import configuration
 from qprobe.settings import UsageError, meant
 
 SHELLS = ("bash", "zsh")
@@ -38,6 +39,13 @@ compdef {function} {name}
 """
 
 
+def settings(package: str, name: str, words: Sequence[str] = ()) -> list[str]:
+    """What may stand on a command line: every GROUP=NAME of a package, and KEY= of the configuration that words compose."""
+    groups = configuration.groups(package)
+    chosen = [f"{group}={choice.name}" for group, choices in groups.items() for choice in choices]
+    return chosen + [f"{key}=" for key in configuration.keys(package, name, words)]
+
+
 def script(name: str, shells: Sequence[str], of_command: Mapping[str, Sequence[str]]) -> str:
     """The script of a shell: `eval "$(NAME --completion bash)"`.
 
@@ -53,13 +61,8 @@ def script(name: str, shells: Sequence[str], of_command: Mapping[str, Sequence[s
     if len(shells) != 1 or shells[0] not in SHELLS:
         said = " ".join(shells)
         raise UsageError(f"--completion {said}{meant(said, SHELLS)}: say --completion bash or --completion zsh.")
-    bash = shells[0] == "bash"
-    function = f"_{name.replace('-', '_')}"
-    cases = []
-    for command, words in of_command.items():
-        pattern = command or "*"
-        held = " ".join(sorted(set(words)))
-        cases.append(f'    {pattern}) words="{held}" ;;' if bash else f"    {pattern}) words_of=({held}) ;;")
-    cases.sort(key=lambda case: case.lstrip().startswith("*"))  # what fits all comes last
-    first = " ".join(sorted(set(of_command[""])))
-    return (_BASH if bash else _ZSH).format(function=function, cases="\n".join(cases), first=first, name=name)
+    template, case = (_BASH, '    {}) words="{}" ;;') if shells[0] == "bash" else (_ZSH, "    {}) words_of=({}) ;;")
+    held = {command: " ".join(sorted(set(words))) for command, words in of_command.items()}
+    first = held.pop("")
+    cases = "\n".join(case.format(*one) for one in [*held.items(), ("*", first)])  # what fits all comes last
+    return template.format(function=f"_{name.replace('-', '_')}", cases=cases, first=first, name=name)

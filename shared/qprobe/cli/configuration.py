@@ -124,7 +124,7 @@ def keys(package: str, name: str, words: Sequence[str] = ()) -> list[str]:
         from omegaconf import OmegaConf
 
         with initialize_config_module(package, version_base="1.3"):
-            return list(_leaves(_plain(OmegaConf.to_container(compose(name, list(words)), resolve=False))))
+            return list(leaves(_plain(OmegaConf.to_container(compose(name, list(words)), resolve=False))))
 
 
 def jobs(words: Sequence[str]) -> list[list[str]]:
@@ -253,20 +253,16 @@ def _is_there(known: Any, key: str) -> bool:
 
 
 def _unknown(word: str, key: str, known: dict[str, Any], of_group: dict[str, list[Choice]]) -> str:
-    *parents, _ = key.split(".")
-    at: Any = known
-    for part in parents:
-        at = at.get(part) if isinstance(at, dict) else None
-    beside = list(at) if isinstance(at, dict) else list(known)
-    where = ".".join(parents) if isinstance(at, dict) and parents else "The configuration"
-    of_parent = [f"{where}.{name}" for name in beside] if where != "The configuration" else []
-    near = meant(key, of_parent) or meant(key, [*_leaves(known), *known, *of_group])
-    return f"{word}: there is no setting {key}{near}. {where} has {', '.join(beside)}."
+    settings, parent = list(leaves(known)), key.rpartition(".")[0]
+    beside = [setting for setting in settings if parent and setting.startswith(f"{parent}.")]
+    near = meant(key, beside) or meant(key, [*settings, *known, *of_group])
+    return f"{word}: there is no setting {key}{near}. There are {', '.join(beside or known)}."
 
 
-def _leaves(values: dict[str, Any], above: str = "") -> Iterator[str]:
+def leaves(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The settings of a configuration, with dots."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{above}{key}.")
+            yield from leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}"

@@ -114,8 +114,8 @@ def bands(
         for method, band in series.items():
             known = [i for i, value in enumerate(band.value) if value is not None]
             if known:
-                columns = ([xs[i] for i in known], *([side[i] for i in known] for side in (band.value, band.low, band.high)))
-                ends.append(draw_line(axes, look(order, method), method, *columns))
+                value, low, high = ([side[i] for i in known] for side in (band.value, band.low, band.high))
+                ends.append(draw_line(axes, look(order, method), method, [xs[i] for i in known], value, low, high))
         if ticks is None:
             if xs[-1] > 8 * xs[0]:
                 axes.set_xscale("log", base=2)
@@ -128,14 +128,20 @@ def bands(
 
 def panel(title: list[str], xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     """A figure of one column with empty axes."""
-    figure = Figure(figsize=(COLUMN_INCHES, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty(COLUMN_INCHES, 2.6)
     axes = figure.subplots()
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     set_title(figure, title, COLUMN_INCHES)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return figure, axes
+
+
+def empty(width: float, height: float) -> Figure:
+    """A figure of so many inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def set_title(figure: Figure, title: list[str], width: float) -> None:

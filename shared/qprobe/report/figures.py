@@ -10,19 +10,20 @@ Each is a function of `Results` that returns a figure, or None where the results
 pass@1. A method has the same colour and marker in all of them.
 """
 
+from __future__ import annotations
+
 import math
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qprobe.report.drawing import (
     COLUMN_INCHES,
     TEXT_INCHES,
-    Figure,
-    FigureCanvasAgg,
     bands,
     draw_line,
+    empty,
     image,
     look,
     own_style,
@@ -33,6 +34,9 @@ from qprobe.report.drawing import (
     write_names,
 )
 from qprobe.report.results import BASE_METHOD, Results, TradeOff
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REWARD = "expected reward"
 
@@ -173,8 +177,7 @@ def scores_per_prompt(results: Results) -> Figure | None:
     rows = math.ceil(len(clouds) / columns)
     width = COLUMN_INCHES if columns == 1 else TEXT_INCHES
     with own_style():
-        figure = Figure(figsize=(width, 0.45 + 2.1 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = empty(width, 0.45 + 2.1 * rows)
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=shared, squeeze=False).flat)
         for axes, (method, cloud) in zip(panels, clouds.items(), strict=False):
             xs, ys = [x for x, _ in cloud], [y for _, y in cloud]

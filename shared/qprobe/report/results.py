@@ -6,10 +6,11 @@ what was written reads back equal. An unknown key is an error too: a file of ano
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ class _Data:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in kinds_of(type(self)).items():
-            where = f"{type(self).__name__}.{name}"
+        own: Any = type(self)
+        for name, kind in kinds_of(own).items():
+            where = f"{own.__name__}.{name}"
             object.__setattr__(self, name, converted(_plain(getattr(self, name), where), kind, where))
 
     def _refuse_negative(self, where: str, *names: str) -> None:
@@ -124,16 +126,20 @@ class Band(_Data):
     high: list[float | None]
 
 
-def _check_lines(where: str, xs: Sequence[int], lines: dict[str, Sequence[Sequence[Any]]], first: int, step: int) -> None:
+def _check_lines(
+    where: str, xs: Sequence[int], lines: Mapping[str, Sequence[Sequence[Any]]], first: int, step: int
+) -> None:
     """Raise ValueError where xs begin below `first` or rise by less than `step`, or a line has another length."""
-    if not xs or xs[0] < first or any(b - a < step for a, b in zip(xs, xs[1:], strict=False)):
+    if not xs or xs[0] < first or any(b - a < step for a, b in itertools.pairwise(xs)):
         raise ValueError(f"{where} is {xs}: give rising numbers from {first} up.")
     for method, parts in lines.items():
         if lengths := {len(part) for part in parts} - {len(xs)}:
-            raise ValueError(f"{where}, {method!r}: a line has {lengths.pop()} entries: give one for each of {len(xs)}.")
+            raise ValueError(
+                f"{where}, {method!r}: a line has {lengths.pop()} entries: give one for each of {len(xs)}."
+            )
 
 
-def _parts(series: dict[str, Band]) -> dict[str, Sequence[Sequence[Any]]]:
+def _parts(series: dict[str, Band]) -> dict[str, tuple[Sequence[Any], ...]]:
     return {method: (band.value, band.low, band.high) for method, band in series.items()}
 
 
