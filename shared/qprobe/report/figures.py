@@ -81,19 +81,14 @@ def reward_against_k(results: Results) -> Figure | None:
     Source: Fig. 3 (rewards of code) and Fig. 5 (win rates).
     """
     curve = results.reward_against_k
-    if curve is None or not curve.series:
-        return None
-    firsts = [band.value[0] for band in curve.series.values() if band.value[0] is not None]
-    base = _base(firsts[0]) if curve.k[0] == 1 and firsts else _base_reward(results)
-    return _against(results, curve.k, curve.series, xlabel="candidates $k$", base=base)
+    at_one = [] if curve is None or curve.k[0] != 1 else [band.value[0] for band in curve.series.values()]
+    measured = [_base(value) for value in at_one if value is not None]
+    return _against(results, curve, "k", "candidates $k$", **({"base": measured[0]} if measured else {}))
 
 
 def reward_against_prompts(results: Results) -> Figure | None:
     """Expected reward against the number of training prompts."""
-    curve = results.reward_against_prompts
-    if curve is None or not curve.series:
-        return None
-    return _against(results, curve.prompts, curve.series, xlabel="training prompts", base=_base_reward(results))
+    return _against(results, results.reward_against_prompts, "prompts", "training prompts")
 
 
 def reward_against_layer(results: Results) -> Figure | None:
@@ -102,14 +97,16 @@ def reward_against_layer(results: Results) -> Figure | None:
     Source: Fig. 6.
     """
     curve = results.reward_against_layer
+    ticks = None if curve is None else curve.layers if len(curve.layers) <= 8 else curve.layers[::-4]
+    return _against(results, curve, "layers", "hidden layer", ticks=ticks)
+
+
+def _against(results: Results, curve: Any, xs: str, xlabel: str, **more: Any) -> Figure | None:
+    """The lines of a curve against its field `xs`; the base is the row pass@1 where no other is given."""
     if curve is None or not curve.series:
         return None
-    ticks = curve.layers if len(curve.layers) <= 8 else curve.layers[::-4]
-    return _against(results, curve.layers, curve.series, xlabel="hidden layer", base=_base_reward(results), ticks=ticks)
-
-
-def _against(results: Results, *data: Any, **more: Any) -> Figure:
-    return bands(_title(results), *data, ylabel=REWARD, order=_order(results), **more)
+    more = {"base": _base_reward(results), "order": _order(results), **more}
+    return bands(_title(results), getattr(curve, xs), curve.series, xlabel=xlabel, ylabel=REWARD, **more)
 
 
 def reward_against_kl(results: Results) -> Figure | None:
