@@ -342,8 +342,8 @@ def test_every_baseline_that_can_be_named_has_a_row(tiny_code_model: ModelSpec, 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["baselines.names=[few_shots]"], r"baselines.names has few_shots: choose from few_shot, sft"),
-        (["baselines.names=[few_shot]"], "The baselines few_shot learn from a training split and there is none"),
+        (["baselines.names=[few_shots]"], "few_shots"),
+        (["baselines.names=[few_shot]"], "training split"),
         (["baselines.names=[few_shot]", "dataset.train=mbpp-train", "baselines.few_shot.shots=0"], "shots is 0"),
         (["+baselines.sft2.rank=8"], "baselines has no key sft2"),
         (["+baselines.prompt_rm.words=1", "baselines.names=[prompt_rm]"], "baselines.prompt_rm has no key words"),

@@ -21,6 +21,7 @@ from qprobe.run.joined import join
 from qprobe.run.stages import Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import Table
 
+# The name, and the keys "learnt" and "lessons" of manifests, are those of older run folders, which are read too.
 FINISHED = "learnt.json"
 
 
@@ -81,25 +82,22 @@ class Baselines:
         """Do what is left to do on test pools, each with its reward; finished work is found again."""
         for member in self.members:
             self._train(member)
-            for pool, reward in pools:
+            for tested, reward in pools:
+                pool, stage = self._at(member, tested, reward)
                 if isinstance(member, Rival):
-                    rival = member.pool(pool, self._folder(member))
-                    stages.sample(rival, progress)
-                    stages.give_back(rival.sampler)
-                    stages.reward(rival, reward, progress)
-                elif isinstance(member, Ranker):
+                    stages.sample(pool, progress)
+                    stages.give_back(pool.sampler)
+                else:
                     check_whole(pool, pool.completions, "sample")
-                    stages.reward(pool, self._ranking(member, pool), progress)
+                stages.reward(pool, stage, progress)
 
     def rivals(self, pool: Pool, reward: Reward) -> dict[str, np.ndarray | None]:
         """Row -> (P,) rewards of a rival's answers, prompts by task id; None where it was not run to its end."""
-        members = [member for member in self.members if isinstance(member, Rival)]
-        return {member.method: self._values(member, pool, reward) for member in members}
+        return self._values(Rival, pool, reward)
 
     def rankings(self, pool: Pool) -> dict[str, np.ndarray | None]:
         """Row -> (1, N) scores of the pool's candidates; None where not all were scored."""
-        members = [member for member in self.members if isinstance(member, Ranker)]
-        values = {member.method: self._values(member, pool) for member in members}
+        values = self._values(Ranker, pool, None)
         return {method: None if found is None else found[None].astype(float) for method, found in values.items()}
 
     def notes(self, pool: Pool, k: int) -> list[str]:
@@ -114,27 +112,30 @@ class Baselines:
 
     def identity(self, pool: Pool, reward: Reward) -> dict[str, str | None]:
         """What the rows of the baselines are made from; None where one was not run to its end."""
-        found = {member.name: self._found(member, pool, reward) for member in self.members}
+        found = {member.name: self._finished(member, pool, reward) for member in self.members}
         return {name: None if at is None else at[0].rewards(at[1]).state for name, at in found.items()}
 
-    def _values(self, member: Baseline, pool: Pool, reward: Reward | None = None) -> np.ndarray | None:
-        found = self._found(member, pool, reward)
-        return None if found is None else join(*found).rewards
+    def _values(self, kind: type[Baseline], pool: Pool, reward: Reward | None) -> dict[str, np.ndarray | None]:
+        found = {m.method: self._finished(m, pool, reward) for m in self.members if isinstance(m, kind)}
+        return {method: None if at is None else join(*at).rewards for method, at in found.items()}
 
-    def _found(self, member: Baseline, pool: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
-        """Where a baseline's values lie: a pool and what rewards it; None where they are not all there."""
+    def _at(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward]:
+        """Where a baseline's values lie: a pool and what rewards it."""
+        if isinstance(member, Ranker):
+            trained = self._training(member).identity if member.trains else None
+            return tested, Ranking(member, tested, self._folder(member), trained)
+        assert isinstance(member, Rival)
+        assert reward is not None  # rivals are rewarded as all completions are
+        return member.pool(tested, self._folder(member)), reward
+
+    def _finished(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
+        """The same; None where the values are not all there."""
         if member.trains and not (self._folder(member) / FINISHED).exists():
             return None
-        at: tuple[Pool, Reward]
-        if isinstance(member, Ranker):
-            at = pool, self._ranking(member, pool)
-        else:
-            assert isinstance(member, Rival)
-            assert reward is not None  # rivals are rewarded as all completions are
-            at = member.pool(pool, self._folder(member)), reward
-        table = at[0].rewards(at[1])
+        pool, stage = self._at(member, tested, reward)
+        table = pool.rewards(stage)
         table.check_inputs()
-        return at if all(table.has(keys) for keys in at[0].batches) else None
+        return (pool, stage) if all(table.has(keys) for keys in pool.batches) else None
 
     def _train(self, member: Baseline) -> None:
         if not member.trains:
@@ -154,7 +155,3 @@ class Baselines:
 
     def _folder(self, member: Baseline) -> Path:
         return self.run_folder / "baselines" / member.name
-
-    def _ranking(self, member: Ranker, pool: Pool) -> Ranking:
-        trained = self._training(member).identity if member.trains else None
-        return Ranking(member, pool, self._folder(member), trained)

@@ -48,7 +48,7 @@ class Experiments:
         run: runs a composed configuration.
         folder: where a configuration's run folder lies.
         check: raises for what cannot be, without work: asked of all jobs before the first is run.
-        commands: words that stand in the place of an experiment, with what each does.
+        commands: first words that run something else than an experiment, with what each does.
         other: runs such a command, given its words from its name on; returns the exit status.
     """
 
@@ -127,9 +127,9 @@ class Experiments:
                 raise UsageError(f"There is no option {word}{meant(word, known)}: {self.name} --help lists them.")
         if "=" not in words[0] and not words[0].startswith(("-", "~")):
             experiments = [choice.name for choice in configuration.groups(self.package)[configuration.EXPERIMENT]]
-            near = meant(words[0], self.commands) or meant(
-                f"experiment={words[0]}", [f"experiment={x}" for x in experiments]
-            )
+            near = meant(words[0], [*self.commands, *experiments])
+            for name in experiments:  # an experiment is named with its group
+                near = near.replace(f"mean {name}?", f"mean experiment={name}?")
             raise UsageError(
                 f"There is no command {words[0]}{near}: say experiment=NAME, NAME one of {', '.join(experiments)}"
                 f"{'; or ' + ' or '.join(self.commands) if self.commands else ''}."

@@ -40,7 +40,7 @@ compdef {function} {name}
 
 
 def settings(package: str, name: str, words: Sequence[str] = ()) -> list[str]:
-    """What may stand on a command line: every GROUP=NAME of a package, and KEY= of the configuration that words compose."""
+    """Words of a command line: every GROUP=NAME of a package, and KEY= of the configuration that some words compose."""
     groups = configuration.groups(package)
     chosen = [f"{group}={choice.name}" for group, choices in groups.items() for choice in choices]
     return chosen + [f"{key}=" for key in configuration.keys(package, name, words)]

@@ -137,7 +137,7 @@ class _Asked:
         return str(self.config["sampler"]["backend"])
 
     def longest_prompt(self) -> int | None:
-        """Tokens that a prompt may have: what the context leaves beside the longest completion; None where not known."""
+        """Tokens that a prompt may have: the context without the longest completion; None where not known."""
         context = None if self.backend == "openai" else lengths.context_of(self.ends.sampler)
         return None if context is None else context - self.ends.sampler.settings.max_new_tokens
 

@@ -1,6 +1,6 @@
 """How figures look and are written: one column of a paper, as PNG and PDF, lines with bands and their names at the right.
 
-A method's name stands level with its line: no legend covers data. Bands are 95 % intervals. The same results give the same
+A method's name is level with its line: no legend covers data. Bands are 95 % intervals. The same results give the same
 bytes: no dates, no settings of the user's matplotlib. Figures are built without pyplot, so nothing is opened, kept or changed
 in a notebook that calls this.
 """
@@ -187,7 +187,7 @@ def draw_line(
 
 
 def _spaced(xs: list[int]) -> list[int]:
-    """The ticks: all xs if they fit, else those that stand clear of each other."""
+    """The ticks: all xs if they fit, else those that do not touch each other."""
     place = [math.log2(x) if xs[-1] > 8 * xs[0] else x for x in xs]
     clear = (place[-1] - place[0]) / 11
     chosen = [len(xs) - 1]

@@ -278,8 +278,8 @@ def _aligned(block: Block) -> list[str]:
     table = [block.header, *block.rows]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(block.header))]
     # Only a method's name may be long: it takes what the numbers leave, and goes on below.
-    room = TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
-    widths[0] = min(widths[0], max(room, 12))
+    left = TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
+    widths[0] = min(widths[0], max(left, 12))
     lines = []
     for cells in table:
         names = textwrap.wrap(cells[0], widths[0], break_on_hyphens=False) or [""]
