@@ -12,7 +12,7 @@ from qprobe.prompts import Prompt
 from qprobe.run.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import StoreError, Table
 
-FENCE = "```"
+_FENCE = "```"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Ranker(Baseline):
 def answer(prompt: Prompt, completion: str) -> str:
     """What the model says to a prompt: with the opening that its answer was given, and a fence that is open closed."""
     text = prompt.opening + completion
-    return text if text.count(FENCE) % 2 == 0 else f"{text.rstrip()}\n{FENCE}"
+    return text if text.count(_FENCE) % 2 == 0 else f"{text.rstrip()}\n{_FENCE}"
 
 
 def question(prompt: Prompt) -> str:

@@ -22,7 +22,7 @@ from qprobe.prompts import Prompt
 from qprobe.run.stages import Pool, Split
 from qprobe.sampling import Sampler
 
-SHOTS = "shots.json"
+_SHOTS = "shots.json"
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class FewShot(Rival):
     def train(self, data: TrainingData, folder: Path) -> None:
         shots = successes(data.read(), self.settings)
         text = json.dumps([dataclasses.asdict(shot) for shot in shots], indent=1)
-        write_whole(folder / SHOTS, text.encode())
+        write_whole(folder / _SHOTS, text.encode())
 
     def pool(self, tested: Pool, folder: Path) -> Pool:
-        split, written = tested.split, (folder / SHOTS).read_text()
+        split, written = tested.split, (folder / _SHOTS).read_text()
         if (split.name, written) not in self._fitted:
             self._fitted[split.name, written] = self._split(split, _read(written))
         fitted = self._fitted[split.name, written]

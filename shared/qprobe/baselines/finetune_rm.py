@@ -18,7 +18,7 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.run.stages import Pool, RewardBatch, RewardRow, completions_of, tokens_of
 
-ADAPTER = "adapter"
+_ADAPTER = "adapter"
 
 
 def train_reward_model(
@@ -91,13 +91,13 @@ class FinetuneRM(Ranker):
 
     def train(self, data: TrainingData, folder: Path) -> None:
         examples = examples_of(data, Likelihood(self.model))
-        trained = train_reward_model(self.model, examples, self.settings, folder / ADAPTER, self.seed)
+        trained = train_reward_model(self.model, examples, self.settings, folder / _ADAPTER, self.seed)
         tqdm.write(trained.sentence(self.method))
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
     ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
-        model = RewardModel(self.model, folder / ADAPTER)
+        model = RewardModel(self.model, folder / _ADAPTER)
         prompts = {row["task_id"]: row for row in tested.prompts.read([tested.task_ids]).to_pylist()}
         for batch in batches:
             rows = completions_of(tested, batch.keys)

@@ -36,13 +36,13 @@ from qprobe.models import adapters
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.memory import GIB, Footprint, Passes
 
-HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.pt"
+HEAD_FILE, _CHECKPOINT = "head.safetensors", "checkpoint.pt"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.
-FEWEST_TO_HOLD_OUT = 20
+_FEWEST_TO_HOLD_OUT = 20
 # Bytes of a pass there: in larger ones fresh memory costs more time than it saves.
-MOST_ON_A_CPU = 2 * GIB
+_MOST_ON_A_CPU = 2 * GIB
 # Steps that the learning rate rises for, as a share of all; it falls to 0 in the rest.
-WARM_UP = 0.05
+_WARM_UP = 0.05
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Training:
         rows, trained_on, held_out = self._divided(language_model)
         self.passes, self.footprint = Passes(language_model), Footprint(language_model, shared=True, tokens_per_pass=1)
         if language_model.device.type == "cpu":
-            self.passes.ceiling = MOST_ON_A_CPU
+            self.passes.ceiling = _MOST_ON_A_CPU
         with _seeded(self.seed, language_model.device):
             self.model = self._adapted(language_model)
             head = objective.prepare(language_model, trained_on)
@@ -226,7 +226,7 @@ class Training:
                 "max_tokens or take a model of longer context."
             )
         names = sorted({row.prompt for row in rows})
-        count = round(self.settings.held_out * len(names)) if len(names) >= FEWEST_TO_HOLD_OUT else 0
+        count = round(self.settings.held_out * len(names)) if len(names) >= _FEWEST_TO_HOLD_OUT else 0
         chosen = set(np.random.default_rng([self.seed, 0]).permutation(names)[:count].tolist())
         trained_on = [row for row in rows if row.prompt not in chosen]
         return rows, trained_on, self._of_epoch([row for row in rows if row.prompt in chosen], 0)
@@ -326,13 +326,13 @@ class Training:
         now = {name: p.detach() for name, p in self.parameters.items()}
         out = io.BytesIO()
         torch.save({**held, "now": now, "best": best}, out)
-        write_whole(self.work / CHECKPOINT, out.getvalue())
+        write_whole(self.work / _CHECKPOINT, out.getvalue())
 
     def _continue(self, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
         """Where a training of the same inputs was interrupted, or its beginning."""
-        if not (self.work / CHECKPOINT).is_file():
+        if not (self.work / _CHECKPOINT).is_file():
             return _State(), {}
-        held = torch.load(self.work / CHECKPOINT, map_location="cpu", weights_only=True)
+        held = torch.load(self.work / _CHECKPOINT, map_location="cpu", weights_only=True)
         if held["inputs"] != self.inputs:
             return _State(), {}
         self._set(held["now"])
@@ -395,5 +395,5 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _share(step: int, steps: int) -> float:
     """Of the highest learning rate: up in the first twentieth of the steps, then down to 0."""
-    rising = max(1, round(WARM_UP * steps))
+    rising = max(1, round(_WARM_UP * steps))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))

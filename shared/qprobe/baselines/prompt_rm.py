@@ -19,8 +19,8 @@ from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
 from qprobe.run.stages import Pool, RewardBatch, RewardRow
 
-PLACES = ("{problem}", "{candidate}")
-CUT = 8  # a problem that is too long loses an eighth of itself at a time
+_PLACES = ("{problem}", "{candidate}")
+_CUT = 8  # a problem that is too long loses an eighth of itself at a time
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class PromptRMSettings:
     bad: str = "No"
 
     def __post_init__(self) -> None:
-        at = [self.template.find(place) for place in PLACES]
-        if not 0 <= at[0] < at[1] or any(self.template.count(place) != 1 for place in PLACES):
+        at = [self.template.find(place) for place in _PLACES]
+        if not 0 <= at[0] < at[1] or any(self.template.count(place) != 1 for place in _PLACES):
             raise ValueError(
                 "baselines.prompt_rm.template must hold {problem} and then {candidate}, each of them once."
             )
@@ -50,8 +50,8 @@ class PromptRMSettings:
             )
 
     def asked(self, problem: str, candidate: str) -> str:
-        before, _, rest = self.template.partition(PLACES[0])
-        between, _, after = rest.partition(PLACES[1])
+        before, _, rest = self.template.partition(_PLACES[0])
+        between, _, after = rest.partition(_PLACES[1])
         return before + problem + between + candidate + after
 
 
@@ -119,4 +119,4 @@ class PromptRM(Ranker):
                     f"A candidate of {prompt.task_id} makes a prompt of {len(ids)} tokens for {self.model.name}, which reads "
                     f"{context}: name a judge with a longer context, or lower sampler.max_new_tokens."
                 )
-            problem = problem[len(problem) // CUT + 1 :]
+            problem = problem[len(problem) // _CUT + 1 :]

@@ -22,10 +22,10 @@ from qprobe.run.stages import Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import Table
 
 # The name, and the keys "learnt" and "lessons" of manifests, are those of older run folders, which are read too.
-FINISHED = "learnt.json"
+_FINISHED = "learnt.json"
 
 
-class Ranking:
+class _Ranking:
     """A ranker as a reward stage of one pool.
 
     Args:
@@ -93,11 +93,11 @@ class Baselines:
 
     def rivals(self, pool: Pool, reward: Reward) -> dict[str, np.ndarray | None]:
         """Row -> (P,) rewards of a rival's answers, prompts by task id; None where it was not run to its end."""
-        return self._values(Rival, pool, reward)
+        return self._values([member for member in self.members if isinstance(member, Rival)], pool, reward)
 
     def rankings(self, pool: Pool) -> dict[str, np.ndarray | None]:
         """Row -> (1, N) scores of the pool's candidates; None where not all were scored."""
-        values = self._values(Ranker, pool, None)
+        values = self._values([member for member in self.members if isinstance(member, Ranker)], pool, None)
         return {method: None if found is None else found[None].astype(float) for method, found in values.items()}
 
     def notes(self, pool: Pool, k: int) -> list[str]:
@@ -115,22 +115,22 @@ class Baselines:
         found = {member.name: self._finished(member, pool, reward) for member in self.members}
         return {name: None if at is None else at[0].rewards(at[1]).state for name, at in found.items()}
 
-    def _values(self, kind: type[Baseline], pool: Pool, reward: Reward | None) -> dict[str, np.ndarray | None]:
-        found = {m.method: self._finished(m, pool, reward) for m in self.members if isinstance(m, kind)}
+    def _values(self, members: Sequence[Baseline], pool: Pool, reward: Reward | None) -> dict[str, np.ndarray | None]:
+        found = {member.method: self._finished(member, pool, reward) for member in members}
         return {method: None if at is None else join(*at).rewards for method, at in found.items()}
 
     def _at(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward]:
         """Where a baseline's values lie: a pool and what rewards it."""
         if isinstance(member, Ranker):
             trained = self._training(member).identity if member.trains else None
-            return tested, Ranking(member, tested, self._folder(member), trained)
+            return tested, _Ranking(member, tested, self._folder(member), trained)
         assert isinstance(member, Rival)
         assert reward is not None  # rivals are rewarded as all completions are
         return member.pool(tested, self._folder(member)), reward
 
     def _finished(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
         """The same; None where the values are not all there."""
-        if member.trains and not (self._folder(member) / FINISHED).exists():
+        if member.trains and not (self._folder(member) / _FINISHED).exists():
             return None
         pool, stage = self._at(member, tested, reward)
         table = pool.rewards(stage)
@@ -142,10 +142,10 @@ class Baselines:
             return
         table = self._training(member)
         table.begin()
-        if not (table.folder / FINISHED).exists():
+        if not (table.folder / _FINISHED).exists():
             assert self.data is not None  # looked at when the baselines were made
             member.train(self.data, table.folder)
-            write_whole(table.folder / FINISHED, b"{}\n")
+            write_whole(table.folder / _FINISHED, b"{}\n")
 
     def _training(self, member: Baseline) -> Table:
         """The folder of what a baseline was trained to, known by its manifest as a table is."""

@@ -18,7 +18,7 @@ from qprobe.models.likelihood import Likelihood
 from qprobe.run.stages import Pool
 from qprobe.sampling import Sampler
 
-ADAPTER = "adapter"
+_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class SFT(Rival):
 
     def train(self, data: TrainingData, folder: Path) -> None:
         examples = examples_of(data, Likelihood(self.model), self.settings.success)
-        trained = fine_tune(self.model, examples, self.settings, folder / ADAPTER, self.seed)
+        trained = fine_tune(self.model, examples, self.settings, folder / _ADAPTER, self.seed)
         tqdm.write(trained.sentence(self.method))
 
     def pool(self, tested: Pool, folder: Path) -> Pool:
         split = dataclasses.replace(tested.split, recorded=None)
-        sampler = self.sampler(folder / ADAPTER)
+        sampler = self.sampler(folder / _ADAPTER)
         return Pool(tested.run, split, self.name, sampler, tested.seed, tested.batch_rows, tested.shard)

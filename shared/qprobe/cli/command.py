@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 from qprobe.cli import completion, configuration, multirun
 from qprobe.settings import UsageError, meant
 
-STOPPED = 130
+_STOPPED = 130
 # Options of Hydra that are handed over as they are.
-HYDRAS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help")
-FOLDER = "--config-dir"
-MULTIRUN = ("--multirun", "-m")
-OWN = ("--help", "-h", "--version", "--debug", "--completion", FOLDER)
-OPTIONS = """\
+_HYDRAS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help")
+_FOLDER = "--config-dir"
+_MULTIRUN = ("--multirun", "-m")
+_OWN = ("--help", "-h", "--version", "--debug", "--completion", _FOLDER)
+_OPTIONS = """\
   -h, --help             this text
   --version              the version of the project
   -m, --multirun         a run for every combination of values: probe.learning_rate=1e-3,1e-2; one table shows all
@@ -81,7 +81,7 @@ class Experiments:
         parts = [
             usage,
             [self.does],
-            ["Options:", OPTIONS.replace("{name}", self.name)],
+            ["Options:", _OPTIONS.replace("{name}", self.name)],
             ["Examples:", *(f"  {line}\n      {about}" for line, about in self.examples)],
             *([commands] if self.commands else []),
             ["Experiments (experiment=NAME):", *_choices(experiments)],
@@ -107,21 +107,21 @@ class Experiments:
             return 0
         self._check(words)
         words = _with_folder(words)
-        plain = [word for word in words if word not in MULTIRUN]
-        if set(words) & set(HYDRAS):
+        plain = [word for word in words if word not in _MULTIRUN]
+        if set(words) & set(_HYDRAS):
             if "--hydra-help" not in words:
                 configuration.composed(
                     self.package, "config", [word for word in plain if "=" in word and word[0] != "-"]
                 )
             return self._by_hydra(words, [], debug)
-        if set(words) & set(MULTIRUN):
+        if set(words) & set(_MULTIRUN):
             return self._multirun(plain, debug)
         self.run(configuration.composed(self.package, "config", plain))
         return 0
 
     def _check(self, words: Sequence[str]) -> None:
         """Raise UsageError for an option or a command that is none."""
-        known = [*OWN, *MULTIRUN, *HYDRAS]
+        known = [*_OWN, *_MULTIRUN, *_HYDRAS]
         for word in words:
             if word.startswith("-") and word.partition("=")[0] not in known:
                 raise UsageError(f"There is no option {word}{meant(word, known)}: {self.name} --help lists them.")
@@ -141,7 +141,7 @@ class Experiments:
         jobs = multirun.plan(words, compose, self.folder, self.check)
         if not launched:
             return multirun.run(self.name, jobs, lambda job: self.run(multirun.placed(compose(job.words), job)))
-        status = self._by_hydra([*MULTIRUN[:1], *words], jobs, debug)
+        status = self._by_hydra([*_MULTIRUN[:1], *words], jobs, debug)
         multirun.show(jobs)
         return status
 
@@ -169,17 +169,17 @@ class Experiments:
     def _completion(self, shells: Sequence[str]) -> str:
         first = configuration.groups(self.package)[configuration.EXPERIMENT][0]
         words = completion.settings(self.package, "config", [f"experiment={first.name}"])
-        of_command = {"": [*words, *OWN, *MULTIRUN, "--cfg", *self.commands], **{name: [] for name in self.commands}}
+        of_command = {"": [*words, *_OWN, *_MULTIRUN, "--cfg", *self.commands], **{name: [] for name in self.commands}}
         return completion.script(self.name, shells, of_command)
 
 
 def _with_folder(words: Sequence[str]) -> list[str]:
     """The words with --config-dir DIR as the setting that it is to Hydra."""
-    if FOLDER not in words:
+    if _FOLDER not in words:
         return list(words)
-    place = words.index(FOLDER)
+    place = words.index(_FOLDER)
     if place + 1 == len(words):
-        raise UsageError(f"{FOLDER} names no folder: say {FOLDER} DIR.")
+        raise UsageError(f"{_FOLDER} names no folder: say {_FOLDER} DIR.")
     return [*words[:place], *words[place + 2 :], configuration.search(Path(words[place + 1]))]
 
 
@@ -235,7 +235,7 @@ def guarded(name: str, work: Callable[[], int | None], debug: bool = False) -> i
         return work() or 0
     except KeyboardInterrupt:
         print(f"\n{name}: stopped. What was written stays; the same command goes on from there.", file=sys.stderr)
-        return STOPPED
+        return _STOPPED
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

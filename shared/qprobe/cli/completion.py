@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qprobe.cli import configuration
 from qprobe.settings import UsageError, meant
 
-SHELLS = ("bash", "zsh")
+_SHELLS = ("bash", "zsh")
 # A word that ends in = or / is gone on with, so no space follows it. Bash cuts words at = and :, hence COMP_LINE.
 _BASH = """\
 {function}() {{
@@ -51,16 +51,16 @@ def script(name: str, shells: Sequence[str], of_command: Mapping[str, Sequence[s
 
     Args:
         name: of the command.
-        shells: what stood after --completion: one of SHELLS.
+        shells: what stood after --completion: one of _SHELLS.
         of_command: first word of the command line -> the words that may follow it; "" holds the first words themselves, which may
             follow any other first word too.
 
     Raises:
         UsageError: another shell, or none.
     """
-    if len(shells) != 1 or shells[0] not in SHELLS:
+    if len(shells) != 1 or shells[0] not in _SHELLS:
         said = " ".join(shells)
-        raise UsageError(f"--completion {said}{meant(said, SHELLS)}: say --completion bash or --completion zsh.")
+        raise UsageError(f"--completion {said}{meant(said, _SHELLS)}: say --completion bash or --completion zsh.")
     template, case = (_BASH, '    {}) words="{}" ;;') if shells[0] == "bash" else (_ZSH, "    {}) words_of=({}) ;;")
     held = {command: " ".join(sorted(set(words))) for command, words in of_command.items()}
     first = held.pop("")

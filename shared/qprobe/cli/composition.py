@@ -45,13 +45,13 @@ from qprobe.settings import UsageError, accepted, build, check_keys, meant
 
 SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
 EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "recorded": RecordedEmbedder, "vllm": VLLMEmbedder}
-RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  # with the keys that each knows
+_RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  # with the keys that each knows
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What two procedures in one table share.
 COMMON = ("losses", "k", "curve_shares", "curve_prompts", "controls", "bootstrap")
 # What an application needs besides a probe.
-USE_KEYS = {"prompts", "model", "sampler", "embedder"}
+_USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
 
 def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Seque
     """
     runner, names = dict(config["runner"]), config["stages"]
     backend = runner.pop("backend", None)
-    check_keys(runner, _chosen(RUNNERS, backend, "runner.backend"), "runner")
+    check_keys(runner, _chosen(_RUNNERS, backend, "runner.backend"), "runner")
     if backend == "ray":
         return ray_cluster.execute(make, names, runner, more)
     made = make()
@@ -354,7 +354,7 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
     Raises:
         ValueError: a card that names none, or an override that cannot be.
     """
-    if missing := sorted(USE_KEYS - set(probe.use)):
+    if missing := sorted(_USE_KEYS - set(probe.use)):
         raise ValueError(
             f"The probe's card does not say {', '.join(missing)}: it was not made by `qprobe run` or `qprobe import`. In "
             "Python, Policy(sampler, embedder, probe) takes any."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CORE = "qprobe.conf"
 EXPERIMENT = "experiment"
-SEARCHPATH = "hydra.searchpath"
+_SEARCHPATH = "hydra.searchpath"
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def search(folder: Path) -> str:
         raise UsageError(
             f"There is no folder {folder}: --config-dir names one with groups, such as {folder}/experiment."
         )
-    return f"{SEARCHPATH}=[pkg://{CORE},'file://{folder.resolve()}']"
+    return f"{_SEARCHPATH}=[pkg://{CORE},'file://{folder.resolve()}']"
 
 
 def _searched(parsed: Sequence[Override]) -> list[Path]:
     """The folders that such words add."""
-    said = [word.value() for word in parsed if word.key_or_group == SEARCHPATH]
+    said = [word.value() for word in parsed if word.key_or_group == _SEARCHPATH]
     found = [entry for value in said if isinstance(value, list) for entry in value]
     return [Path(str(entry).removeprefix("file://")) for entry in found if str(entry).startswith("file://")]
 

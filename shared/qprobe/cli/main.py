@@ -25,18 +25,19 @@ from qprobe.cli.command import Parser, groups_text, guarded, without_debug
 if TYPE_CHECKING:
     from qprobe.cli.own_work import Work
 
-DOES = """\
+_DOES = """\
 Q-probes: adapt a frozen language model to a reward. Completions are drawn and rewarded, a small probe of
 the model's hidden states is trained to tell which earn more, and chooses among candidates."""
-EXAMPLES = """\
+_EXAMPLES = """\
 examples:
   qprobe run prompts.jsonl --reward short.py:reward --run runs/short sampler.n=16
   qprobe import candidates.jsonl --run runs/mine model=hub model.name=NAME
   qprobe answer --probe runs/short/probes/prompts/policy_gradient "Write a sentence about the sea."
 
 qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
-OVERRIDES = "KEY=VALUE arguments change settings, such as sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2."
-CHANGED = ("run", "import", "answer")  # commands that take KEY=VALUE
+# Commands that take KEY=VALUE, with examples.
+_CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
+_CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def _main(words: list[str]) -> int | None:
         print(_completion(words[1:]))
         return None
     chosen, rest = _parser().parse_known_args(words)
-    if unknown := [word for word in rest if chosen.command not in CHANGED or word.startswith("-") or "=" not in word]:
+    if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
@@ -67,13 +68,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The command's parser, and those of its commands by name."""
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     groups = groups_text(configuration.groups(configuration.CORE))
-    parser = Parser(prog="qprobe", description=DOES, epilog=f"{EXAMPLES}\n\n{groups}", **layout)
+    parser = Parser(prog="qprobe", description=_DOES, epilog=f"{_EXAMPLES}\n\n{groups}", **layout)
     parser.add_argument("--version", action="version", version=command.version("qprobe"))
     parser.add_argument("--completion", metavar="SHELL", help="print the completion for bash or zsh")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def arguments_of(name: str, does: str) -> Callable[..., Any]:
-        epilog = f"{OVERRIDES}\n\n{groups}" if name in CHANGED else None
+        words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
+        epilog = None if name not in _CHANGED else words if name == "answer" else f"{words}\n\n{groups}"
         return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
 
     file: dict[str, Any] = {"type": Path}
@@ -119,7 +121,7 @@ def _completion(shells: Sequence[str]) -> str:
     of_command = {"": [*commands, "--help", "--version", "--completion"]}
     for name, parser in commands.items():
         options = [option for action in parser._actions for option in action.option_strings]
-        of_command[name] = [*options, *(settings if name in CHANGED else [])]
+        of_command[name] = [*options, *(settings if name in _CHANGED else [])]
     return completion.script("qprobe", shells, of_command)
 
 

@@ -25,9 +25,9 @@ from qprobe.report.results import Results
 from qprobe.settings import UsageError
 from qprobe.store import sharing
 
-LONGEST = 100  # characters of a folder's name
-SUMMARY = "multirun"
-HEAD = ("job", "pool", "method", "reward", "low", "high", "auc", "prompts", "seeds")
+_LONGEST = 100  # characters of a folder's name
+_SUMMARY = "multirun"
+_HEAD = ("job", "pool", "method", "reward", "low", "high", "auc", "prompts", "seeds")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def plan(
                 run=None,
                 folder=folder_of(_with_run(config, base)),
                 base=folder_of(config),
-                tables=Path(f"{base}-{SUMMARY}"),
+                tables=Path(f"{base}-{_SUMMARY}"),
             )
         )
         configs.append(config)
@@ -109,8 +109,8 @@ def _with_run(config: Mapping[str, Any], run: str) -> dict[str, Any]:
 def _name(label: str) -> str:
     """A folder's name: legible, and another one for another label."""
     name = re.sub(r"[^\w.=+-]+", "_", label.replace(", ", ",")).strip("_.")
-    legible = name == label and len(name) <= LONGEST
-    return name if legible else f"{name[:LONGEST]}-{fingerprint(label)[:6]}"
+    legible = name == label and len(name) <= _LONGEST
+    return name if legible else f"{name[:_LONGEST]}-{fingerprint(label)[:6]}"
 
 
 def placed(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
@@ -167,14 +167,14 @@ def show(jobs: Sequence[Job]) -> None:
     if len({row[0] for row in rows}) < 2:
         return
     folder, lines = jobs[0].tables / "tables", io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([HEAD, *rows])
+    csv.writer(lines, lineterminator="\n").writerows([_HEAD, *rows])
     cells = [
         [job, pool, method, _number(value), f"[{_number(low)}, {_number(high)}]", _number(auc)]
         for job, pool, method, value, low, high, auc, *_ in rows
     ]
     table = tables.Block(["job", "pool", "method", "reward", "95 % interval", "AUC"], [False] * 6, cells)
     texts = {"csv": lines.getvalue(), "md": tables.markdown_page([jobs[0].tables.name], [table], [])}
-    tables.write_formats(texts, folder, SUMMARY)
+    tables.write_formats(texts, folder, _SUMMARY)
     print(tables.text_page([], [table], []))
     print("\n".join([f"tables:   {folder}", *(f"run:      {run}" for run in labels if run.exists())]))
 

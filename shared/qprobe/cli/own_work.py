@@ -25,12 +25,12 @@ from qprobe.store.jsonl import PromptRow
 from qprobe.store.table import COMPLETIONS, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
-PROMPTS, TEST = "prompts", "test"
+_PROMPTS, _TEST = "prompts", "test"
 KEYS = composition.KEYS | {"title", "prompts", "baselines", "too_long"}
 # Share of completions cut at their longest from which it is said.
-CUT_SHARE = 0.1
-STDIN = Path("-")  # the standard input in the place of a file
-STYLES = {"chat": "messages of a user (prompts=chat)", "text": "text to be continued (prompts=text)"}
+_CUT_SHARE = 0.1
+_STDIN = Path("-")  # the standard input in the place of a file
+_STYLES = {"chat": "messages of a user (prompts=chat)", "text": "text to be continued (prompts=text)"}
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Work:
 
     def _cut(self) -> list[str]:
         """A sentence where many completions were cut, which hardly any reward likes."""
-        table = found_table(self.pipeline.run / "completions" / f"{PROMPTS}.sample", COMPLETIONS)
+        table = found_table(self.pipeline.run / "completions" / f"{_PROMPTS}.sample", COMPLETIONS)
         reasons = table.read()["finish_reason"].to_pylist()
         share = reasons.count("length") / len(reasons)
-        if share < CUT_SHARE:
+        if share < _CUT_SHARE:
             return []
         longest = self.pipeline.sampler.settings.max_new_tokens
         return [f"{share:.0%} of the completions were cut at sampler.max_new_tokens={longest}."]
@@ -79,7 +79,7 @@ class Work:
 
 def run_folder(prompts: Path, folder: Path | None) -> Path:
     """The folder that was given, or runs/NAME after the file of prompts."""
-    return Path("runs") / ("stdin" if prompts == STDIN else prompts.stem) if folder is None else folder
+    return Path("runs") / ("stdin" if prompts == _STDIN else prompts.stem) if folder is None else folder
 
 
 def run(
@@ -105,21 +105,21 @@ def run(
         FileNotFoundError, ValueError: a file, a line of it, a setting or the reward that cannot be used.
     """
     folder = run_folder(prompts, folder)
-    if prompts == test == STDIN:
+    if prompts == test == _STDIN:
         raise ValueError("PROMPTS and --test cannot both be the standard input: give one of them as a file.")
     config = _config([prompts, *([] if test is None else [test])], overrides, f", {reward}")
-    rows = jsonl.read_prompts(prompts, PROMPTS)
-    test_rows = [] if test is None else jsonl.read_prompts(test, TEST)
+    rows = jsonl.read_prompts(prompts, _PROMPTS)
+    test_rows = [] if test is None else jsonl.read_prompts(test, _TEST)
     jsonl.check_apart(rows, test_rows)
     function = FunctionReward(reward, [*rows, *test_rows], batched)
     function.check()
     style = _style(config, [*rows, *test_rows])
-    notes = [f"{len(rows) + len(test_rows)} prompts, which the model reads as {STYLES[style]}."]
+    notes = [f"{len(rows) + len(test_rows)} prompts, which the model reads as {_STYLES[style]}."]
     if (limits := _limits(config, drawn=True)) is not None:
         fitted = lengths.fit_prompts(prompts, rows, style, limits, config["too_long"])
         tested = lengths.fit_prompts(test or prompts, test_rows, style, limits, config["too_long"])
         rows, test_rows, notes = fitted.rows, tested.rows, [*notes, *fitted.notes, *tested.notes]
-    splits = [_split(PROMPTS, rows, style), *([_split(TEST, test_rows, style)] if test_rows else [])]
+    splits = [_split(_PROMPTS, rows, style), *([_split(_TEST, test_rows, style)] if test_rows else [])]
     pipeline = composition.pipeline(
         config,
         run=folder,
@@ -146,11 +146,11 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     """
     config = _config([candidates], overrides)
     config["sampler"]["greedy"] = False  # nobody could reward it
-    found = jsonl.read_candidates(candidates, PROMPTS)
+    found = jsonl.read_candidates(candidates, _PROMPTS)
     style = _style(config, found.prompts)
     if (limits := _limits(config, drawn=False)) is not None:
         found = lengths.fit_candidates(candidates, found, style, limits, config["too_long"])
-    split = _split(PROMPTS, found.prompts, style, found.completions)
+    split = _split(_PROMPTS, found.prompts, style, found.completions)
     pipeline = composition.pipeline(
         config,
         run=folder,
@@ -162,7 +162,7 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     _check_range(pipeline, found.rewards)
     sizes = [len(texts) for texts in found.completions.values()]
     counted = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
-    said = f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; the model reads them as {STYLES[style]}."
+    said = f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; the model reads them as {_STYLES[style]}."
     again = functools.partial(_pipeline_of, import_candidates, candidates, folder=folder, overrides=overrides)
     work = Work(pipeline, config, again, [said, *found.notes])
     if pipeline.shard[1] > 1:
@@ -179,10 +179,10 @@ def _config(files: Sequence[Path], overrides: Sequence[str], of: str = "") -> di
     config = composition.composed("run", overrides)
     check_keys(config, KEYS, "the configuration")
     lengths.check_choice(config["too_long"])
-    if STDIN in files and config["runner"]["backend"] != "local":
+    if _STDIN in files and config["runner"]["backend"] != "local":
         raise ValueError("The standard input cannot be read by several processes: give a file, or say runner=local.")
     if config["title"] is None:
-        config["title"] = ("standard input" if files[0] == STDIN else files[0].stem) + of
+        config["title"] = ("standard input" if files[0] == _STDIN else files[0].stem) + of
     return config
 
 
@@ -198,7 +198,7 @@ def _limits(config: dict[str, Any], drawn: bool) -> lengths.Room | None:
 def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
     """What plain text is to the model; `auto` asks the model whether it was made for conversations."""
     style = str(config["prompts"])
-    if style in STYLES:
+    if style in _STYLES:
         return style
     if style != "auto":
         raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")

@@ -38,7 +38,7 @@ from qprobe.report.results import BASE_METHOD, Results, TradeOff
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REWARD = "expected reward"
+_REWARD = "expected reward"
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
@@ -106,7 +106,7 @@ def _against(results: Results, curve: Any, xs: str, xlabel: str, **more: Any) ->
     if curve is None or not curve.series:
         return None
     more = {"base": _base_reward(results), "order": _order(results), **more}
-    return bands(_title(results), getattr(curve, xs), curve.series, xlabel=xlabel, ylabel=REWARD, **more)
+    return bands(_title(results), getattr(curve, xs), curve.series, xlabel=xlabel, ylabel=_REWARD, **more)
 
 
 def reward_against_kl(results: Results) -> Figure | None:
@@ -120,7 +120,7 @@ def reward_against_kl(results: Results) -> Figure | None:
     if trade_off is None or not trade_off.series:
         return None
     with own_style():
-        figure, axes = panel(_title(results), r"KL$(\pi_k\,\|\,p_0)$ (nats)", REWARD)
+        figure, axes = panel(_title(results), r"KL$(\pi_k\,\|\,p_0)$ (nats)", _REWARD)
         ends = []
         for method, series in trade_off.series.items():
             points = sorted((p for p in series if p.kl is not None and p.reward is not None), key=lambda p: -p.beta)

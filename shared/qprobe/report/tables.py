@@ -18,7 +18,7 @@ from qprobe.files import write_whole
 from qprobe.report.results import BASE_METHOD, LayerCurve, Results, Row
 
 NOT_RUN = "not run"
-TEXT_WIDTH = 100
+_TEXT_WIDTH = 100
 
 _DASH = "-"
 # Columns that hold bare numbers, set to the right; those of published values are read by their points.
@@ -49,12 +49,12 @@ def to_text(results: Results) -> str:
 
 def text_page(head: list[str], blocks: list[Block], foot: list[str]) -> str:
     """Set tables for a terminal: lines above, the tables, notes below."""
-    lines = [line for part in head for line in textwrap.wrap(part, TEXT_WIDTH, break_on_hyphens=False)]
+    lines = [line for part in head for line in textwrap.wrap(part, _TEXT_WIDTH, break_on_hyphens=False)]
     for block in blocks:
         lines += ["", *_aligned(block)]
     lines.append("")
     for note in foot:
-        lines += textwrap.wrap(note, TEXT_WIDTH, break_on_hyphens=False)
+        lines += textwrap.wrap(note, _TEXT_WIDTH, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
@@ -278,7 +278,7 @@ def _aligned(block: Block) -> list[str]:
     table = [block.header, *block.rows]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(block.header))]
     # Only a method's name may be long: it takes what the numbers leave, and goes on below.
-    left = TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
+    left = _TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
     widths[0] = min(widths[0], max(left, 12))
     lines = []
     for cells in table:
