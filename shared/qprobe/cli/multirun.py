@@ -121,11 +121,11 @@ def placed(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
 def run(name: str, jobs: Sequence[Job], execute: Callable[[Job], None]) -> int:
     """Run one job after the other and show all; a job that fails is said, and the others go on.
 
-    Returns: the exit status, 1 where one failed.
-
     Args:
         name: of the command, before a sentence on a fault.
         execute: runs a job in its folder.
+
+    Returns: the exit status, 1 where one failed.
     """
     failed = []
     for number, job in enumerate(jobs, start=1):
