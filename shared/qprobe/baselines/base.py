@@ -96,28 +96,28 @@ class Baseline(ABC):
     Attributes:
         name: short, in the configuration and in paths.
         method: of its row.
-        trains: whether it needs a training split.
+        trains: whether it needs a training split, for `train`.
     """
 
     name: str
     method: str
-    trains: bool
+    trains: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides it besides what it is trained on; cheap."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raise, in a sentence, what can be known to fail before any work."""
+        return
 
-    @abstractmethod
     def train(self, data: TrainingData, folder: Path) -> None:
         """Train, into a folder that is its own; not called again once it has returned. A killed one is begun again.
 
         Raises:
             ValueError: there is nothing to train on, such as no success.
         """
+        raise NotImplementedError
 
 
 class Rival(Baseline):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qprobe.files import write_whole
 from qprobe.prompts import Prompt
 from qprobe.run.stages import Pool, Split
 from qprobe.sampling import Sampler
+from qprobe.settings import build
 
 _SHOTS = "shots.json"
 
@@ -112,9 +113,6 @@ class FewShot(Rival):
     def identity(self) -> dict[str, Any]:
         return {"few_shot": dataclasses.asdict(self.settings)}
 
-    def check(self) -> None:
-        """Nothing can be known beforehand: whether there are successes is seen once they are rewarded."""
-
     def train(self, data: TrainingData, folder: Path) -> None:
         shots = successes(data.read(), self.settings)
         text = json.dumps([dataclasses.asdict(shot) for shot in shots], indent=1)
@@ -123,7 +121,8 @@ class FewShot(Rival):
     def pool(self, tested: Pool, folder: Path) -> Pool:
         split, written = tested.split, (folder / _SHOTS).read_text()
         if (split.name, written) not in self._fitted:
-            self._fitted[split.name, written] = self._split(split, _read(written))
+            shots = [build(Shot, shot, _SHOTS) for shot in json.loads(written)]
+            self._fitted[split.name, written] = self._split(split, shots)
         fitted = self._fitted[split.name, written]
         return Pool(tested.run, fitted, self.name, self.sampler, tested.seed, tested.batch_rows, tested.shard)
 
@@ -146,10 +145,3 @@ class FewShot(Rival):
             if longest is None or len(self.sampler.render(longer)[1]) <= longest:
                 return longer, count
         return prompt, 0
-
-
-def _read(written: str) -> list[Shot]:
-    def prompt(values: Mapping[str, Any]) -> Prompt:
-        return Prompt(**{**values, "messages": tuple(values["messages"])})
-
-    return [Shot(prompt(shot["prompt"]), shot["completion"]) for shot in json.loads(written)]

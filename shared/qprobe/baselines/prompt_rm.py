@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import models
-from qprobe.baselines.base import Ranker, TrainingData, answer, question
+from qprobe.baselines.base import Ranker, answer, question
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
@@ -65,7 +65,6 @@ class PromptRM(Ranker):
 
     name = "prompt_rm"
     method = "Prompt RM"
-    trains = False
 
     def __init__(self, model: ModelSpec, settings: PromptRMSettings) -> None:
         self.model, self.settings, self.likelihood = model, settings, Likelihood(model)
@@ -75,9 +74,6 @@ class PromptRM(Ranker):
 
     def check(self) -> None:
         self.model.source()  # a file or package that is missing
-
-    def train(self, data: TrainingData, folder: Path) -> None:
-        """The judge is asked as it stands."""
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
