@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -117,6 +118,13 @@ def test_baselines_that_cannot_be_name_their_key(words: list[str], word: str) ->
     config = composition.composed("run", words)
     with pytest.raises(ValueError, match=word):
         composition._baselines(config, composition.back_ends(config), None)
+
+
+@pytest.mark.parametrize("word", ["seed=first", "layer=1.5", "stages=sample", "shard=3", "shard=3-16"])
+def test_what_belongs_to_no_part_is_checked_too(word: str, tmp_path: Path, fakes: ModuleType) -> None:
+    config = composition.composed("run", [word])
+    with pytest.raises(ValueError, match=word.partition("=")[0]):
+        composition.pipeline(config, run=tmp_path, title="", tests=[fakes.split()], reward=fakes.Reward())
 
 
 def test_a_card_without_a_sampler_is_refused() -> None:

@@ -65,6 +65,16 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """Keys of a configuration that belong to no part."""
+
+    stages: tuple[str, ...]
+    seed: int
+    shard: str | int | None
+    layer: int | str | None
+
+
+@dataclass(frozen=True)
 class _Drawing:
     """Keys of a sampler's part that are neither the sampling law's nor the back end's own."""
 
@@ -230,6 +240,7 @@ def pipeline(
     Raises:
         ValueError: an unknown key, or a value that cannot be; before any work.
     """
+    run = build(_Run, {key: config[key] for key in accepted(_Run)}, "the configuration")
     ends = back_ends(config, stop, rule)
     procedure, papers = procedures(config)
     return Pipeline(
@@ -241,15 +252,15 @@ def pipeline(
         layer=procedure.layer,
         training=procedure.training,
         settings=procedure.settings,
-        seed=config["seed"],
+        seed=run.seed,
         batch_rows=ends.batch_rows,
-        shard=_shard(config["shard"]),
+        shard=_shard(run.shard),
         authors=papers,
         **more,
     )
 
 
-def _shard(value: Any) -> tuple[int, int]:
+def _shard(value: str | int | None) -> tuple[int, int]:
     """The shard that a text such as "3/16" names; (1, 1), the whole, for None."""
     found = re.fullmatch(r"(\d+)/(\d+)", "1/1" if value is None else str(value))
     if found is None:
