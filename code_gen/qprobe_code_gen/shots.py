@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import store
-from qprobe.baselines.base import Lesson
+from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShotSettings, Shot, successes
 from qprobe.prompts import Prompt
 from qprobe.run.stages import KEY_COLUMNS
@@ -58,7 +58,9 @@ def shots_of(
         raise ValueError(f"dataset.shots: {run} has completions of {foreign[0]}, which is no problem of {split}.")
     rows = sorted(completions, key=lambda row: (row["task_id"], row["sample"]))
     rewarded = [
-        Lesson(known[name := row["task_id"]], "", [], row["completion"], row["token_ids"], earned[name, row["sample"]])
+        TrainingRow(
+            known[name := row["task_id"]], "", [], row["completion"], row["token_ids"], earned[name, row["sample"]]
+        )
         for row in rows
     ]
     return successes(rewarded, settings)

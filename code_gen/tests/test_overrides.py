@@ -84,7 +84,7 @@ def test_every_key_of_a_probe_and_its_evaluation_is_looked_at() -> None:
     assert set(PROBE) == {entry.name for entry in dataclasses.fields(TrainingSettings)}
     assert set(EVALUATION) == {entry.name for entry in dataclasses.fields(EvaluationSettings)}
     for choice in ("linear", "mlp"):
-        assert set(yaml.safe_load((CORE / "probe" / f"{choice}.yaml").read_text())) == set(PROBE)
+        assert set(composition.composed("run", [f"probe={choice}"])["probe"]) == set(PROBE)
     assert set(yaml.safe_load((CORE / "evaluation" / "default.yaml").read_text())) == set(EVALUATION)
 
 
@@ -116,7 +116,7 @@ def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: st
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str, configured: Configured) -> None:
     chosen = configured(experiment, "model=embedded")["model"]
-    assert chosen == yaml.safe_load((CORE / "model" / "embedded.yaml").read_text())
+    assert chosen == yaml.safe_load((CORE / "model" / "hub.yaml").read_text()) | {"name": "embedded"}
     assert configured(experiment, "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
 
 

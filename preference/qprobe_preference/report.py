@@ -128,7 +128,7 @@ def write_figures(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from qprobe.report.figures import bands, write_figure  # matplotlib is heavy, and tables do without it
+    from qprobe.report.drawing import bands, write_figure  # matplotlib is heavy, and tables do without it
 
     firsts = [line.value[0] for line in against_k.values() if ks[0] == 1 and line.value[0] is not None]
     base = ("base", 100 * firsts[0]) if firsts else None

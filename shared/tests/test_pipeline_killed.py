@@ -35,7 +35,7 @@ def work(run):
         run=run, title="Numbers", tests=[fakes.split("numbers", 30)], reward=fakes.Reward(seconds=0.01),
         sampler=fakes.Sampler(seconds=0.01), greedy=fakes.Sampler(1, temperature=0.0, seconds=0.01),
         embedder=fakes.Embedder((1, 2), seconds=0.01), batch_rows=4, progress=False,
-        baselines=[fakes.Ranker(learns=False, seconds=0.01)],
+        baselines=[fakes.Ranker(trains=False, seconds=0.01)],
         training=TrainingSettings(steps=150, learning_rate=0.05, minimum_mixed=2),
         settings=EvaluationSettings(seeds=2, folds=3, draws=50, bootstrap=2000),
     )

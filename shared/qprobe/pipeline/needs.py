@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qprobe import models
-from qprobe.baselines import Baselines, Lessons, Rival
+from qprobe.baselines import Baselines, Rival, TrainingData
 from qprobe.models import memory
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import Metered
@@ -317,7 +317,7 @@ def _baselines(pipeline: Pipeline) -> list[str]:
     if not pipeline.baselines:
         return []
     split, tested = pipeline.training_split, pipeline.test_pools
-    lessons = None if split is None else Lessons(pipeline.training_pools[0], pipeline.reward_of(split))
+    lessons = None if split is None else TrainingData(pipeline.training_pools[0], pipeline.reward_of(split))
     every = Baselines(pipeline.baselines, pipeline.run, lessons)
     found = [every.identity(pool, pipeline.reward_of(pool.split)) for pool in tested]
     parts = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe.baselines import Baseline, Baselines, Lessons
+from qprobe.baselines import Baseline, Baselines, TrainingData
 from qprobe.embedding import Embedder
 from qprobe.evaluation import sweep
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
@@ -151,8 +151,8 @@ class Setup:
     def every_baseline(self) -> Baselines:
         """The baselines, with what they may learn from."""
         split = self.training_split
-        lessons = None if split is None else Lessons(self.training_pools[0], self.reward_of(split))
-        return Baselines(self.baselines, self.run, lessons)
+        training = None if split is None else TrainingData(self.training_pools[0], self.reward_of(split))
+        return Baselines(self.baselines, self.run, training)
 
     @property
     def k(self) -> int:

@@ -1,31 +1,16 @@
-"""Results as JSON and tables in four formats: what is printed is what was measured, and nothing is half written."""
+"""Tables in four formats: what is printed is what was measured."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import io
-import json
-import math
-import os
-import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from qprobe.report.results import (
-    Band,
-    Curve,
-    PromptScore,
-    PromptScores,
-    Results,
-    Row,
-    TradeOff,
-    TradeOffPoint,
-)
+from qprobe.report.results import Results, Row
 from qprobe.report.tables import counts_line, to_csv, to_latex, to_markdown, to_text, write_tables
 
 SMALL = Results(
@@ -155,157 +140,13 @@ human_eval,"trained on mbpp-train, tested here",8,run,Q-probe L_PG,0.2,0.15,0.25
 """
 
 
-RICH = dataclasses.replace(
-    SMALL,
-    reward_against_k=Curve(
-        k=[1, 2, 8],
-        series={"Q-probe L_PG": Band(value=[0.1, None, 0.2], low=[0.05, None, 0.1], high=[0.15, None, 0.3])},
-    ),
-    reward_against_kl=TradeOff(series={"Q-probe L_PG": [TradeOffPoint(beta=0, kl=1.2, reward=0.2)]}),
-    scores_per_prompt=PromptScores(series={"Q-probe L_PG": [PromptScore(task_id="HumanEval/0", base=0.5, score=-0.1)]}),
-)
-"""The small results with a line for every figure."""
+FORMATS = {"md": (to_markdown, MARKDOWN), "tex": (to_latex, LATEX), "csv": (to_csv, CSV), "txt": (to_text, TEXT)}
 
 
-# --- results
-
-
-def test_results_come_back_from_json_as_they_were() -> None:
-    results = RICH
-    assert Results.from_json(results.to_json()) == results
-    assert Results.from_json(SMALL.to_json()) == SMALL
-
-
-def test_json_holds_null_and_plain_numbers_where_numpy_and_nan_were_given() -> None:
-    row = Row(method="probe", value=float("nan"), auc=np.float32(0.5), prompts=np.int64(3))  # type: ignore[arg-type]
-    curve = Curve(k=np.array([1, 2]), series={"probe": Band(value=[0.5, math.nan], low=np.zeros(2), high=np.ones(2))})  # type: ignore[arg-type]
-    results = dataclasses.replace(SMALL, rows=[row], reward_against_k=curve)
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    data = json.loads(results.to_json(), parse_constant=refuse)
-    assert (data["rows"][0]["value"], data["rows"][0]["auc"], data["rows"][0]["prompts"]) == (None, 0.5, 3)
-    assert data["reward_against_k"] == {
-        "k": [1, 2],
-        "series": {"probe": {"value": [0.5, None], "low": [0.0, 0.0], "high": [1.0, 1.0]}},
-    }
-    assert Results.from_json(results.to_json()) == results
-
-
-def edited(*path: str | int, value: Any) -> str:
-    data = json.loads(RICH.to_json())
-    place = data
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    return json.dumps(data)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (edited("colour", value=1), r"results has the unknown key 'colour': it knows title, protocol.*evaluate again"),
-        (edited("rows", 2, "aucc", value=1), r"results\.rows\[2\] has the unknown key 'aucc'"),
-        (edited("rows", 1, "value", value="0.3"), r"results\.rows\[1\]\.value is '0\.3': it should be float"),
-        (edited("k", value=True), r"results\.k is True: it should be int"),
-        (edited("k", value=1.5), r"results\.k is 1\.5: it should be int"),
-        (edited("rows", value={}), r"results\.rows is \{\}: it should be list"),
-        (edited("rows", 0, "low", value=math.nan), r"the results hold NaN, which is not JSON"),
-        (edited("rows", 0, "low", value=0.2), r"row 'pass@1': the interval of value is upside down, \[0\.2, 0\.16\]"),
-        (edited("rows", 0, "seeds", value=-1), r"row 'pass@1': seeds is -1: it cannot be below 0"),
-        (edited("mixed_prompts", value=165), r"165 prompts with both good and bad completions, of only 164"),
-        (edited("reward_against_k", "k", value=[1, 4, 2]), r"k is \[1, 4, 2\]: give increasing numbers"),
-        (edited("reward_against_k", "k", value=[1, 2]), r"'Q-probe L_PG': value, low and high have 3, 3 and 3 entries"),
-        ("{}", r"results lacks the key 'title', 'protocol'"),
-        ("{", r"the results are not JSON \(.*\): evaluate again"),
-    ],
-)
-def test_json_that_does_not_fit_is_a_sentence_with_its_place(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        Results.from_json(text)
-    path = tmp_path / "humaneval.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        Results.read(path)
-
-
-def test_an_infinite_number_is_refused_when_it_is_given() -> None:
-    with pytest.raises(ValueError, match=r"Row\.value is inf: give a finite number"):
-        Row(method="probe", value=math.inf)
-
-
-def test_the_line_through_prompt_scores_is_the_least_squares_line() -> None:
-    rng = np.random.default_rng(0)
-    base, noise = rng.random(30), rng.standard_normal(30)
-    points = [PromptScore(task_id=str(i), base=float(base[i]), score=float(2 * base[i] + noise[i])) for i in range(30)]
-    points.append(PromptScore(task_id="not scored", base=0.9, score=None))
-    scores = PromptScores(series={"probe": points, "one": points[:1], "equal": [points[0], points[0]]})
-    assert scores.line("probe") == pytest.approx(tuple(np.polyfit(base, 2 * base + noise, 1)))
-    assert scores.line("one") is None
-    assert scores.line("equal") is None
-
-
-class HalfADisk:
-    """A file that takes half of what it is given, then the disk is full."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def __enter__(self) -> HalfADisk:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-
-    def write(self, data: bytes) -> int:
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    SMALL.write(old)
-    before = old.read_bytes()
-    really_open = Path.open
-    opened: list[Path] = []
-
-    def open_on_a_full_disk(path: Path, *arguments: Any, **options: Any) -> HalfADisk:
-        opened.append(path)
-        return HalfADisk(really_open(path, *arguments, **options))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_on_a_full_disk)
-        for path in (old, new):
-            with pytest.raises(OSError, match=rf"{path} could not be written \(No space left on device\)"):
-                RICH.write(path)
-        with pytest.raises(OSError, match=r"human_eval\.md could not be written"):
-            write_tables(SMALL, tmp_path)
-    assert len(opened) == 3
-    assert list(tmp_path.iterdir()) == [old]
-    assert old.read_bytes() == before
-    RICH.write(old)
-    assert Results.read(old) == RICH
-
-
-# --- tables
-
-
-def test_the_small_table_as_text() -> None:
-    assert to_text(SMALL) == TEXT
-
-
-def test_the_small_table_as_markdown() -> None:
-    assert to_markdown(SMALL) == MARKDOWN
-
-
-def test_the_small_table_as_latex() -> None:
-    assert to_latex(SMALL) == LATEX
-
-
-def test_the_small_table_as_csv() -> None:
-    assert to_csv(SMALL) == CSV
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_small_table(suffix: str) -> None:
+    render, expected = FORMATS[suffix]
+    assert render(SMALL) == expected
 
 
 def test_csv_keeps_every_digit() -> None:
@@ -316,19 +157,18 @@ def test_csv_keeps_every_digit() -> None:
 
 
 def test_tables_of_several_pools_share_a_folder(tmp_path: Path) -> None:
-    first = write_tables(SMALL, tmp_path / "tables")
-    second = write_tables(dataclasses.replace(SMALL, pool="mbpp/test"), tmp_path / "tables")
-    assert [path.name for path in first] == [f"human_eval.{suffix}" for suffix in ("md", "tex", "csv", "txt")]
-    assert [path.name for path in second] == [f"mbpp-test.{suffix}" for suffix in ("md", "tex", "csv", "txt")]
-    assert [path.read_text(encoding="utf-8") for path in first] == [MARKDOWN, LATEX, CSV, TEXT]
+    for pool, stem in (("human_eval", "human_eval"), ("mbpp/test", "mbpp-test")):
+        written = write_tables(dataclasses.replace(SMALL, pool=pool), tmp_path / "tables")
+        assert [path.name for path in written] == [f"{stem}.{suffix}" for suffix in FORMATS]
+    found = [(tmp_path / "tables" / f"human_eval.{suffix}").read_text(encoding="utf-8") for suffix in FORMATS]
+    assert found == [expected for _, expected in FORMATS.values()]
 
 
-def test_the_paper_column_appears_only_with_a_published_value() -> None:
+@pytest.mark.parametrize("render", [to_text, to_markdown, to_latex])
+def test_the_paper_column_appears_only_with_a_published_value(render: Callable[[Results], str]) -> None:
+    assert "paper" in render(SMALL)
     rows = [dataclasses.replace(row, paper=None) for row in SMALL.rows]
-    results = dataclasses.replace(SMALL, rows=rows)
-    for render in (to_text, to_markdown, to_latex):
-        assert "paper" in render(SMALL)
-        assert "paper" not in render(results)
+    assert "paper" not in render(dataclasses.replace(SMALL, rows=rows))
 
 
 def test_without_probes_there_is_one_block_and_no_word_on_seeds() -> None:
@@ -366,31 +206,26 @@ def test_a_difference_has_a_sign_unless_it_rounds_to_nothing(difference: float |
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "size", "mixed"),
     [
-        (
-            {},
-            "164 prompts x 8 samples, 31 prompts have both good and bad completions (the only ones where choosing matters)",
-        ),
-        (
-            {"mixed_prompts": 1, "samples_per_prompt": 1, "samples": 164},
-            "164 prompts x 1 sample, 1 prompt has both good and bad completions (the only ones where choosing matters)",
-        ),
+        ({}, "164 prompts x 8 samples", "31 prompts have both"),
+        ({"mixed_prompts": 1, "samples_per_prompt": 1, "samples": 164}, "164 prompts x 1 sample", "1 prompt has both"),
         (
             {"mixed_prompts": 0, "samples": 1300},
-            "164 prompts, 1,300 samples (at most 8 of a prompt), no prompt has both good and bad completions: "
-            "there is nothing to choose between",
+            "164 prompts, 1,300 samples (at most 8 of a prompt)",
+            "no prompt has both",
         ),
     ],
 )
-def test_the_counts_line_says_where_choosing_matters(changes: dict[str, int], line: str) -> None:
-    assert counts_line(dataclasses.replace(SMALL, **changes)) == line  # type: ignore[arg-type]
+def test_the_counts_line_says_where_choosing_matters(changes: dict[str, int], size: str, mixed: str) -> None:
+    line = counts_line(dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
+    assert line.startswith(f"{size}, {mixed} good and bad completions")
 
 
 def test_text_stays_within_100_columns_and_loses_no_word() -> None:
     name = "a reward model fine-tuned with LoRA on the same completions, argmax of 48"
     long = dataclasses.replace(
-        RICH,
+        SMALL,
         title="word " * 40,
         rows=[dataclasses.replace(row, method=f"{name} {i}") for i, row in enumerate(SMALL.rows)],
         notes=["note " * 40],
