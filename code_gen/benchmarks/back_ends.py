@@ -40,7 +40,7 @@ from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.vllm_engine import EngineSettings
 from qprobe.pipeline import ray_cluster
-from qprobe.probe.metrics import bootstrap_mean
+from qprobe.probe.intervals import bootstrap_mean
 from qprobe.run.joined import join
 from qprobe.sampling import Completion, Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe.metrics import pass_at_k
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_code_gen import problem_sets
 from qprobe_code_gen.programs import Problem, humaneval, mbpp, reading
 from qprobe_code_gen.programs.prompts import STYLES, given

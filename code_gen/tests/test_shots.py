@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qprobe.baselines.few_shot import FewShotSettings, Shot
-from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run import rewarding, stages
+from qprobe.run.pools import Pool, Split
 from qprobe_code_gen.problem_sets import ProblemSet
 from qprobe_code_gen.programs import Problem, mbpp
 from qprobe_code_gen.programs.prompts import PromptStyle
@@ -36,7 +36,7 @@ def run(fakes: ModuleType, problems: ProblemSet[Problem], tmp_path: Path) -> Pat
     split = Split("mbpp-train", prompts, {"style": dataclasses.asdict(STYLE)}, recorded)
     pool = Pool(tmp_path, split, "sample", fakes.Sampler(), 0, batch_rows=2)
     stages.sample(pool, progress=False)
-    stages.reward(pool, UnitTestReward(problems.problems, STYLE, Limits(), 2), progress=False)
+    rewarding.reward(pool, UnitTestReward(problems.problems, STYLE, Limits(), 2), progress=False)
     return tmp_path
 
 

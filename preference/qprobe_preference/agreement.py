@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qprobe.probe.metrics import BLOCK, Floats, Interval, tails
+from qprobe.probe.columns import BLOCK, Floats
+from qprobe.probe.intervals import Interval, tails
 from qprobe_preference.winrates import CATEGORIES, Judgements
 
 

@@ -11,7 +11,7 @@ from qprobe.evaluation import comparisons
 from qprobe.files import write_whole
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.setup import BEST
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 from qprobe.report.results import Results, Row
 from qprobe.settings import build
 

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from qprobe.probe.metrics import Floats, Interval
+from qprobe.probe.columns import Floats
+from qprobe.probe.intervals import Interval
 
 # Precision of the normal prior on the slope of length, standard deviation 5: without it wins decided by length alone have
 # no finite slope. 5 logits from one end of tanh to its middle leave any slope that is seen in practice alone.

@@ -16,11 +16,11 @@ from qprobe.evaluation import layer_choice
 from qprobe.evaluation.scoring import Scored
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.setup import BEST
+from qprobe.probe.intervals import Interval
 from qprobe.probe.losses import find_loss
-from qprobe.probe.metrics import Interval
-from qprobe.run import joined, stages
+from qprobe.run import joined, rewarding, stages
 from qprobe.run.joined import Joined
-from qprobe.run.stages import Pool, Reward, Split
+from qprobe.run.pools import Pool, Reward, Split
 from qprobe_preference import report, winrates
 from qprobe_preference.agreement import agreement
 from qprobe_preference.comparison import Variant
@@ -83,12 +83,12 @@ def make(experiment: Experiment, names: Sequence[str]) -> None:
     if "reward" in names:
         experiment.reward.check()
         if pipeline.reward_of(experiment.split) is not experiment.reward:  # else the pipeline has asked
-            stages.reward(pipeline.test_pools[0], experiment.reward, pipeline.progress)
+            rewarding.reward(pipeline.test_pools[0], experiment.reward, pipeline.progress)
         for pool in pools:
-            stages.reward(pool, pipeline.reward_of(pool.split), pipeline.progress)
+            rewarding.reward(pool, pipeline.reward_of(pool.split), pipeline.progress)
         for reward in experiment.further_rewards():
             reward.check()
-            stages.reward(pipeline.test_pools[0], reward, pipeline.progress)
+            rewarding.reward(pipeline.test_pools[0], reward, pipeline.progress)
 
 
 def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
@@ -132,7 +132,7 @@ def _unread(experiment: Experiment) -> list[str]:
     asked += [(pool, reward) for pool in pipeline.pools if pool.kind == "greedy"]
     asked += [(pool, pipeline.reward_of(pool.split)) for pool in _further_pools(experiment)]
     asked += [(tested, further) for further in experiment.further_rewards()]
-    return [said for pool, stage in asked if (said := stages.unread_words(pool, stage))]
+    return [said for pool, stage in asked if (said := rewarding.unread_words(pool, stage))]
 
 
 def _with_layer(experiment: Experiment, pipeline: Pipeline, layer: int) -> Joined:

@@ -17,8 +17,8 @@ from typing import Any
 
 from qprobe.cli import composition
 from qprobe.pipeline.pipeline import Pipeline
+from qprobe.run.pools import Split
 from qprobe.run.rewards import RecordedReward
-from qprobe.run.stages import Split
 from qprobe.sampling import Sampler
 from qprobe.settings import build, check_keys
 from qprobe_preference import dataset, judges, splits

@@ -8,7 +8,7 @@ from typing import Any
 
 from qprobe.cli import composition
 from qprobe.pipeline.pipeline import Pipeline
-from qprobe.run.stages import RewardBatch, RewardRow, Split
+from qprobe.run.pools import RewardBatch, RewardRow, Split
 from qprobe_preference.pairs import PairSet
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qprobe.probe.metrics import Floats, Integers, Interval, bootstrap_mean, choice_law, paired_difference, wilson
+from qprobe.probe.columns import Floats, Integers
+from qprobe.probe.intervals import Interval, bootstrap_mean, paired_difference, wilson
+from qprobe.probe.metrics import choice_law
 from qprobe.report import Band
 from qprobe_preference.lengths import length_controlled
 

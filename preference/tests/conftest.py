@@ -20,7 +20,7 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Split
+from qprobe.run.pools import Split
 from qprobe_preference.judges.base import AgainstReference, Comparison, Judgement
 from qprobe_preference.pairs.base import Found, collect
 from qprobe_preference.policy import Experiment, PolicySettings, Truth

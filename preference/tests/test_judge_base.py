@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from qprobe.prompts import Prompt
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, RewardBatch, RewardRow
 from qprobe_preference.judges import AgainstReference, Comparison, Judgement, tally
 from qprobe_preference.judges.base import ScoreRule, folder_name
 
@@ -99,7 +99,7 @@ def test_a_judgement_is_a_probability() -> None:
 def test_a_candidates_reward_is_its_win_against_its_prompts_reference(pool: Pool, fakes: ModuleType) -> None:
     judge = ByNumber()
     stage = reference_stage(fakes, judge)
-    stages.reward(pool, stage, progress=False)
+    rewarding.reward(pool, stage, progress=False)
     joined = join(pool, stage)
     numbers = [int(text.removeprefix("answer ")) for text in joined.completions]
     assert joined.rewards.tolist() == [(n > 50) + 0.5 * (n == 50) for n in numbers]
@@ -115,11 +115,11 @@ def test_a_candidates_reward_is_its_win_against_its_prompts_reference(pool: Pool
 def test_a_judge_that_fails_leaves_what_was_finished_and_no_zero(pool: Pool, fakes: ModuleType) -> None:
     away = ByNumber(fails_on=3)
     with pytest.raises(RuntimeError, match="The judge is away"):
-        stages.reward(pool, reference_stage(fakes, away), progress=False)
+        rewarding.reward(pool, reference_stage(fakes, away), progress=False)
     assert away.closed == 1
     assert pool.rewards(reference_stage(fakes)).read().num_rows == 24
     judge = ByNumber()
-    stages.reward(pool, reference_stage(fakes, judge), progress=False)
+    rewarding.reward(pool, reference_stage(fakes, judge), progress=False)
     assert [len(batch) for batch in judge.seen] == [12, 4]
     assert join(pool, reference_stage(fakes)).rewards.shape == (40,)
 

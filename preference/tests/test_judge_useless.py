@@ -16,9 +16,9 @@ import pytest
 import qprobe_preference.__main__ as command
 from qprobe.models import openai_client
 from qprobe.models.openai_client import ApiError
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe_preference.judges import AgainstReference, Comparison, configured
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -123,7 +123,7 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     bad = {f"r {prompt.task_id}" for prompt in pool.split.prompts[:2]}
     answers(server, lambda a, b: a in bad or b in bad, body_of(name))
     first = stage(fakes, server, pool)
-    stages.reward(pool, first, progress=False)
+    rewarding.reward(pool, first, progress=False)
     assert "4 of 24 replies of judge-tiny on" in capsys.readouterr().err
     assert list(join(pool, first).verdicts).count("unparsed") == 2
     assert len(kept(pool.run / "judge")) == 20
@@ -131,13 +131,13 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     state = pool.rewards(first).state
     # The same command, nothing repaired: only these four are asked for, and nothing that was made of the rewards is outdated.
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 8  # each twice, by judge.retries or api.retries
     assert pool.rewards(first).state == state
     # The same command against the repaired server.
     answers(server, lambda *_: False, None)
     server.requests.clear()
-    stages.reward(pool, again := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, again := stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 4
     assert set(join(pool, again).verdicts) <= {"win", "loss", "tie"}
     assert len(kept(pool.run / "judge")) == 24
@@ -145,7 +145,7 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     capsys.readouterr()
     # And once more: nothing is left.
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert not server.requests
     assert "replies" not in capsys.readouterr().err
 
@@ -158,9 +158,9 @@ def test_a_run_whose_replies_mostly_fail_ends_and_goes_on_when_repaired(
     bad = {f"r {prompt.task_id}" for prompt in pool.split.prompts[:9]}
     answers(server, lambda a, b: a in bad or b in bad, body_of(name))
     with pytest.raises(RuntimeError, match=r"18 of 24 replies|10 replies in a row"):
-        stages.reward(pool, stage(fakes, server, pool), progress=False)
+        rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     answers(server, lambda *_: False, None)
-    stages.reward(pool, again := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, again := stage(fakes, server, pool), progress=False)
     assert set(join(pool, again).verdicts) <= {"win", "loss", "tie"}
 
 
@@ -179,18 +179,18 @@ def test_few_replies_without_a_verdict_are_borne_in_silence(
     """Two of 24 are less than a tenth: the verdict counts half, and nobody is disturbed; but they are counted."""
     bad = {f"r {pool.split.prompts[0].task_id}"}
     answers(server, lambda a, b: a in bad or b in bad, choice("hm"))
-    stages.reward(pool, own := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, own := stage(fakes, server, pool), progress=False)
     said = capsys.readouterr().err
     assert "could not be read" not in said
     assert "Of 12 judgements by judge-tiny: 1 unparsed." in said
-    assert stages.unread_words(pool, own) is None
+    assert rewarding.unread_words(pool, own) is None
 
 
 def test_failures_that_an_older_version_kept_are_asked_for_again(
     server: Any, fakes: ModuleType, pool: Pool, tmp_path: Path
 ) -> None:
     answers(server, lambda *_: False, None)
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     for path in (pool.run / "judge").glob("replies-*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().split("\n") if line]
         lost = [[key, {"letter": None, "share": None, "asked": 3, "text": "", "why": "unparsed"}] for key, _ in lines]
@@ -198,7 +198,7 @@ def test_failures_that_an_older_version_kept_are_asked_for_again(
     for part in pool.rewards(stage(fakes, server, pool)).parts():
         part.unlink()
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 24
 
 

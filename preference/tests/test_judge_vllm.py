@@ -21,7 +21,7 @@ from qprobe.models import openai_client
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_preference.judges import AgainstReference, Comparison, configured, tally
 from qprobe_preference.judges.openai import OpenAIJudge
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 from qprobe_preference import lengths
 from qprobe_preference.lengths import SLOPE_PRECISION
 

@@ -13,7 +13,7 @@ import pytest
 import qprobe_preference.__main__ as command
 from qprobe.models.openai_client import ApiError
 from qprobe.pipeline.pipeline import Pipeline
-from qprobe.run import stages
+from qprobe.run import pools, stages
 from qprobe.settings import build
 from qprobe_preference import policy
 from qprobe_preference.judges import implicit
@@ -130,7 +130,7 @@ def test_killed_in_each_stage_and_continued_it_gives_the_same_tables(
                 command.run(config("killed"))
 
     for owner, name, call in (
-        (stages.Pool, "draw", 7),
+        (pools.Pool, "draw", 7),
         (implicit.ImplicitJudge, "compare", 2),
         (stages, "_embed_once", 3),
         (stages, "sample", 3),  # of the other policy

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qprobe.probe.metrics import wilson
+from qprobe.probe.intervals import wilson
 from qprobe_preference.report import Method, WinTable, to_csv, to_text, write_figures, write_tables
 from qprobe_preference.winrates import Judgements, band, curve, difference, win_rate
 

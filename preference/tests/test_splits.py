@@ -3,7 +3,7 @@
 import numpy as np
 
 from qprobe.probe.metrics import best_of_k
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_preference.pairs import Found, PairSet
 from qprobe_preference.pairs.base import collect
 from qprobe_preference.splits import PairLabel, pairs_split, prompts_split

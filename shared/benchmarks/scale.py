@@ -35,7 +35,7 @@ from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 
 PROMPTS = {"train": 464, "mbpp": 500, "humaneval": 164}
 SAMPLES = 200

@@ -20,7 +20,7 @@ from torch import Tensor
 from qprobe import baselines
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
+from qprobe.run.pools import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import Completion, SamplingSettings
 
 WIDTH = 6

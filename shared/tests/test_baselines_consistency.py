@@ -9,7 +9,7 @@ from typing import Any
 from qprobe.baselines.consistency import Answer, SelfConsistency
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.probe.training import TrainingSettings
-from qprobe.run.stages import Pool, RewardBatch
+from qprobe.run.pools import Pool, RewardBatch
 
 
 class LastWord:

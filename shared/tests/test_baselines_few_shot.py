@@ -9,7 +9,7 @@ import pytest
 from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShot, FewShotSettings, Shot, successes, with_shots
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 
 
 def row(task: str, completion: str, reward: float) -> TrainingRow:

@@ -19,7 +19,7 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
-from qprobe.run.stages import RewardBatch, RewardRow, Split
+from qprobe.run.pools import RewardBatch, RewardRow, Split
 
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
 

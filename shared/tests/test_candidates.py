@@ -15,7 +15,7 @@ from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
 from qprobe.report.explored import Explored
-from qprobe.run.stages import Split
+from qprobe.run.pools import Split
 from qprobe.store.table import StoreError
 
 Make = Callable[..., Pipeline]

@@ -18,7 +18,7 @@ from qprobe.models.openai_client import ApiError, ApiUnusable
 from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
 

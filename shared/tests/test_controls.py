@@ -22,7 +22,7 @@ from qprobe.probe.training import TrainingSettings
 from qprobe.report import to_text
 from qprobe.report.results import Results
 from qprobe.run.joined import Joined
-from qprobe.run.stages import Split
+from qprobe.run.pools import Split
 
 SETTINGS = EvaluationSettings(losses=("reward_mse",), seeds=3, folds=3, curve_shares=(), bootstrap=200)
 TRAINING = TrainingSettings(steps=40, learning_rate=0.05, minimum_mixed=2)

@@ -8,9 +8,9 @@ import pytest
 from qprobe.cli import main
 from qprobe.pipeline import inspection
 from qprobe.pipeline.inspection import TableState
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe.store.table import StoreError
 
 
@@ -19,7 +19,7 @@ def pool(fakes: ModuleType, tmp_path: Path) -> Pool:
     """10 prompts x 4 samples, in batches of 12 rows; sampled, rewarded and embedded at two layers."""
     pool = Pool(tmp_path / "run", fakes.split("numbers", 10), "sample", fakes.Sampler(), seed=0, batch_rows=12)
     stages.sample(pool, progress=False)
-    stages.reward(pool, fakes.Reward(), progress=False)
+    rewarding.reward(pool, fakes.Reward(), progress=False)
     stages.embed(pool, fakes.Embedder((1, 2)), progress=False)
     return pool
 

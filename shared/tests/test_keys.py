@@ -21,7 +21,7 @@ from qprobe.models.keys import Key
 from qprobe.models.openai_client import ApiError, ApiSettings, client
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
 

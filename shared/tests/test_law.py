@@ -25,7 +25,7 @@ from qprobe.models.prefix import LAW, plain_attention
 from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import SamplingSettings, hf, law
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.law import Drawn, LawCheck, compare

@@ -17,7 +17,7 @@ from qprobe.evaluation.sweep import EvaluationSettings, fold_of, probe_seed, tra
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import STAGES
 from qprobe.probe.estimator import QProbe
-from qprobe.probe.metrics import mixed_prompts
+from qprobe.probe.ranking import mixed_prompts
 from qprobe.probe.training import ProbeTask, TrainingSettings, score_rows, train, trainer
 from qprobe.report import to_text
 from qprobe.report.figures import write_figures

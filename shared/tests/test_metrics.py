@@ -13,20 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm, t
 from sklearn.metrics import roc_auc_score
 
-from qprobe.probe.metrics import (
-    Distinct,
-    Floats,
-    best_of_k,
-    bootstrap_mean,
-    choice_law,
-    mixed_prompts,
-    paired_difference,
-    pass_at_k,
-    reward_grid,
-    tails,
-    wilson,
-    within_prompt_auc,
-)
+from qprobe.probe.columns import Floats
+from qprobe.probe.intervals import bootstrap_mean, paired_difference, tails, wilson
+from qprobe.probe.metrics import best_of_k, choice_law, pass_at_k, reward_grid
+from qprobe.probe.ranking import Distinct, mixed_prompts, within_prompt_auc
 from qprobe.probe.selection import expected_reward
 
 
@@ -275,7 +265,7 @@ def test_the_ends_of_an_interval_are_those_of_student_s_t(count: int) -> None:
 def test_bootstrap_in_blocks_uses_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     values = rng().normal(size=30)
     whole = bootstrap_mean(values, draws=1001, rng=rng())
-    monkeypatch.setattr("qprobe.probe.metrics.BLOCK", 300)
+    monkeypatch.setattr("qprobe.probe.intervals.BLOCK", 300)
     assert bootstrap_mean(values, draws=1001, rng=rng()) == whole
 
 

@@ -19,7 +19,7 @@ from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
 from qprobe.report import to_text
 from qprobe.run.joined import join
-from qprobe.run.stages import RewardBatch, RewardRow, Split
+from qprobe.run.pools import RewardBatch, RewardRow, Split
 
 PAIRS, A_PROMPT = 60, 3
 SETTINGS = EvaluationSettings(losses=("bradley_terry",), seeds=2, folds=4, beta=0.0, curve_shares=(), bootstrap=200)

@@ -17,7 +17,7 @@ from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import STAGES
 from qprobe.probe.estimator import EmbeddingSource, QProbe
 from qprobe.probe.training import TrainingSettings
-from qprobe.run.stages import RewardRow, Split
+from qprobe.run.pools import RewardRow, Split
 from qprobe.store.table import StoreError
 
 TRAINING = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)

@@ -11,7 +11,7 @@ import torch
 
 from qprobe import QProbe
 from qprobe.probe.estimator import EmbeddingSource
-from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.training import BETAS, Data, ProbeTask, TrainingSettings, train
 
 OPTIONS: dict[str, Any] = {"steps": 40, "learning_rate": 0.05, "held_out": 0.3, "minimum_mixed": 3}

@@ -17,7 +17,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from qprobe import QProbe
 from qprobe.probe import network
 from qprobe.probe.losses import LOSSES
-from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.training import TrainingSettings
 
 OPTIONS: dict[str, Any] = {"steps": 20, "learning_rate": 0.05, "minimum_mixed": 3}

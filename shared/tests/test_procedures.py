@@ -13,7 +13,8 @@ from qprobe.cli import composition
 from qprobe.evaluation import comparisons
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.pipeline.pipeline import Pipeline
-from qprobe.probe.metrics import Interval, best_of_k, partition_reward, reward_grid
+from qprobe.probe.intervals import Interval
+from qprobe.probe.metrics import best_of_k, partition_reward, reward_grid
 from qprobe.probe.training import TrainingSettings
 
 OURS = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from qprobe.run.pools import RewardBatch, RewardRow
 from qprobe.run.rewards import FunctionReward, RecordedReward, RewardError
-from qprobe.run.stages import RewardBatch, RewardRow
 from qprobe.store.jsonl import PromptRow
 
 ROWS = [

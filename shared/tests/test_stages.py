@@ -17,8 +17,8 @@ from qprobe import store
 from qprobe.prompts import Prompt
 from qprobe.run import stages
 from qprobe.run.joined import Joined, join
+from qprobe.run.pools import Pool, RewardBatch, RewardRow, Split
 from qprobe.run.runners.local import Work, run_stage
-from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import sample_seeds
 from qprobe.store.table import StoreError, Table
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qprobe.probe.losses import LOSSES
-from qprobe.probe.metrics import mixed_prompts, within_prompt_auc
 from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.ranking import mixed_prompts, within_prompt_auc
 from qprobe.probe.training import (
     BETAS,
     Data,

@@ -28,7 +28,7 @@ from qprobe.models import openai_client
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import SamplingSettings, sample_seeds
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 from qprobe_code_gen.programs import reading
 from qprobe_code_gen.programs.mbpp import SLOW
 from qprobe_code_gen.programs.problem import Problem

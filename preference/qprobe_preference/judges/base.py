@@ -24,7 +24,7 @@ from tqdm import tqdm
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 
 Conversation = str | tuple[dict[str, str], ...]
 _DECIDED = ("win", "loss", "tie")
@@ -159,7 +159,7 @@ def tally(judgements: Iterable[Judgement | RewardRow]) -> Counter[str]:
 class AgainstReference:
     """A reward stage: the probability that a judge prefers a candidate to its prompt's reference answer.
 
-    `unread` and `replies` make it a `stages.Asks`: what could not be read is asked again.
+    `unread` and `replies` make it a `rewarding.Asks`: what could not be read is asked again.
 
     Args:
         judge: compares.

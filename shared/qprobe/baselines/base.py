@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.run.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.run.pools import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import StoreError, Table
 
 _FENCE = "```"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from qprobe.baselines.base import Rival, TrainingData, TrainingRow, answer
 from qprobe.files import write_whole
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import Sampler
 from qprobe.settings import build
 

@@ -16,7 +16,8 @@ from qprobe.baselines.objectives import Example, Judgement, check_targets, examp
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
-from qprobe.run.stages import Pool, RewardBatch, RewardRow, completions_of, tokens_of
+from qprobe.run.pools import Pool, RewardBatch, RewardRow, completions_of
+from qprobe.run.stages import tokens_of
 
 _ADAPTER = "adapter"
 

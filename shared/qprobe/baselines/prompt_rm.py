@@ -17,7 +17,7 @@ from qprobe.baselines.base import Ranker, answer, question
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, RewardBatch, RewardRow
 
 _PLACES = ("{problem}", "{candidate}")
 _CUT = 8  # a problem that is too long loses an eighth of itself at a time

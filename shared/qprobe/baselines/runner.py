@@ -16,9 +16,9 @@ import numpy as np
 from qprobe import store
 from qprobe.baselines.base import Baseline, Ranker, Rival, TrainingData, check_whole
 from qprobe.files import write_whole
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, Reward, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import Table
 
 # The name, and the keys "learnt" and "lessons" of manifests, are those of older run folders, which are read too.
@@ -89,7 +89,7 @@ class Baselines:
                     stages.give_back(pool.sampler)
                 else:
                     check_whole(pool, pool.completions, "sample")
-                stages.reward(pool, stage, progress)
+                rewarding.reward(pool, stage, progress)
 
     def rivals(self, pool: Pool, reward: Reward) -> dict[str, np.ndarray | None]:
         """Row -> (P,) rewards of a rival's answers, prompts by task id; None where it was not run to its end."""

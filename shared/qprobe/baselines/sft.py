@@ -15,7 +15,7 @@ from qprobe.baselines.lora import LoRASettings, Trained, Training, check_base
 from qprobe.baselines.objectives import Example, Imitation, examples_of
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe.sampling import Sampler
 
 _ADAPTER = "adapter"

@@ -17,8 +17,8 @@ from qprobe.pipeline.closing import closing_words
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.losses import find_loss
 from qprobe.run import additions, lengths
+from qprobe.run.pools import Split
 from qprobe.run.rewards import FunctionReward, RecordedReward
-from qprobe.run.stages import Split
 from qprobe.settings import check_keys
 from qprobe.store import jsonl
 from qprobe.store.jsonl import PromptRow

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qprobe.evaluation.scoring import Scored
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 
 # (P,) rewards of two choices on the same prompts -> their mean difference and its interval.
 Paired = Callable[[np.ndarray, np.ndarray], Interval]

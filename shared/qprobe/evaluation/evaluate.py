@@ -14,7 +14,7 @@ from qprobe.evaluation.rows import rows
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.evaluation.tested import Tested
-from qprobe.probe.metrics import Distinct, mixed_prompts
+from qprobe.probe.ranking import Distinct, mixed_prompts
 from qprobe.report.results import Results
 from qprobe.run.joined import Joined
 

@@ -13,7 +13,7 @@ from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.methods import Kind, Method
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.tested import Tested
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 from qprobe.report.results import Row
 
 # Prompts with good and bad completions below which a probe is hardly trained and hardly measured.

@@ -9,7 +9,7 @@ import numpy as np
 
 from qprobe.evaluation.methods import Kind, Method
 from qprobe.evaluation.tested import Tested, finite
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 from qprobe.report.results import Row
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import save as tensors_to_bytes
 
 from qprobe.files import write_whole
 from qprobe.probe.losses import find_loss
-from qprobe.probe.metrics import Distinct
 from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.ranking import Distinct
 from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, held_out_mixed, train
 from qprobe.run.joined import Joined
 

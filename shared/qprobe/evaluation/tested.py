@@ -8,16 +8,9 @@ import numpy as np
 
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.sweep import EvaluationSettings
-from qprobe.probe.metrics import (
-    Distinct,
-    Interval,
-    bootstrap_mean,
-    mixed_prompts,
-    paired_difference,
-    partition_reward,
-    reward_grid,
-    within_prompt_auc,
-)
+from qprobe.probe.intervals import Interval, bootstrap_mean, paired_difference
+from qprobe.probe.metrics import partition_reward, reward_grid
+from qprobe.probe.ranking import Distinct, mixed_prompts, within_prompt_auc
 from qprobe.report.results import Band
 from qprobe.run.joined import Joined
 

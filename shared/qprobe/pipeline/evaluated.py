@@ -16,7 +16,7 @@ from qprobe.pipeline.probes import clusters_of, procedures
 from qprobe.pipeline.setup import Setup
 from qprobe.report.results import Results
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 
 
 def make(setup: Setup, pool: Pool) -> None:

@@ -25,8 +25,8 @@ from qprobe.models.openai_client import Metered
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.run import lengths
+from qprobe.run.pools import Keys, Pool
 from qprobe.run.recording import RecordedEmbedder, RecordedSampler
-from qprobe.run.stages import Keys, Pool
 from qprobe.store.table import Table
 
 CHARACTERS_PER_TOKEN = 4

@@ -21,7 +21,7 @@ from qprobe.pipeline.setup import Setup
 from qprobe.pipeline.steps import STAGES, STEPS, Stage
 from qprobe.report.results import Results
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 
 
 @dataclass

@@ -16,7 +16,7 @@ from qprobe.files import fingerprint
 from qprobe.pipeline.setup import BEST, Setup
 from qprobe.probe.estimator import EmbeddingSource, QProbe, is_saved
 from qprobe.probe.training import TrainingSettings
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 
 
 @dataclass(frozen=True)

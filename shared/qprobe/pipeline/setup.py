@@ -14,7 +14,7 @@ from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.models.likelihood import Likelihood
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.joined import Joined, join, with_layer
-from qprobe.run.stages import Pool, Reward, Split
+from qprobe.run.pools import Pool, Reward, Split
 from qprobe.sampling import Sampler
 
 BEST = "best"  # the layer of every probe by its held-out prompts

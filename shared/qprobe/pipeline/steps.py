@@ -10,7 +10,7 @@ from qprobe.pipeline import evaluated
 from qprobe.pipeline.probes import procedures
 from qprobe.pipeline.setup import Setup
 from qprobe.report import tables
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _check_reward(setup: Setup) -> None:
 
 def _reward(setup: Setup) -> None:
     for pool in setup.pools:
-        stages.reward(pool, setup.reward_of(pool.split), setup.progress)
+        rewarding.reward(pool, setup.reward_of(pool.split), setup.progress)
 
 
 def _check_embed(setup: Setup) -> None:

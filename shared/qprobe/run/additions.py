@@ -19,7 +19,7 @@ import pyarrow as pa
 from qprobe import store
 from qprobe.files import write_whole
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, Reward
+from qprobe.run.pools import Pool, Reward
 from qprobe.store.table import StoreError, Table
 
 # Says that the new rows of a run folder are whole, and that tables of the former file may go.

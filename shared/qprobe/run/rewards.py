@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from qprobe.files import fingerprint
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 from qprobe.store.jsonl import PromptRow
 
 
