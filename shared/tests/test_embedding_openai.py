@@ -19,8 +19,8 @@ COMPLETIONS = [["one", "", "zwei\n"], ["a, b)", "é"]]
 
 
 def embedder(there: Any, **changes: Any) -> OpenAIEmbedder:
-    api = {name: changes.pop(name) for name in list(changes) if name in there.settings().__dataclass_fields__}
-    return OpenAIEmbedder(None, there.settings(**api), **changes)
+    api, own = there.divided(changes)
+    return OpenAIEmbedder(None, api, **own)
 
 
 def embed(one: OpenAIEmbedder) -> torch.Tensor:

@@ -117,11 +117,11 @@ def test_no_changed_byte_is_ever_read_as_another_number(which: str, request: pyt
     damaged.write(KEYS, rewards(KEYS) if which == "table" else features(KEYS, values))
     path = damaged.part(KEYS)
     content, rows = path.read_bytes(), damaged.read().to_pylist()
-    lot = random.Random(0)
+    draws = random.Random(0)
     refused = 0
     for _ in range(300):
         changed = bytearray(content)
-        changed[lot.randrange(len(content))] ^= 1 << lot.randrange(8)
+        changed[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
         path.write_bytes(changed)
         try:
             read = damaged.read().to_pylist()

@@ -103,8 +103,8 @@ def _draw(
     alive = list(range(len(rows)))
     for step in range(length):
         chosen, logprobs = draw_tokens(logits, uniforms[alive, step], settings)
-        drawn = zip(alive, chosen.tolist(), logprobs.tolist(), strict=True)
-        going_on = [place for place, (row, *of_token) in enumerate(drawn) if rows[row].take(*of_token)]
+        drawn = enumerate(zip(alive, chosen.tolist(), logprobs.tolist(), strict=True))
+        going_on = [place for place, (row, token, logprob) in drawn if rows[row].take(token, logprob)]
         if not going_on:
             return
         if len(going_on) < len(alive):
