@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import io
 import json
 import math
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,7 +36,7 @@ from qprobe.models import adapters
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.memory import GIB, Footprint, Passes
 
-HEAD_FILE, _CHECKPOINT = "head.safetensors", "checkpoint.pt"
+HEAD_FILE, _CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.
 _FEWEST_TO_HOLD_OUT = 20
 # Bytes of a pass there: in larger ones fresh memory costs more time than it saves.
@@ -322,22 +322,35 @@ class Training:
 
     def _keep(self, state: _State, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
         """Write all that the next epoch needs, whole."""
-        held = {"inputs": self.inputs, "state": dataclasses.asdict(state), "adam": optimizer.state_dict()["state"]}
-        now = {name: p.detach() for name, p in self.parameters.items()}
-        out = io.BytesIO()
-        torch.save({**held, "now": now, "best": best}, out)
-        write_whole(self.work / _CHECKPOINT, out.getvalue())
+        groups: dict[str, Mapping[str, Tensor]] = {"now": self.parameters, "best": best}
+        groups |= {f"adam {number}": values for number, values in optimizer.state_dict()["state"].items()}
+        tensors = {
+            f"{group}/{name}": values.detach().cpu().contiguous()
+            for group, own in groups.items()
+            for name, values in own.items()
+        }
+        metadata = {"inputs": self.inputs, "state": json.dumps(dataclasses.asdict(state))}
+        write_whole(self.work / _CHECKPOINT, tensors_to_bytes(tensors, metadata))
 
     def _continue(self, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
         """Where a training of the same inputs was interrupted, or its beginning."""
         if not (self.work / _CHECKPOINT).is_file():
             return _State(), {}
-        held = torch.load(self.work / _CHECKPOINT, map_location="cpu", weights_only=True)
-        if held["inputs"] != self.inputs:
+        with safe_open(self.work / _CHECKPOINT, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["inputs"] != self.inputs:
+                return _State(), {}
+            groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                group, _, name = key.partition("/")
+                groups[group][name] = file.get_tensor(key)
+        if "now" not in groups:  # as an older version named them
             return _State(), {}
-        self._set(held["now"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": held["adam"]})
-        return _State(**held["state"]), held["best"]
+        self._set(groups.pop("now"))
+        best = groups.pop("best", {})
+        adam = {int(group.removeprefix("adam ")): values for group, values in groups.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": adam})
+        return _State(**json.loads(metadata["state"])), best
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
