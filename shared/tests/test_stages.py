@@ -113,7 +113,7 @@ def test_completions_carry_their_own_seed_and_the_tables_join(pool: Pool, fakes:
     rows = pool.completions.read(pool.batches).to_pylist()
     assert [(row["task_id"], row["sample"]) for row in rows] == [(t, s) for t in pool.task_ids for s in range(4)]
     for row in rows:
-        # hash(run seed, task_id) + sample, from the words of DESIGN.
+        # hash(run seed, task_id) + sample: docs/CONTRACTS.md.
         digest = hashlib.sha256(b"5\x00" + row["task_id"].encode()).digest()
         assert row["seed"] == int.from_bytes(digest[:8], "big") // 8 + row["sample"]
         assert bytes(row["token_ids"]).decode() == row["completion"]

@@ -56,10 +56,10 @@ def _loss_values(
     loss = losses.find_loss(name)
     if loss.reads == "rows":
         return loss.function(scores, rewards, weights=weights)
-    if loss.reads == "pairs":  # the pairs that the rewards imply within each chunk
+    if name in ("bradley_terry", "pairwise_logistic"):  # the pairs that the rewards imply within each chunk
         return losses.pairwise_logistic(scores, rewards, chunks, weights=weights)
     if name == "policy_gradient":
-        # The baseline moves the value only (PAPER, equations): the mean reward makes it the advantage of the policy.
+        # The baseline moves the value only (Li et al., section 3.2): the mean reward makes it the advantage of the policy.
         baseline = float(rewards.mean())
         return loss.function(scores, rewards, chunks, beta=settings.training_beta, baseline=baseline, weights=weights)
     return loss.function(scores, rewards, chunks, weights=weights)
