@@ -15,7 +15,7 @@ import pytest
 
 from qprobe import store
 from qprobe.prompts import Prompt
-from qprobe.run import stages
+from qprobe.run import pools, rewarding, stages
 from qprobe.run.joined import Joined, join
 from qprobe.run.pools import Pool, RewardBatch, RewardRow, Split
 from qprobe.run.runners.local import Work, run_stage
@@ -37,7 +37,7 @@ def make_pool(fakes: ModuleType, run: Path, **changes: Any) -> Pool:
 def complete(pool: Pool, fakes: ModuleType, embedder: Any = None) -> Joined:
     embedder = embedder or fakes.Embedder()
     stages.sample(pool, progress=False)
-    stages.reward(pool, fakes.Reward(), progress=False)
+    rewarding.reward(pool, fakes.Reward(), progress=False)
     stages.embed(pool, embedder, progress=False)
     return join(pool, fakes.Reward(), embedder, embedder.layers[0])
 
@@ -146,7 +146,7 @@ def test_a_stage_resumes_where_it_was_cut_and_ends_as_if_undisturbed(fakes: Modu
     sampler, reward, embedder = fakes.Sampler(), fakes.Reward(), fakes.Embedder()
     again = make_pool(fakes, tmp_path / "cut", sampler=sampler)
     stages.sample(again, progress=False)
-    stages.reward(again, reward, progress=False)
+    rewarding.reward(again, reward, progress=False)
     stages.embed(again, embedder, progress=False)
     # The very batches that were lost: none cut anew from what was left.
     assert (sampler.calls, reward.calls, embedder.calls) == ([3, 1], [3], [3, 3])
@@ -169,7 +169,7 @@ def test_a_finished_stage_asks_nobody(pool: Pool, fakes: ModuleType) -> None:
     complete(pool, fakes)
     sampler, reward, embedder = fakes.Sampler(), fakes.Reward(), fakes.Embedder()
     complete(make_pool(fakes, pool.run, sampler=sampler), fakes, embedder)
-    stages.reward(pool, reward, progress=False)
+    rewarding.reward(pool, reward, progress=False)
     assert sampler.calls == reward.calls == embedder.calls == []
 
 
@@ -186,7 +186,7 @@ def test_a_part_is_written_as_soon_as_its_batch_is_done(
         return fakes.Reward().rows(batch)
 
     monkeypatch.setattr(reward, "rows", rows)
-    stages.reward(pool, reward, progress=False)
+    rewarding.reward(pool, reward, progress=False)
     assert seen == [0, 1, 2, 3]
 
 
@@ -195,7 +195,7 @@ def test_rewards_may_come_in_any_order_of_batches(fakes: ModuleType, tmp_path: P
     for reward in (fakes.Reward(), fakes.Reward(reverse=True)):
         pool = make_pool(fakes, tmp_path / str(reward.reverse))
         stages.sample(pool, progress=False)
-        stages.reward(pool, reward, progress=False)
+        rewarding.reward(pool, reward, progress=False)
         tables.append(pool.rewards(reward).read(pool.batches))
     assert reward.calls == [1, 3, 3, 3]  # really reversed
     assert tables[0].equals(tables[1])
@@ -204,11 +204,11 @@ def test_rewards_may_come_in_any_order_of_batches(fakes: ModuleType, tmp_path: P
 def test_a_reward_that_fails_writes_no_row_of_its_batch_and_the_others_stay(pool: Pool, fakes: ModuleType) -> None:
     stages.sample(pool, progress=False)
     with pytest.raises(RuntimeError, match="answer"):
-        stages.reward(pool, fakes.Reward(fail_at=2), progress=False)
+        rewarding.reward(pool, fakes.Reward(fail_at=2), progress=False)
     table = pool.rewards(fakes.Reward())
     assert [table.has(keys) for keys in pool.batches] == [True, True, False, False]
     reward = fakes.Reward()
-    stages.reward(pool, reward, progress=False)
+    rewarding.reward(pool, reward, progress=False)
     assert reward.calls == [3, 1]
     assert table.read(pool.batches).num_rows == 40
 
@@ -255,7 +255,7 @@ def test_a_reward_that_breaks_its_promise_is_a_sentence(
 ) -> None:
     stages.sample(pool, progress=False)
     with pytest.raises(error, match=message):
-        stages.reward(pool, Broken(change), progress=False)
+        rewarding.reward(pool, Broken(change), progress=False)
     table = pool.rewards(Broken(change))
     for part in table.parts():
         assert np.isfinite(pq.read_table(part, partitioning=None)["reward"].to_numpy()).all()
@@ -374,7 +374,7 @@ def test_rows_twice_missing_or_exchanged_are_refused(
 
 def test_a_stage_before_its_inputs_says_which_is_missing(pool: Pool, fakes: ModuleType) -> None:
     for stage in (
-        lambda: stages.reward(pool, fakes.Reward(), progress=False),
+        lambda: rewarding.reward(pool, fakes.Reward(), progress=False),
         lambda: stages.embed(pool, fakes.Embedder(), progress=False),
         lambda: join(pool, fakes.Reward()),
     ):
@@ -404,8 +404,8 @@ def test_completions_of_other_inputs_are_refused_and_the_difference_named(
     other = make_pool(fakes, pool.run, **changes)
     with pytest.raises(StoreError, match=message):
         stages.sample(other, progress=False)
-    for stage in (stages.reward, stages.embed):
-        maker = fakes.Reward() if stage is stages.reward else fakes.Embedder()
+    for stage in (rewarding.reward, stages.embed):
+        maker = fakes.Reward() if stage is rewarding.reward else fakes.Embedder()
         with pytest.raises(StoreError, match="inputs"):
             stage(other, maker, progress=False)
     assert sorted(pool.run.rglob("*")) == before
@@ -465,18 +465,18 @@ def test_texts_that_were_brought_along_are_fingerprinted_once_however_many_batch
     texts = {prompt.task_id: ["7", "8"] for prompt in split.prompts}
     brought = dataclasses.replace(split, recorded=texts)
     seen: list[int] = []
-    real = stages.fingerprint
+    real = pools.fingerprint
 
     def counting(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], list):  # of texts; parts are named by keys
             seen.append(len(value))
         return real(value)
 
-    monkeypatch.setattr(stages, "fingerprint", counting)
+    monkeypatch.setattr(pools, "fingerprint", counting)
     for _ in range(2):
         pool = Pool(tmp_path / "run", brought, "sample", fakes.Sampler(2), seed=0, batch_rows=4)
         assert len(pool.batches) == 20
         stages.sample(pool, progress=False)
-        stages.reward(pool, fakes.Reward(), progress=False)
+        rewarding.reward(pool, fakes.Reward(), progress=False)
         stages.embed(pool, fakes.Embedder((1,)), progress=False)
     assert len(seen) == 1
