@@ -1,0 +1,12 @@
+"""Linear probes solved, not trained by steps: closed form where there is one, L-BFGS elsewhere, all choices by left-out scores.
+
+`solve(Rows(blocks, rewards, groups), loss)` gives a `Solution`; `cross_fitted` scores rows by solutions that did not see them.
+Pure mathematics on arrays: nothing here knows models, tables or runs.
+"""
+
+from qprobe.solvers.choice import Candidate, Chosen
+from qprobe.solvers.rows import Rows
+from qprobe.solvers.solve import STRENGTHS, Solution, cross_fitted, solve
+from qprobe.solvers.space import block_weightings
+
+__all__ = ["STRENGTHS", "Candidate", "Chosen", "Rows", "Solution", "block_weightings", "cross_fitted", "solve"]
