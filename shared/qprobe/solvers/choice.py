@@ -40,8 +40,8 @@ class Candidate:
 
     @property
     def simplicity(self) -> tuple[float, ...]:
-        """Smaller is simpler: what nobody trained, then fewer degrees of freedom, then fewer blocks."""
-        return (not self.untrained, self.freedom, len(self.weighting), bool(self.anchor))
+        """Smaller is simpler: fewer degrees of freedom, then fewer blocks. The ends of all paths have none."""
+        return (self.freedom, len(self.weighting) if self.freedom else 0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ class Chosen:
             )
         c = self.candidate
         blocks = " + ".join(name if w == 1 else f"{w:g} x {name}" for name, w in c.weighting.items())
-        what = c.anchor + " as it is, untrained" if c.untrained else blocks + (f", anchored at {c.anchor}" if c.anchor else "")
+        what = (
+            c.anchor + " as it is, untrained"
+            if c.untrained
+            else blocks + (f", anchored at {c.anchor}" if c.anchor else "")
+        )
         sentence = (
             f"Chosen by left-out scores: {what}; AUC within prompts {self.auc:.3f} +- {self.error:.3f} on {self.prompts} "
             f"prompts; {self.within} of {self.candidates} candidates are within one standard error of the best; the same "
@@ -113,7 +117,7 @@ class WithinPrompts:
     def __init__(self, rewards: Floats, groups: Integers, clusters: Integers) -> None:
         self._better, self._worse = ordered_pairs(rewards, groups)
         self._mixed, prompt_of_pair = np.unique(groups[self._better], return_inverse=True)
-        self._starts = np.flatnonzero(np.r_[True, np.diff(prompt_of_pair) != 0]) if len(prompt_of_pair) else []
+        self._starts = np.flatnonzero(np.r_[True, np.diff(prompt_of_pair) != 0])
         self._sizes = np.bincount(prompt_of_pair)
         cluster_of = np.zeros(int(groups.max()) + 1, dtype=np.int64)
         cluster_of[groups] = clusters
@@ -136,7 +140,7 @@ class WithinPrompts:
         count = int(self.clusters.max()) + 1
         flat = values.reshape(-1, values.shape[-1])
         sums = np.stack([np.bincount(self.clusters, row, minlength=count) for row in flat])
-        return sums.reshape(*values.shape[:-1], count)
+        return np.asarray(sums.reshape(*values.shape[:-1], count), dtype=np.float64)
 
     def error(self, values: Floats) -> Floats:
         """Standard errors of the means over prompts of (..., P), clusters being drawn."""
@@ -238,5 +242,5 @@ def best_beta(scores: Floats, rewards: Floats, groups: Integers) -> tuple[float,
 
 def _odds(below: Floats, beta: float) -> NDArray[np.float64]:
     if beta == 0:
-        return (below == 0).astype(np.float64)
+        return np.asarray(below == 0, dtype=np.float64)
     return np.asarray(np.exp(below / beta))

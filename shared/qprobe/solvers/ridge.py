@@ -3,7 +3,8 @@
 With rows X (weighted by the roots of their weights), K = X X^T and G = (K + l I)^-1, the residuals of the rows of cluster c
 under the fit that never saw them are e_c = G_cc^-1 (G r)_c. Columns F that L2 does not touch (an intercept, the anchor's
 score) put Q = G - G F (F^T G F)^-1 F^T G in the place of G. In the rows' own space l G = I - Z diag(1 / (w + l)) Z^T, so that
-one decomposition serves all strengths, anchors and targets.
+one decomposition serves all strengths and anchors. Where the rows are the smaller side their eigenvectors U are complete, and
+l G = U diag(l / (w + l)) U^T needs no difference of nearly equal numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qprobe.solvers.rows import Floats
+from qprobe.solvers.rows import Array, Floats
 from qprobe.solvers.space import OwnSpace
 
 # Values of a cluster's blocks that are held at a time, 32 MB of float64.
@@ -44,6 +45,8 @@ class Ridge:
 
     def __init__(self, space: OwnSpace, target: Floats) -> None:
         self.space, self.target = space, target
+        self._complete = space.vectors is not None
+        self._axes = space.coordinates if space.vectors is None else space.vectors
         self._blocks = _equal_clusters(space.design.cluster_of)
 
     def fit(self, strength: float, free: Floats) -> RidgeFit:
@@ -61,10 +64,10 @@ class Ridge:
             along = _product(z, direction)
             length = along @ self.target / max(float(along @ along), np.finfo(float).tiny)
             return RidgeFit(direction * length, only)
-        shrink = 1 / (self.space.variances + strength)
-        left = self._less(np.column_stack([self.target, free]), shrink)
+        left = self._left(np.column_stack([self.target, free]), self._shares(strength))
         coefficients = _solve(free.T @ left[:, 1:], free.T @ left[:, 0])
-        return RidgeFit(shrink * _product(z.T, self.target - free @ coefficients), coefficients)
+        along = _product(z.T, self.target - free @ coefficients)
+        return RidgeFit(along / (self.space.variances + strength), coefficients)
 
     def fitted(self, fit: RidgeFit, free: Floats) -> Floats:
         """(M,) what a solution says of its own rows."""
@@ -81,21 +84,21 @@ class Ridge:
         """
         found = np.empty((len(frees), len(strengths), len(self.target)))
         for s, strength in enumerate(strengths):
-            shrink = np.zeros_like(self.space.variances) if np.isinf(strength) else 1 / (self.space.variances + strength)
+            shares = self._shares(strength)
             parts = []
             for free in frees:
-                left = self._less(np.column_stack([self.target, free]), shrink)
+                left = self._left(np.column_stack([self.target, free]), shares)
                 of_free = left[:, 1:]
                 inverse = np.linalg.pinv(free.T @ of_free, hermitian=True)
                 residual = left[:, 0] - of_free @ (inverse @ (free.T @ left[:, 0]))
                 parts.append((residual, of_free, inverse))
-            z = self.space.coordinates
-            narrow = shrink.astype(z.dtype)
+            axes, narrow = self._axes, shares.astype(self._axes.dtype)
             for rows in self._blocks:
                 size = rows.shape[1]
-                for some in np.array_split(rows, max(1, rows.size * max(size, z.shape[1]) // VALUES_AT_A_TIME)):
-                    own = z[some]
-                    plain = np.eye(size) - ((own * narrow) @ own.transpose(0, 2, 1)).astype(np.float64)
+                for some in np.array_split(rows, max(1, rows.size * max(size, axes.shape[1]) // VALUES_AT_A_TIME)):
+                    own = axes[some]
+                    plain = ((own * narrow) @ own.transpose(0, 2, 1)).astype(np.float64)
+                    plain = plain if self._complete else np.eye(size) + plain
                     for a, (residual, of_free, inverse) in enumerate(parts):
                         taken = of_free[some]
                         matrix = plain - taken @ inverse @ taken.transpose(0, 2, 1)
@@ -112,7 +115,6 @@ class Ridge:
         """
         z = self.space.coordinates
         found = np.empty_like(self.target)
-        clusters = self.space.design.cluster_of
         whole_z, whole_r = _product(z.T, self.target), self.target
         moments = free.T @ np.column_stack([free, whole_r])
         for rows in self._blocks:
@@ -125,7 +127,6 @@ class Ridge:
                     # Along the axes the rows have the mean 0, so that those left in have minus the mean of those left out.
                     direction = direction + own_z.T @ (own_free @ means)
                 found[own] = own_z @ direction
-        assert len(clusters) == len(found)
         only = _least_squares(free, self.target)
         whole = _product(z.T, self.target - free @ only)
         along = _product(z, whole)
@@ -136,10 +137,17 @@ class Ridge:
         variances = self.space.variances
         return 0.0 if np.isinf(strength) else float((variances / (variances + strength)).sum())
 
-    def _less(self, columns: Floats, shrink: Floats) -> Floats:
-        """(I - Z diag(shrink) Z^T) columns."""
-        z = self.space.coordinates
-        return columns - _product(z, shrink[:, None] * _product(z.T, columns))
+    def _shares(self, strength: float) -> Floats:
+        """(R,) what l G does along each axis: the whole of it, or less the identity where the axes are not complete."""
+        variances = self.space.variances
+        if np.isinf(strength):
+            return np.full_like(variances, 1.0 if self._complete else 0.0)
+        return (strength if self._complete else -1.0) / (variances + strength)
+
+    def _left(self, columns: Floats, shares: Floats) -> Floats:
+        """l G columns."""
+        along = _product(self._axes, shares[:, None] * _product(self._axes.T, columns))
+        return along if self._complete else columns + along
 
 
 def _equal_clusters(clusters: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -149,7 +157,7 @@ def _equal_clusters(clusters: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [starts[sizes == size][:, None] + np.arange(size) for size in np.unique(sizes)]
 
 
-def _product(matrix: NDArray[np.floating], columns: Floats) -> Floats:
+def _product(matrix: Array, columns: Floats) -> Floats:
     """matrix @ columns, in the matrix's type: no copy of a large matrix in another."""
     return np.asarray(matrix @ columns.astype(matrix.dtype), dtype=np.float64)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Array = NDArray[Any]  # of a float type that is chosen by size
 
 # Rewards are equal that differ by less than this share of the largest: the rounding of arithmetic.
 ROUNDING = 1e-6
@@ -35,7 +37,7 @@ class Rows:
         ValueError: lengths that differ, values that are no finite numbers, a prompt in two clusters, a name used twice.
     """
 
-    blocks: Mapping[str, NDArray[np.floating]]
+    blocks: Mapping[str, Array]
     rewards: Floats
     groups: Integers
     clusters: Integers
@@ -80,7 +82,7 @@ class Rows:
         top, bottom = np.full(self.groups.max() + 1, -np.inf), np.full(self.groups.max() + 1, np.inf)
         np.maximum.at(top, self.groups, self.rewards)
         np.minimum.at(bottom, self.groups, self.rewards)
-        return (top - bottom > ROUNDING * np.abs(self.rewards).max())[self.groups]
+        return np.asarray((top - bottom > ROUNDING * np.abs(self.rewards).max())[self.groups])
 
     def take(self, rows: NDArray[np.bool_] | Integers) -> Rows:
         """Some of the rows; their blocks are copied."""
@@ -107,7 +109,7 @@ class Scale:
     factor: Floats
 
     @classmethod
-    def of(cls, block: NDArray[np.floating], weights: Floats) -> Scale:
+    def of(cls, block: Array, weights: Floats) -> Scale:
         """Weighted statistics of a block (N, D)."""
         share = weights / weights.sum()
         mean = np.zeros(block.shape[1])
@@ -123,13 +125,13 @@ class Scale:
         return cls(mean, factor)
 
 
-def pieces(block: NDArray[np.floating]) -> Iterator[slice]:
+def pieces(block: Array) -> Iterator[slice]:
     """Slices of rows that are converted at a time."""
     step = max(1, VALUES_AT_A_TIME // max(1, block.shape[1]))
     return (slice(start, min(start + step, len(block))) for start in range(0, len(block), step))
 
 
-def _block(values: ArrayLike, name: str, count: int) -> NDArray[np.floating]:
+def _block(values: ArrayLike, name: str, count: int) -> Array:
     array = np.asarray(values)
     if array.ndim == 1 and array.dtype.kind in "fiub":
         array = array[:, None]
@@ -151,7 +153,9 @@ def _block(values: ArrayLike, name: str, count: int) -> NDArray[np.floating]:
 def _column(values: ArrayLike, name: str, count: int) -> Floats:
     array = np.asarray(values)
     if array.dtype.kind not in "fiub" or array.shape != (count,):
-        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}: give one number for each of the {count} rows.")
+        raise ValueError(
+            f"{name} is {array.dtype} of shape {array.shape}: give one number for each of the {count} rows."
+        )
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity in row {int((~np.isfinite(array)).argmax())}: repair it first.")
@@ -161,5 +165,7 @@ def _column(values: ArrayLike, name: str, count: int) -> Floats:
 def _dense(values: ArrayLike, name: str, count: int) -> Integers:
     array = np.asarray(values)
     if array.shape != (count,) or array.dtype.kind not in "iub":
-        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}: give one whole number for each of {count} rows.")
+        raise ValueError(
+            f"{name} is {array.dtype} of shape {array.shape}: give one whole number for each of {count} rows."
+        )
     return np.unique(array, return_inverse=True)[1].astype(np.int64)

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from qprobe.solvers.ridge import RidgeFit
-from qprobe.solvers.rows import ROUNDING, Floats, Integers
+from qprobe.solvers.rows import ROUNDING, Array, Floats, Integers
 
 SmoothLoss = Literal["reward_cross_entropy", "policy_gradient", "pairwise_logistic", "bradley_terry"]
 
@@ -44,7 +44,7 @@ class SmoothRows:
         variances: (R,) float64, the weighted mean square of each coordinate.
     """
 
-    coordinates: NDArray[np.floating]
+    coordinates: Array
     free: Floats
     rewards: Floats
     groups: Integers
@@ -194,8 +194,10 @@ def _pairs(rows: SmoothRows) -> Evaluate:
     def evaluate(scores: Floats) -> tuple[float, Floats]:
         margin = scores[better] - scores[worse]
         slope = share * expit(-margin)
-        derivative = np.bincount(worse, slope, minlength=len(scores)) - np.bincount(better, slope, minlength=len(scores))
-        return float(share @ np.logaddexp(0, -margin)), derivative
+        derivative = np.bincount(worse, slope, minlength=len(scores)) - np.bincount(
+            better, slope, minlength=len(scores)
+        )
+        return float(share @ np.logaddexp(0, -margin)), derivative.astype(np.float64)
 
     return evaluate
 

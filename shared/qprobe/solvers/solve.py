@@ -87,7 +87,7 @@ class Solution:
             if self.anchor not in (anchors or {}):
                 raise ValueError(f"This solution is anchored at {self.anchor}: give its values.")
             total = total + self.anchor_weight * np.asarray((anchors or {})[self.anchor], dtype=np.float64)
-        return np.broadcast_to(total, (len(next(iter(named.values()))),)).astype(np.float64)
+        return np.broadcast_to(total, (len(np.asarray(next(iter(named.values())))),)).astype(np.float64)
 
     def sentence(self) -> str:
         """What was chosen and how sure that was."""
@@ -167,9 +167,7 @@ def solve(
     return dataclasses.replace(solution, left_out=scores)
 
 
-def cross_fitted(
-    rows: Rows, loss: SolvedLoss, folds: ArrayLike, **options: Any
-) -> tuple[Floats, dict[int, Solution]]:
+def cross_fitted(rows: Rows, loss: SolvedLoss, folds: ArrayLike, **options: Any) -> tuple[Floats, dict[int, Solution]]:
     """Scores of rows by probes that did not see them, nor made a choice on them.
 
     Args:
@@ -245,7 +243,7 @@ class _Work:
         if not self.can_leave_out:
             every = dict.fromkeys(self.design.rows.blocks, 1.0)
             return [Candidate(weightings[0] if len(weightings) == 1 else every, self.named[0], np.inf, 0.0)], []
-        for number, weighting in enumerate(weightings):
+        for weighting in weightings:
             space = self.design.space(weighting)
             if not space.largest:
                 continue  # its columns differ nowhere
@@ -257,8 +255,7 @@ class _Work:
                     freedom = Ridge(space, np.zeros(0)).freedom(strength * space.largest) if not end else 0.0
                     candidates.append(Candidate({} if end else weighting, name, strength, freedom))
                     scores.append(values)
-            if number < len(weightings) - 1:
-                del space
+            del space  # before the next is made
         if not candidates:
             raise ValueError(f"No column differs between {'rows of a prompt' if self.design.within else 'rows'}.")
         return candidates, scores
@@ -333,7 +330,7 @@ def _learnt_from(rows: Rows, loss: SolvedLoss) -> NDArray[np.bool_]:
     """(N,) bool, the rows that a loss learns from; raises where there are none."""
     if loss not in (*CLOSED_FORM, *WITHIN_PROMPTS, "reward_cross_entropy"):
         raise ValueError(f"There is no solver for the loss {loss!r}.")
-    if loss == "reward_cross_entropy" and not (0 <= rows.rewards.min() and rows.rewards.max() <= 1):
+    if loss == "reward_cross_entropy" and (rows.rewards.min() < 0 or rows.rewards.max() > 1):
         raise ValueError("rewards lie outside [0, 1]: the cross-entropy reads them as probabilities; rescale them.")
     mixed = rows.mixed
     if not mixed.any():
@@ -347,7 +344,9 @@ def _learnt_from(rows: Rows, loss: SolvedLoss) -> NDArray[np.bool_]:
 def _anchors(rows: Rows, anchor: str) -> tuple[list[str], dict[str, Floats], dict[str, tuple[float, float]]]:
     """(names that are compared, their values standardised within prompts, (mean, deviation) of each)."""
     if anchor not in ("auto", "none", *rows.anchors):
-        raise ValueError(f"There is no anchor {anchor!r}: give auto, none or one of {', '.join(rows.anchors) or '(none)'}.")
+        raise ValueError(
+            f"There is no anchor {anchor!r}: give auto, none or one of {', '.join(rows.anchors) or '(none)'}."
+        )
     wanted = {"none": [], "auto": list(rows.anchors)}.get(anchor, [anchor])
     values, scales = {}, {}
     for name in wanted:

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.linalg import blas, eigh
 
-from qprobe.solvers.rows import VALUES_AT_A_TIME, Floats, Integers, Rows, Scale
+from qprobe.solvers.rows import VALUES_AT_A_TIME, Array, Floats, Integers, Rows, Scale
 
 # Axes whose variance is below this share of the largest are rounding.
 LEAST_SHARE = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 1e-6}
+# Rows are decomposed where they are at most so many times the columns: it is the more exact of the two where these are close.
+ROWS_PREFERRED = 1.25
 # Decompositions of more rows (and columns) than this are made in float32: a third of the time at 3,000, and scores agree to 1e-3.
 MOST_IN_FLOAT64 = 2048
 
@@ -50,26 +52,26 @@ class Contrasts:
         self.kept = np.ones(len(groups), dtype=bool)
         self.kept[self.starts] = False
 
-    def of(self, values: NDArray[np.floating], rows: slice = slice(None)) -> NDArray[np.floating]:
+    def of(self, values: Array, rows: slice = slice(None)) -> Array:
         """(M, ...) contrasts of values (n, ...), which are multiplied by the roots of the weights already.
 
         Args:
             rows: which of the rows they are; whole prompts.
         """
-        return self._reflect(values, rows)[self.kept[rows]]
+        return np.asarray(self._reflect(values, rows)[self.kept[rows]])
 
-    def back(self, contrasts: NDArray[np.floating]) -> NDArray[np.floating]:
+    def back(self, contrasts: Array) -> Array:
         """(N, ...) values without their prompts' weighted means, times the roots of the weights, from all contrasts."""
         values = np.zeros((len(self.kept), *contrasts.shape[1:]), dtype=contrasts.dtype)
         values[self.kept] = contrasts
         return self._reflect(values, slice(None))
 
-    def _reflect(self, values: NDArray[np.floating], rows: slice) -> NDArray[np.floating]:
+    def _reflect(self, values: Array, rows: slice) -> Array:
         first, last, _ = rows.indices(len(self.kept))
         reflector = self.reflector[rows].astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
         starts = self.starts[(self.starts >= first) & (self.starts < last)] - first
         sums = np.add.reduceat(reflector * values, starts, axis=0)
-        return values - 2 * reflector * sums[self.of_row[rows] - self.of_row[first]]
+        return np.asarray(values - 2 * reflector * sums[self.of_row[rows] - self.of_row[first]])
 
 
 class Design:
@@ -95,7 +97,9 @@ class Design:
         self.width = sum(block.shape[1] for block in rows.blocks.values())
         narrow = min(self.size, self.width) > MOST_IN_FLOAT64
         self.dtype = np.dtype(dtype) if dtype is not None else np.dtype(np.float32 if narrow else np.float64)
-        self._grams: dict[str, NDArray[np.floating]] = {}
+        self._last: OwnSpace | None = None
+        self._row_grams: dict[str, Array] = {}
+        self._column_grams: dict[tuple[str, ...], Array] = {}
 
     def column(self, values: Floats) -> Floats:
         """A column of numbers (N,), in the order of the rows, as the design has it: (M,) float64, weighted, not centred.
@@ -105,18 +109,18 @@ class Design:
         own = values[self.order] * self.root
         return own if self.contrasts is None else self.contrasts.of(own)
 
-    def plain(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
+    def plain(self, values: Array) -> Array:
         """Values (M, ...) of the design as rows (N, ...) in its order, without weights; within prompts, less their mean."""
         own = values if self.contrasts is None else self.contrasts.back(values)
-        return own / self.root.astype(own.dtype).reshape(-1, *[1] * (own.ndim - 1))
+        return np.asarray(own / self.root.astype(own.dtype).reshape(-1, *[1] * (own.ndim - 1)))
 
-    def unordered(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
+    def unordered(self, values: Array) -> Array:
         """Values (N, ...) in the order of the design, in that of the rows."""
         result = np.empty_like(values)
         result[self.order] = values
         return result
 
-    def part(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[np.floating]:
+    def part(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Array:
         """(m, d) of the design: some rows (whole prompts, in its order) and columns of a block."""
         scale = self.scales[name]
         values = self.rows.blocks[name][self.order[rows], columns].astype(self.dtype)
@@ -146,38 +150,44 @@ class Design:
 
     def space(self, weighting: Mapping[str, float]) -> OwnSpace:
         """The rows' own space with blocks at relative weights >= 0; a block that is not named has none."""
-        used = {name: weight for name, weight in weighting.items() if weight > 0}
+        used = {name: float(weight) for name, weight in weighting.items() if weight > 0}
+        if self._last is not None and self._last.weighting == used:
+            return self._last  # that of the last candidates is often the chosen one
         if unknown := sorted(set(weighting) - set(self.rows.blocks)):
             raise ValueError(f"There is no block {', '.join(unknown)}: they are {', '.join(self.rows.blocks)}.")
         width = sum(self.rows.blocks[name].shape[1] for name in used)
-        return self._by_rows(used) if self.size <= width else self._by_columns(used)
+        self._last = None  # before another is made: each may be as large as the rows
+        self._last = self._by_rows(used) if self.size <= ROWS_PREFERRED * width else self._by_columns(used)
+        return self._last
 
     def _by_rows(self, weighting: Mapping[str, float]) -> OwnSpace:
         for name in weighting:
-            if name not in self._grams:
+            if name not in self._row_grams:
                 gram = np.zeros((self.size, self.size), dtype=self.dtype, order="F")
                 for columns in self.columns_pieces(name):
                     _add_square(gram, self.part(name, columns=columns))
-                self._grams[name] = gram
-        total = sum(self.dtype.type(weight**2) * self._grams[name] for name, weight in weighting.items())
-        values, vectors = eigh(total, lower=True, driver="evd", check_finite=False)
-        kept = _kept(values)
-        values, vectors = values[kept], vectors[:, kept]
+                self._row_grams[name] = gram
+        total = np.zeros((self.size, self.size), dtype=self.dtype, order="F")
+        for name, weight in weighting.items():
+            total += weight**2 * self._row_grams[name]
+        values, vectors = eigh(total, overwrite_a=True, lower=True, driver="evd", check_finite=False)
+        values[~_kept(values, weighting)] = 0.0
         return OwnSpace(self, dict(weighting), values.astype(np.float64), vectors * np.sqrt(values), vectors, None)
 
     def _by_columns(self, weighting: Mapping[str, float]) -> OwnSpace:
         names = tuple(weighting)
-        key = "+".join(names)
-        if key not in self._grams:
+        if names not in self._column_grams:
             width = sum(self.rows.blocks[name].shape[1] for name in names)
             gram = np.zeros((width, width), dtype=self.dtype, order="F")
             for rows, _ in self.row_pieces():
                 _add_square(gram, np.concatenate([self.part(name, rows) for name in names], axis=1).T)
-            self._grams[key] = gram
+            self._column_grams[names] = gram
         factor = np.concatenate([np.full(self.rows.blocks[n].shape[1], w) for n, w in weighting.items()])
         factor = factor.astype(self.dtype)
-        values, axes = eigh(self._grams[key] * factor * factor[:, None], lower=True, driver="evd", check_finite=False)
-        kept = _kept(values)
+        values, axes = eigh(
+            self._column_grams[names] * factor * factor[:, None], lower=True, driver="evd", check_finite=False
+        )
+        kept = _kept(values, weighting)
         values, axes = values[kept], axes[:, kept] * factor[:, None]
         coordinates = np.empty((self.size, len(values)), dtype=self.dtype)
         for rows, own in self.row_pieces():
@@ -192,18 +202,18 @@ class OwnSpace:
     Args:
         design: what they are rows of.
         weighting: the blocks that are in it, with their relative weights.
-        variances: (R,) float64 > 0, ascending: the sum of squares along each axis.
+        variances: (R,) float64 >= 0, ascending: the sum of squares along each axis.
         coordinates: (M, R).
-        vectors: (M, R) orthonormal, the coordinates over the roots of the variances, where the rows were the smaller side.
+        vectors: (M, M) orthonormal, the coordinates over the roots of the variances, where the rows were the smaller side.
         axes: (D, R), the axes in scaled columns, where the columns were.
     """
 
     design: Design
     weighting: dict[str, float]
     variances: Floats
-    coordinates: NDArray[np.floating]
-    vectors: NDArray[np.floating] | None
-    axes: NDArray[np.floating] | None
+    coordinates: Array
+    vectors: Array | None
+    axes: Array | None
 
     @property
     def largest(self) -> float:
@@ -220,7 +230,9 @@ class OwnSpace:
             parts = dict(zip(used, np.split(whole, ends), strict=True))
         else:
             assert self.vectors is not None
-            dual = self.vectors @ (direction / np.sqrt(self.variances)).astype(self.vectors.dtype)
+            root = np.sqrt(self.variances)
+            along = np.divide(direction, root, out=np.zeros_like(direction), where=root > 0)
+            dual = self.vectors @ along.astype(self.vectors.dtype)
             parts = {}
             for name in used:
                 pieces = [design.part(name, columns=c).T @ dual for c in design.columns_pieces(name)]
@@ -231,7 +243,7 @@ class OwnSpace:
         return found
 
 
-def _add_square(gram: NDArray[np.floating], values: NDArray[np.floating]) -> None:
+def _add_square(gram: Array, values: Array) -> None:
     """gram += values @ values.T, the lower half alone, in place."""
     syrk = blas.ssyrk if gram.dtype == np.float32 else blas.dsyrk
     if values.flags.f_contiguous:
@@ -240,10 +252,10 @@ def _add_square(gram: NDArray[np.floating], values: NDArray[np.floating]) -> Non
         syrk(1.0, values.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1)
 
 
-def _kept(values: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """(R,) bool, the axes that are more than rounding."""
-    least = LEAST_SHARE[values.dtype] * max(float(values[-1]), 0.0) if len(values) else 0.0
-    return np.asarray(values > max(least, 0.0))
+def _kept(values: Array, weighting: Mapping[str, float]) -> NDArray[np.bool_]:
+    """(R,) bool, the axes that are more than rounding: of the largest, and of numbers of variance 1 where nothing differs."""
+    rounding = (10 * np.finfo(values.dtype).eps) ** 2 * sum(weight**2 for weight in weighting.values())
+    return np.asarray(values > max(LEAST_SHARE[values.dtype] * float(values[-1]), rounding))
 
 
 def block_weightings(names: Sequence[str]) -> list[dict[str, float]]:
