@@ -5,8 +5,19 @@ Pure mathematics on arrays: nothing here knows models, tables or runs.
 """
 
 from qprobe.solvers.choice import Candidate, Chosen
-from qprobe.solvers.rows import Rows
-from qprobe.solvers.solve import STRENGTHS, Solution, cross_fitted, solve
+from qprobe.solvers.rows import NothingToLearn, Rows
+from qprobe.solvers.solve import CLOSED_FORM, STRENGTHS, Solution, cross_fitted, solve
 from qprobe.solvers.space import block_weightings
 
-__all__ = ["STRENGTHS", "Candidate", "Chosen", "Rows", "Solution", "block_weightings", "cross_fitted", "solve"]
+__all__ = [
+    "CLOSED_FORM",
+    "STRENGTHS",
+    "Candidate",
+    "Chosen",
+    "NothingToLearn",
+    "Rows",
+    "Solution",
+    "block_weightings",
+    "cross_fitted",
+    "solve",
+]

@@ -21,6 +21,10 @@ LEAST_RELATIVE_DEVIATION = 1e-6
 VALUES_AT_A_TIME = 2**23
 
 
+class NothingToLearn(ValueError):
+    """No prompt has rewards that differ, or no column does."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a solver reads; nothing here is copied or converted.

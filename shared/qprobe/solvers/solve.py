@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from qprobe.solvers.choice import Candidate, Chosen, WithinPrompts, best_beta, choose
 from qprobe.solvers.ridge import Ridge, RidgeFit
-from qprobe.solvers.rows import Floats, Rows
+from qprobe.solvers.rows import Floats, NothingToLearn, Rows
 from qprobe.solvers.smooth import SmoothLoss, SmoothRows, path
 from qprobe.solvers.space import Design, OwnSpace, block_weightings
 
@@ -123,7 +123,8 @@ def solve(
         dtype: of the large products; None: float64, and float32 above `space.MOST_IN_FLOAT64`.
 
     Raises:
-        ValueError: no prompt has rewards that differ, rewards outside [0, 1] for the cross-entropy, an unknown name.
+        NothingToLearn: no prompt has rewards that differ, or no column does.
+        ValueError: rewards outside [0, 1] for the cross-entropy, an unknown name.
     """
     kept = _learnt_from(rows, loss)
     fitted = rows if kept.all() else rows.take(kept)
@@ -257,7 +258,7 @@ class _Work:
                     scores.append(values)
             del space  # before the next is made
         if not candidates:
-            raise ValueError(f"No column differs between {'rows of a prompt' if self.design.within else 'rows'}.")
+            raise NothingToLearn(f"No column differs between {'rows of a prompt' if self.design.within else 'rows'}.")
         return candidates, scores
 
     def _left_out(self, space: OwnSpace, strengths: Sequence[float]) -> list[list[Floats]]:
@@ -334,7 +335,7 @@ def _learnt_from(rows: Rows, loss: SolvedLoss) -> NDArray[np.bool_]:
         raise ValueError("rewards lie outside [0, 1]: the cross-entropy reads them as probabilities; rescale them.")
     mixed = rows.mixed
     if not mixed.any():
-        raise ValueError(
+        raise NothingToLearn(
             f"No prompt has rewards that differ ({int(rows.groups.max()) + 1} prompts): there is nothing to learn from; "
             "draw more completions of each, or other prompts."
         )
