@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 
 CORPUS = [
     "def add(first, second):\n    return first + second\n",
@@ -170,10 +170,10 @@ def vllm_server() -> ModuleType:
 @pytest.fixture
 def make_server(api_server: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModelSpec], Any]]:
     """Start an OpenAI-compatible server on a model; its key is in the environment, and waits are short."""
-    from qprobe import api
+    from qprobe.models import openai_client
 
     monkeypatch.setenv("OPENAI_API_KEY", api_server.KEY)
-    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT", 0.01)
     started: list[Any] = []
 
     def make(spec: ModelSpec) -> Any:
@@ -181,7 +181,7 @@ def make_server(api_server: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iter
         return started[-1]
 
     yield make
-    api.close_clients()
+    openai_client.close_clients()
     for server in started:
         server.close()
 
@@ -220,7 +220,7 @@ ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")
 
 @pytest.fixture(params=ARCHITECTURES)
 def any_tiny_model(request: pytest.FixtureRequest) -> ModelSpec:
-    """Every tiny model in turn: both ways of qprobe.prefix."""
+    """Every tiny model in turn: both ways of qprobe.models.prefix."""
     spec: ModelSpec = request.getfixturevalue(request.param)
     return spec
 

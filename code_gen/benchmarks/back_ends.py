@@ -32,18 +32,20 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from qprobe import cluster, models, vllm_engine
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.joined import join
-from qprobe.metrics import bootstrap_mean
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
+from qprobe.pipeline import ray_cluster
+from qprobe.probe.metrics import bootstrap_mean
+from qprobe.run.joined import join
 from qprobe.sampling import Completion, Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
-from qprobe.vllm_engine import EngineSettings
 from qprobe_code_gen.__main__ import make_pipeline
 
 sys.path.append(str(Path(__file__).parents[2] / "shared" / "tests"))
@@ -71,9 +73,9 @@ class Served:
         return self.server
 
     def __exit__(self, *_: object) -> None:
-        from qprobe import api
+        from qprobe.models import openai_client
 
-        api.close_clients()
+        openai_client.close_clients()
         self.server.close()
 
 
@@ -98,7 +100,7 @@ def pass_rates(folder: Path, problems: int, samples: int) -> dict[str, Any]:
     found = {}
     for name in BACK_ENDS:
         made, seconds = pipeline(name, folder, problems, samples), 0.0
-        if cluster.batches_left(made, ["sample"]):
+        if ray_cluster.batches_left(made, ["sample"]):
             start = time.perf_counter()
             if name == "openai":
                 with Served(SPEC) as server:

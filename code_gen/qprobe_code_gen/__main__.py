@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from qprobe import composition
-from qprobe.closing import closing_words
-from qprobe.pipeline import Pipeline
+from qprobe.cli import composition
+from qprobe.cli.command import Experiments
+from qprobe.pipeline.closing import closing_words
+from qprobe.pipeline.pipeline import Pipeline
 from qprobe.settings import check_keys
 from qprobe_code_gen import commands, tasks
 
@@ -37,7 +36,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     outputs = config["paths"]["outputs"]
     return composition.pipeline(
         config,
-        run=_of_limit(config["paths"]["run"], limit),
+        run=run_folder(config),
         outputs=None if outputs is None else _of_limit(outputs, limit),
         title=config["title"] + ("" if limit is None else f", first {limit} problems"),
         tests=[task.splits[name] for name in dataset["test"]],
@@ -49,6 +48,11 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         agreement=task.agreement,
         apart=task.apart,
     )
+
+
+def run_folder(config: dict[str, Any]) -> Path:
+    """Where the run of a configuration lies."""
+    return _of_limit(config["paths"]["run"], tasks.checked_limit(config["limit"], "limit"))
 
 
 def _of_limit(path: str, limit: int | None) -> Path:
@@ -63,17 +67,36 @@ def run(config: dict[str, Any]) -> None:
         print(closing_words(pipeline))
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def experiment(config: DictConfig) -> None:
-    composition.run_command("qprobe-code-gen", config, run)
+COMMAND = Experiments(
+    name="qprobe-code-gen",
+    package="qprobe_code_gen.conf",
+    does="Q-probes on code generation: completions of a language model are rewarded by running their unit tests, probes of the\n"
+    "model's hidden states are trained on that, and measured on problems that they did not see.",
+    examples=[
+        (
+            "qprobe-code-gen experiment=recorded",
+            "HumanEval from a recorded run of a real code model: a minute, no model needed",
+        ),
+        (
+            "qprobe-code-gen experiment=humaneval model=hub model.name=Qwen/Qwen2.5-Coder-1.5B-Instruct limit=8",
+            "the first eight problems, with a model of yours",
+        ),
+        (
+            "qprobe-code-gen -m experiment=recorded probe.learning_rate=1e-3,1e-2",
+            "two runs that share completions, rewards and features, and one table of both",
+        ),
+    ],
+    run=run,
+    folder=run_folder,
+    check=composition.procedures,
+    commands=commands.NAMES,
+    other=commands.main,
+)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run an experiment, or the command that the first argument names; returns the exit status."""
-    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
-        return commands.main(sys.argv[1:])
-    experiment()
-    return 0
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":

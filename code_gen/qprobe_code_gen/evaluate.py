@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qprobe.files import fingerprint, write_whole
-from qprobe.metrics import pass_at_k
-from qprobe.stages import RewardBatch
+from qprobe.probe.metrics import pass_at_k
+from qprobe.run.stages import RewardBatch
 from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem, humaneval, mbpp, rows
 from qprobe_code_gen.prompts import STYLES, given

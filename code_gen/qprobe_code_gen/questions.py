@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.stages import RewardBatch, RewardRow
+from qprobe.run.stages import RewardBatch, RewardRow
 from qprobe_code_gen.answers import MARK, final_number, number
 from qprobe_code_gen.problems.gsm8k import Question
 

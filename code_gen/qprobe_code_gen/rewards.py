@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from qprobe.stages import RewardBatch, RewardRow
+from qprobe.run.stages import RewardBatch, RewardRow
 from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.problems.mbpp import SLOW

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qprobe import store
 from qprobe.files import write_whole
-from qprobe.store import found_table
+from qprobe.store.table import found_table
 from qprobe_code_gen.problems import Problem, humaneval, mbpp
 from qprobe_code_gen.prompts import given
 from qprobe_code_gen.reading import read
@@ -35,7 +35,7 @@ def write_samples(
 
     Raises:
         ValueError: no such pool or several, a pool of no programs, one that is not finished.
-        OSError: MBPP is neither in a file nor to be had from the hub.
+        OSError: no such file with MBPP.
     """
     if form not in FORMATS:
         raise ValueError(f"The format {form!r} is unknown: choose {' or '.join(FORMATS)}.")

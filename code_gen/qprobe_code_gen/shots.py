@@ -11,8 +11,8 @@ from qprobe import store
 from qprobe.baselines.base import Lesson
 from qprobe.baselines.few_shot import FewShotSettings, Shot, successes
 from qprobe.prompts import Prompt
-from qprobe.stages import KEY_COLUMNS
-from qprobe.store import found_table
+from qprobe.run.stages import KEY_COLUMNS
+from qprobe.store.table import found_table
 
 
 def shots_of(

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from qprobe import needs
 from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
+from qprobe.pipeline import needs
 from qprobe.prompts import Prompt
+from qprobe.run.stages import Reward, Split
 from qprobe.sampling import StopRule
 from qprobe.settings import accepted, build, check_keys
-from qprobe.stages import Reward, Split
 from qprobe_code_gen.agreement import OutputsAgree
 from qprobe_code_gen.problems import Problem, ProblemSet, gsm8k, humaneval, mbpp, overlap
 from qprobe_code_gen.problems.base import AnyProblem

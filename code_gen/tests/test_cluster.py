@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_code_gen.__main__ as command
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 
 AFTER = "stages=[reward,embed,train,evaluate,report]"
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from qprobe.stages import RewardBatch
+from qprobe.run.stages import RewardBatch
 from qprobe_code_gen.answers import final_number
 from qprobe_code_gen.problems.gsm8k import SPLITS, load
 from qprobe_code_gen.questions import FinalNumberReward

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe.models import ModelSpec
-from qprobe.pipeline import STAGES
+from qprobe.models.language_model import ModelSpec
+from qprobe.pipeline.pipeline import STAGES
 
 KILLS = 3
 OUTPUTS = {

@@ -1,13 +1,13 @@
 """MBPP as problems: splits, set-up code, prompts, and its own solutions."""
 
 import gzip
+import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from qprobe_code_gen.problems.mbpp import SPLITS, load, problem_from_row
+from qprobe_code_gen.problems.mbpp import OWN_FILE, SPLITS, load, problem_from_row
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Reference
 
@@ -22,25 +22,23 @@ ROW = {
 LIMITS = Limits(cpu_seconds=20.0)
 
 
-def published_file() -> str:
-    folder = os.environ.get("QPROBE_TEST_DATA")
-    if not folder:
-        pytest.skip("QPROBE_TEST_DATA is not set: it names a folder with mbpp.jsonl.gz")
-    return str(Path(folder) / "mbpp.jsonl.gz")
-
-
 def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return str(path)
 
 
 def test_splits_have_the_published_sizes() -> None:
-    file = published_file()
-    assert {name: len(load(name, file).problems) for name in SPLITS} == {
+    assert {name: len(load(name).problems) for name in SPLITS} == {
         "mbpp-fewshot": 10,
         "mbpp-test": 500,
         "mbpp-train": 374 + 90,
     }
+
+
+def test_the_file_in_the_package_is_the_published_one() -> None:
+    # The sum that the data set's text has on the hub.
+    content = gzip.decompress(OWN_FILE.read_bytes())
+    assert hashlib.sha256(content).hexdigest() == "143559fa164408d45cab058238471288b0e447507ce55db3057c56113d9dccb4"
 
 
 def test_a_row_becomes_a_problem() -> None:
@@ -119,8 +117,7 @@ def test_bad_files_are_sentences(tmp_path: Path) -> None:
 
 
 def test_reference_solutions_pass_their_tests() -> None:
-    file = published_file()
-    problems = [problem for name in SPLITS for problem in load(name, file).problems]
+    problems = [problem for name in SPLITS for problem in load(name).problems]
     assert len(problems) == 974
     with Executor(workers=2, limits=LIMITS) as executor:
         programs = (

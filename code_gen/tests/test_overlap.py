@@ -1,10 +1,5 @@
 """Problems that tell of each other: reported with and without, and never in two folds."""
 
-import os
-from pathlib import Path
-
-import pytest
-
 from qprobe_code_gen.problems import Problem, mbpp, overlap
 
 
@@ -45,11 +40,7 @@ def test_in_one_set_such_problems_are_a_cluster_through_however_many() -> None:
 
 
 def test_of_the_published_test_problems_32_share_a_name_with_a_training_one_and_three_their_text() -> None:
-    folder = os.environ.get("QPROBE_TEST_DATA")
-    if not folder:
-        pytest.skip("QPROBE_TEST_DATA is not set: it names a folder with mbpp.jsonl.gz")
-    file = str(Path(folder) / "mbpp.jsonl.gz")
-    training, tested = (mbpp.load(name, file).problems for name in ("mbpp-train", "mbpp-test"))
+    training, tested = (mbpp.load(name).problems for name in ("mbpp-train", "mbpp-test"))
     ((words, ids),) = overlap.shared_with(training, tested, "mbpp-train").items()
     assert "an entry point (32) or their text (3)" in words
     assert len(ids) == 34

@@ -12,12 +12,13 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+import qprobe
 import qprobe_code_gen.__main__ as command
-from qprobe import composition
-from qprobe.sweep import EvaluationSettings, Procedure
-from qprobe.training import TrainingSettings
+from qprobe.cli import composition
+from qprobe.evaluation.sweep import EvaluationSettings, Procedure
+from qprobe.probe.training import TrainingSettings
 
-CORE = Path(composition.__file__).parent / "conf"
+CORE = Path(qprobe.__file__).parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
 # None of these is what any experiment, procedure or group says.
 PROBE: dict[str, Any] = {
@@ -108,11 +109,18 @@ def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: st
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str) -> None:
+    chosen = composed(experiment, "model=embedded")["model"]
+    assert chosen == yaml.safe_load((CORE / "model" / "embedded.yaml").read_text())
+    assert composed(experiment, "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
 def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(experiment: str, choice: str) -> None:
     # No experiment says hidden widths on top of a choice that the user makes.
     assert composed(experiment, choice)["probe"]["hidden"] == ([] if choice == "probe=linear" else [256])
-    if experiment == "recorded":  # what was recorded has its law, and other words on it are refused
+    if experiment.startswith("recorded"):  # what was recorded has its law, and other words on it are refused
         with pytest.raises(ConfigCompositionException, match=r"Could not override 'sampler\.temperature'"):
             composed(experiment, choice, "sampler.temperature=0.33")
         assert composed(experiment, choice, *words("probe", PROBE))["probe"] == PROBE

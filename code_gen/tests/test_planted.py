@@ -19,8 +19,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_code_gen.__main__ as command
-from qprobe import composition, store
-from qprobe.models import ModelSpec
+from qprobe import store
+from qprobe.cli import composition
+from qprobe.models.language_model import ModelSpec
 from qprobe.sampling import Completion
 
 K = 3

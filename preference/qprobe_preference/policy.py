@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qprobe import composition
-from qprobe.pipeline import Pipeline
-from qprobe.rewards import RecordedReward
+from qprobe.cli import composition
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.run.rewards import RecordedReward
+from qprobe.run.stages import Split
 from qprobe.sampling import Sampler
 from qprobe.settings import build, check_keys
-from qprobe.stages import Split
 from qprobe_preference import judges, sets
 from qprobe_preference.dataset import Dataset, prompt_style
 from qprobe_preference.judges import AgainstReference
@@ -123,8 +123,7 @@ def load(config: dict[str, Any]) -> Experiment:
     style = prompt_style(config)
     stop = TRANSCRIPT_STOP if style == "text" else ()
     ends = composition.back_ends(config, stop=stop)
-    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
-    run = run if limit is None else run.with_name(f"{run.name}-limit{limit}")
+    run, limit = folder_of_run(config), config["dataset"]["limit"]
     judge = judges.configured(config["judge"], run / "judge")
     training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     truth = None
@@ -183,6 +182,12 @@ def _of_run(
     return split, reward, Truth(labels, {key: base[key].rewards[0] for key in tasks}, greedy)
 
 
+def folder_of_run(config: dict[str, Any]) -> Path:
+    """Where the run of a configuration lies: a quick look at forty pairs must not meet the tables of all of them."""
+    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
+    return run if limit is None else run.with_name(f"{run.name}-limit{limit}")
+
+
 def drawn_prompts(pairs: PairSet, count: int | None, seed: int) -> PairSet:
     """One pair of every prompt, of so many prompts by lot: a lot over all, so that no source comes first."""
     first: dict[str, Any] = {}
@@ -203,7 +208,7 @@ def paper_values(experiment: Experiment) -> dict[str, float]:
 
 
 def needs(experiment: Experiment) -> list[str]:
-    """What a run asks for beside the core's stages (`qprobe.needs`): other policies' answers, and comparisons. At most: what an
+    """What a run asks for beside the core's stages (`pipeline.needs`): other policies' answers, and comparisons. At most: what an
     earlier run has judged is not asked again.
     """
     pipeline, settings = experiment.pipeline, experiment.settings

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from qprobe.metrics import Interval
+from qprobe.probe.metrics import Interval
 from qprobe.report import Band
 from qprobe.report.tables import NOT_RUN, Block, latex_page, markdown_page, text_page, write_formats
 from qprobe_preference.winrates import Agreement, WinRate

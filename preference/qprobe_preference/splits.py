@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qprobe.stages import RewardBatch, RewardRow, Split
+from qprobe.run.stages import RewardBatch, RewardRow, Split
 from qprobe_preference.pairs import Pair, PairSet
 
 

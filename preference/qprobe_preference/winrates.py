@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qprobe.metrics import (
+from qprobe.probe.metrics import (
     BLOCK,
     Floats,
     Integers,
@@ -161,7 +161,7 @@ class Judgements:
             (N,) float64, sums to 1 within each prompt.
 
         Raises:
-            ValueError: see `qprobe.metrics.choice_law`.
+            ValueError: see `qprobe.probe.metrics.choice_law`.
         """
         each = np.atleast_2d(np.asarray(scores, dtype=np.float64))
         prompts = len(np.unique(self.groups))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from qprobe.store import feature_rows, open_table
+from qprobe.store.table import feature_rows, open_table
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "closed_loop.py"
 PROMPTS, EACH, SPREAD = 240, 8, 2.0

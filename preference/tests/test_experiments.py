@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 import qprobe_preference.__main__ as command
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 from qprobe_preference import comparison
 from qprobe_preference.dataset import Dataset

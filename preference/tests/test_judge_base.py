@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from qprobe import stages
-from qprobe.joined import join
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool, RewardBatch, RewardRow
+from qprobe.run import stages
+from qprobe.run.joined import join
+from qprobe.run.stages import Pool, RewardBatch, RewardRow
 from qprobe_preference.judges import AgainstReference, Comparison, Judgement, tally
 from qprobe_preference.judges.base import ScoreRule, folder_name
 

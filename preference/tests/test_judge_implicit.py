@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import qprobe_preference
 from qprobe import models
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges import Comparison, Judgement, configured
 from qprobe_preference.judges.implicit import ImplicitJudge, Side
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import qprobe_preference
-from qprobe.api import ApiError, client
+from qprobe.models.openai_client import ApiError, client
 from qprobe_preference.judges import Comparison, configured, tally
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -249,11 +249,12 @@ def test_a_reply_without_a_verdict_is_asked_for_again_and_counted(server: Any, t
     assert len(server.requests) == 10
     fences = re.findall(r"begin conversation (\w+)", "".join(message(body) for _, _, body in server.requests))
     assert len(set(fences)) == 10  # another one in every request, also in repeated ones
-    one_by_one.compare(pairs(2))
-    judge(server, tmp_path).compare(pairs(2))
-    assert len(server.requests) == 10  # having given up is kept too
+    script(server, lambda *_: "never")
+    assert judge(server, tmp_path).compare(pairs(2))[1].verdict == "unparsed"
+    assert len(server.requests) == 16  # what was not read is asked for again, in both orders
     script(server, fair)
-    assert judge(server, tmp_path, retries=5).compare(pairs(2))[1].verdict == "win"  # unless more patience is asked for
+    assert [j.verdict for j in judge(server, tmp_path).compare(pairs(2))] == ["win", "win"]
+    assert len(server.requests) == 18
 
 
 def test_refusals_and_too_long_texts_count_half_and_are_counted(

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 import qprobe_preference
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges import Comparison, Judgement, configured
 from qprobe_preference.judges.reward_model import RewardModelJudge
 

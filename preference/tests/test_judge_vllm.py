@@ -18,11 +18,12 @@ import torch
 from omegaconf import OmegaConf
 
 import qprobe_preference
-from qprobe import api, models
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
+from qprobe import models
+from qprobe.models import openai_client
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.stages import RewardBatch
+from qprobe.run.stages import RewardBatch
 from qprobe_preference.judges import AgainstReference, Comparison, configured, tally
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -47,7 +48,7 @@ QUESTIONS = {
 def server(vllm_server: ModuleType) -> Iterator[Any]:
     started = vllm_server.VLLMServer(SPEC, kv_cache_gib=0.25, max_model_len=2048)
     yield started
-    api.close_clients()
+    openai_client.close_clients()
     started.close()
 
 

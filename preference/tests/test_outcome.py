@@ -16,13 +16,13 @@ from scipy import stats
 from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score
 
-from qprobe import joined
-from qprobe.pipeline import Pipeline
+from qprobe.evaluation.scoring import Scored
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
-from qprobe.scoring import Scored
-from qprobe.stages import Split
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.run import joined
+from qprobe.run.stages import Split
 from qprobe_preference import comparison, outcome, winrates
 from qprobe_preference.comparison import Variant
 from qprobe_preference.judges.base import AgainstReference, Comparison, Judgement

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
-from qprobe import composition
+from qprobe.cli import composition
 from qprobe_preference import comparison
 
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
@@ -28,6 +28,13 @@ def composed(*words: str) -> dict[str, Any]:
 
 def said(group: str, values: dict[str, Any]) -> list[str]:
     return [f"{group}.{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str) -> None:
+    chosen = composed(f"experiment={experiment}", "model=embedded")["model"]
+    assert (chosen["name"], chosen["device_map"]) == ("embedded", None)
+    assert composed(f"experiment={experiment}", "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from qprobe import stages
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.rewards import RecordedReward
+from qprobe.run import stages
+from qprobe.run.rewards import RecordedReward
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
-from qprobe.stages import Pool, Split
 from qprobe_preference.pairs import Found, run_folder
 from qprobe_preference.pairs.base import collect
 

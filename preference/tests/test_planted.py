@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 import qprobe_preference.__main__ as command
-from qprobe import composition
-from qprobe.models import ModelSpec
+from qprobe.cli import composition
+from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
 WORDS = (

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
-from qprobe import stages
-from qprobe.api import ApiError
-from qprobe.models import ModelSpec
-from qprobe.pipeline import Pipeline
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.run import stages
 from qprobe.settings import build
 from qprobe_preference import policy
 from qprobe_preference.judges import implicit

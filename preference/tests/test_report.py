@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qprobe.metrics import wilson
+from qprobe.probe.metrics import wilson
 from qprobe_preference.report import (
     Method,
     WinTable,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from qprobe.metrics import best_of_k
-from qprobe.stages import RewardBatch
+from qprobe.probe.metrics import best_of_k
+from qprobe.run.stages import RewardBatch
 from qprobe_preference.pairs import Found, PairSet
 from qprobe_preference.pairs.base import collect
 from qprobe_preference.splits import PairLabel, first_pairs, pairs_split, prompts_split

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
-from qprobe.metrics import reward_grid
+from qprobe.probe.metrics import reward_grid
 from qprobe_preference.winrates import (
     SLOPE_PRECISION,
     Judgements,

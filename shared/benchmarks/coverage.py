@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth, over planted sets of prompts: `python shared/benchmarks/coverage.py --sets 2000`.
 
-Values are as tables have them (see `planted`). Beside the interval of `qprobe.metrics.bootstrap_mean` stand others that were
+Values are as tables have them (see `planted`). Beside the interval of `metrics.bootstrap_mean` stand others that were
 looked at: plain percentiles, Student's t, BCa and the studentised bootstrap, each as in Efron and Tibshirani (1993).
 """
 
@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from qprobe.metrics import tails
+from qprobe.probe.metrics import tails
 
 DRAWS = 1500
 KINDS = ("rates", "gains", "sparse gains", "one choice", "wins of clusters")

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qprobe.metrics import reward_grid
-from qprobe.network import ProbeNetwork
-from qprobe.training import score_rows
+from qprobe.probe.metrics import reward_grid
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.training import score_rows
 
 GOAL = 50.0
 PROBLEMS, SAMPLES, DIMENSION, DRAWS = 500, 200, 4096, 200

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import SamplingSettings, sample_seeds
 from qprobe.sampling.base import stop_position

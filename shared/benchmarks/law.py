@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from qprobe import models
-from qprobe.models import LanguageModel, ModelSpec
-from qprobe.prefix import PrefixRun, plain_attention
+from qprobe.models.language_model import LanguageModel, ModelSpec
+from qprobe.models.prefix import PrefixRun, plain_attention
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 

@@ -29,12 +29,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qprobe import stages, store
-from qprobe.evaluation import EvaluationSettings
-from qprobe.pipeline import Pipeline
+from qprobe import store
+from qprobe.evaluation.measure import EvaluationSettings
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool, Split
-from qprobe.training import TrainingSettings
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 
 PROMPTS = {"train": 464, "mbpp": 500, "humaneval": 164}
 SAMPLES = 200

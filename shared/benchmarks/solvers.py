@@ -27,8 +27,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegressionCV, RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from qprobe.solvers import STRENGTHS, Rows, solve
-from qprobe.solvers.solve import SolvedLoss
+from qprobe.probe.solvers import STRENGTHS, Rows, solve
+from qprobe.probe.solvers.solve import SolvedLoss
 
 ONE_WEIGHTING, NINE_WEIGHTINGS, PAPER = 10.0, 60.0, 90.0
 PAPER_GIB = 8.0

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qprobe.training import Data, ProbeTask, TrainingSettings, train
+from qprobe.probe.training import Data, ProbeTask, TrainingSettings, train
 
 LOSSES = ("reward_mse", "reward_cross_entropy", "policy_gradient")
 PAPER_EPOCHS = 150

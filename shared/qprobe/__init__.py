@@ -3,7 +3,7 @@
 Li et al., "Q-Probe: A Lightweight Approach to Reward Maximization for Language Models", ICML 2024.
 """
 
-from qprobe.probe import QProbe
+from qprobe.probe.estimator import QProbe
 
 __all__ = ["QProbe"]
 __version__ = "0.1.0"

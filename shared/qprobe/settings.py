@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
@@ -38,7 +39,25 @@ def build(make: Callable[..., Made], values: Mapping[str, Any], where: str, **mo
 def check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
     """Raise ValueError where `values` has a key that is not among the known ones."""
     if unknown := sorted(set(map(str, values)) - known):
-        raise ValueError(f"{where} has no key {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"{where} has no key {', '.join(unknown)}{meant(unknown[0], known)}: it knows {', '.join(sorted(known))}."
+        )
+
+
+class UsageError(ValueError):
+    """A word of the command line that nothing knows; the message says which one was perhaps meant. Exit status 2."""
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """` (did you mean "..."?)` where a known name is like the word, or its last part with dots is; else nothing."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word.lower(), names, 1, 0.6)
+    if not close:  # a key without its part, such as temperature for sampler.temperature
+        last = {name: name.rpartition(".")[2] for name in names}
+        own = word.rpartition(".")[2].lower()
+        parts = difflib.get_close_matches(own, last.values(), 1, 0.8)
+        close = [name for name in names if last[name] in parts]
+    return f" (did you mean {' or '.join(close[:3])}?)" if close else ""
 
 
 def accepted(make: Callable[..., Any]) -> set[str]:

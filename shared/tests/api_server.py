@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from qprobe import models
-from qprobe.api import ApiSettings
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiSettings
 from qprobe.prompts import Prompt
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler

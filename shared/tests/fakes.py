@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from qprobe import baselines
-from qprobe.pipeline import Pipeline
+from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
+from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import Completion, SamplingSettings
-from qprobe.stages import Pool, RewardBatch, RewardRow, Split
 
 WIDTH = 6
 PROMPT_MARK = 1  # what the embedder's own encoding puts before a prompt, as a tokenizer puts BOS

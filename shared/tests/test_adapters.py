@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe import adapters, models
-from qprobe.models import ModelSpec
+from qprobe import models
+from qprobe.models import adapters
+from qprobe.models.language_model import ModelSpec
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from qprobe import api
-from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
+from qprobe.models import openai_client
+from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, Client, client
 
 BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "temperature": 0.0}
 Refusals = Callable[..., Exception]
@@ -104,7 +104,7 @@ def test_a_server_that_asks_for_more_patience_than_there_is_is_given_up(server: 
 
 
 def test_waits_double_with_jitter_up_to_the_longest(server: Any, refusal: Refusals, monkeypatch: Any) -> None:
-    monkeypatch.setattr(api, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT", 1.0)
     settings = server.settings(longest_wait=8.0)
     waits: list[float] = []
 
@@ -187,7 +187,7 @@ def test_the_ways_of_saying_too_long(said: str) -> None:
 
 
 def test_the_first_failure_ends_the_rest_and_what_waits(server: Any, refusal: Refusals, monkeypatch: Any) -> None:
-    monkeypatch.setattr(api, "FIRST_WAIT", 60.0)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT", 60.0)
     settings = server.settings(concurrency=2)
     server.faults += [refusal(500, "wait a minute"), refusal(401, "no")]
     began = time.monotonic()
@@ -301,7 +301,7 @@ def test_a_missing_key_is_said_before_any_call_where_one_is_needed(monkeypatch: 
     settings = ApiSettings("gpt")
     with pytest.raises(ApiError, match="needs a key: set the environment variable OPENAI_API_KEY"):
         client(settings).check()
-    api.close_clients()
+    openai_client.close_clients()
 
 
 def test_a_closed_client_opens_again_and_keeps_its_count(server: Any) -> None:
@@ -366,7 +366,7 @@ def test_a_missing_package_is_a_sentence_with_the_command(server: Any, monkeypat
 
 def test_openai_is_imported_at_the_first_call_only() -> None:
     code = (
-        "import sys, qprobe, qprobe.sampling.openai, qprobe.embedding.openai, qprobe.stages; "
+        "import sys, qprobe, qprobe.sampling.openai, qprobe.embedding.openai, qprobe.run.stages; "
         "assert 'openai' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 from qprobe.baselines.consistency import Answer, SelfConsistency
-from qprobe.stages import Pool, RewardBatch
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.probe.training import TrainingSettings
+from qprobe.run.stages import Pool, RewardBatch
 
 
 class LastWord:

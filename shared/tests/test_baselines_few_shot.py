@@ -9,7 +9,7 @@ import pytest
 from qprobe.baselines.base import Lesson
 from qprobe.baselines.few_shot import FewShot, FewShotSettings, Shot, successes, with_shots
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool
+from qprobe.run.stages import Pool
 
 
 def lesson(task: str, completion: str, reward: float) -> Lesson:

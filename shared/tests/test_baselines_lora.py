@@ -17,8 +17,8 @@ from qprobe.baselines import lora, objectives
 from qprobe.baselines.finetune_rm import RewardModel
 from qprobe.baselines.lora import LoRASettings, fine_tune, train_reward_model
 from qprobe.baselines.objectives import Example
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
 
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
 

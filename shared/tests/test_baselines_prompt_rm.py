@@ -8,9 +8,9 @@ import torch
 
 from qprobe import models
 from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool, RewardBatch, Split
+from qprobe.run.stages import Pool, RewardBatch, Split
 
 TEMPLATE = "Q: {problem}\nA: {candidate}\nRight?"
 PROMPTS = [Prompt("a", text="2 + 2 = "), Prompt("b", messages=({"role": "user", "content": "Sum?"},), opening="```\nx")]

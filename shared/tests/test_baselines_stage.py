@@ -11,12 +11,12 @@ import pytest
 
 from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
-from qprobe.inspection import inspect
-from qprobe.pipeline import STAGES, Pipeline
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.inspection import inspect
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.report.results import Results, Row
-from qprobe.store import StoreError
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.store.table import StoreError
 
 WORK = STAGES[:-1]  # all but the report, whose figures take a second
 FEW_SHOT, GOODNESS = "few-shot (2 successes)", "Goodness"

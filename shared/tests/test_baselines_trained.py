@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe import composition, models
+from qprobe import models
 from qprobe.baselines import Lessons
 from qprobe.baselines.lora import examples_of
+from qprobe.cli import composition
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
-from qprobe.pipeline import Pipeline
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
+from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
-from qprobe.stages import RewardBatch, RewardRow, Split
+from qprobe.run.stages import RewardBatch, RewardRow, Split
 
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe import candidates, cli
-from qprobe.pipeline import Pipeline
+from qprobe.cli import main
+from qprobe.evaluation import candidates
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.report.explored import Explored
-from qprobe.stages import Split
-from qprobe.store import StoreError
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.run.stages import Split
+from qprobe.store.table import StoreError
 
 Make = Callable[..., Pipeline]
 
@@ -100,11 +101,11 @@ def test_candidates_that_are_lost_or_damaged_are_said_and_made_again(make: Make,
 
 def test_the_command(make: Make, fakes: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make([fakes.split("numbers", 12)]).run
-    assert cli.main(["report", str(run)]) == 0
+    assert main.main(["report", str(run)]) == 0
     assert capsys.readouterr().out.startswith(f"{run / 'report.html'} (")
     assert "<h1>Numbers</h1>" in (run / "report.html").read_text()
     (run / "results" / "numbers.json").unlink()
-    assert cli.main(["report", str(run)]) == 1
+    assert main.main(["report", str(run)]) == 1
     assert f"{run} has not been evaluated yet: run the stage evaluate first" in capsys.readouterr().err
-    assert cli.main(["report", str(tmp_path / "none")]) == 1
+    assert main.main(["report", str(tmp_path / "none")]) == 1
     assert f"There is no run {tmp_path / 'none'}: give the folder" in capsys.readouterr().err

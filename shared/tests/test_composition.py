@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import qprobe
-from qprobe import composition
 from qprobe.baselines.prompt_rm import PromptRM
+from qprobe.cli import composition
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
-from qprobe.probe import QProbe
+from qprobe.models.language_model import ModelSpec
+from qprobe.probe.estimator import QProbe
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 
@@ -57,11 +57,14 @@ def test_stop_texts_of_the_caller_replace_the_key() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["samplr.n=3"], "The settings samplr.n=3 cannot be used: Could not override 'samplr.n'"),
-        (["model=nope"], "Could not find 'model/nope' Available options in 'model': embedded hub"),
+        (["samplr.n=3", "seed=1"], r"samplr.n=3: there is no setting samplr.n \(did you mean sampler.n\?\)"),
+        (["n=3"], r"there is no setting n \(did you mean sampler.n\?\)"),
+        (["sampler.n=1,2"], "sampler.n=1,2 says several values: for a list write brackets"),
+        (["model=nope"], "There is no model nope: choose from embedded, hub"),
         (["model=hub"], "The setting model.name is missing: say model.name=VALUE"),
         (["sampler.n="], "sampler.n is ''|sampler.n is None"),
-        (["=3"], "The settings =3 cannot be used"),
+        (["=3"], "=3 names no setting"),
+        (["sampler.n = 3"], "sampler.n = 3 cannot be read|'sampler.n'"),
         (["sampler.backend=vlm"], "sampler.backend is 'vlm': choose from hf"),
         (["embedder.backend=none"], "embedder.backend is 'none': choose from hf"),
         (["+sampler.speed=3"], "sampler has no key speed"),
@@ -111,10 +114,10 @@ def test_a_card_without_a_sampler_is_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sampler.speed=1", "sampler.speed=1 changes nothing that an answer is made with: choose from .*sampler.n,"),
-        ("sampler=hf", "sampler=hf changes nothing"),
-        ("n=3", "n=3 changes nothing"),
-        ("sampler.n.more=3", "changes nothing"),
+        ("sampler.speed=1", "sampler.speed is nothing that an answer is made with.*: choose from .*sampler.n,"),
+        ("sampler=hf", "sampler is nothing that"),
+        ("n=3", r"n is nothing that .* \(did you mean sampler.n\?\)"),
+        ("sampler.n.more=3", "is nothing that an answer is made with"),
         ("sampler.n=many", "sampler.n is 'many'"),
         ("sampler.stop=[", r"sampler.stop=\[ cannot be read"),
         ("prompts=socratic", "The style of the prompts is 'socratic'"),

@@ -16,19 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, vllm_engine
+from qprobe import models
 from qprobe.embedding import Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, SamplingSettings, sample_seeds
 from qprobe.sampling.base import stop_position
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
-from qprobe.vllm_engine import EngineSettings
 
 Make = Callable[..., Any]
 TOLERANCE = 1e-4
@@ -63,7 +64,14 @@ PROMPTS = [
     Prompt("text", text="def add("),
     Prompt("chat", messages=({"role": "user", "content": "What is the sum?"},)),
     Prompt("unicode", text="naïve 🙂 数"),
-    Prompt("talk", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})),
+    Prompt(
+        "talk",
+        messages=(
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ),
+    ),
     Prompt("short", text="x"),
 ]
 LAW = SamplingSettings(n=3, temperature=1.0, top_p=0.95, max_new_tokens=10)
@@ -319,7 +327,7 @@ def test_an_embedding_does_not_depend_on_its_batch(
 
 
 def test_text_beyond_the_context_is_a_sentence(make_embedder: Make) -> None:
-    with pytest.raises(ValueError, match=r"embed with a model of longer context or shorten the prompt"):
+    with pytest.raises(ValueError, match=r"embed with a model of longer context,? or shorten the"):
         embed(make_embedder(), [("y" * 100, ["z" * 150])])
 
 

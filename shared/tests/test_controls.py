@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe import controls, evaluation
-from qprobe.joined import Joined
-from qprobe.pipeline import STAGES, Pipeline
+from qprobe.evaluation import controls, measure
+from qprobe.evaluation.scoring import Scored
+from qprobe.evaluation.sweep import EvaluationSettings, cross_validate, probe_seed, train_on_all
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.report import to_text
 from qprobe.report.results import Results, Row
-from qprobe.scoring import Scored
-from qprobe.stages import Split
-from qprobe.sweep import EvaluationSettings, cross_validate, probe_seed, train_on_all
-from qprobe.training import TrainingSettings
+from qprobe.run.joined import Joined
+from qprobe.run.stages import Split
 
 SETTINGS = EvaluationSettings(losses=("reward_mse",), seeds=3, folds=3, curve_shares=(), bootstrap=200)
 TRAINING = TrainingSettings(steps=40, learning_rate=0.05, minimum_mixed=2)
@@ -60,7 +60,7 @@ def row(results: Results, method: str) -> Row:
 def evaluate(joined: Joined, q: np.ndarray, made: controls.Scores, k: int, seeds: int = 1) -> Results:
     scored = {1.0: {"reward_mse": Scored(q, np.zeros((len(q), len(joined.task_ids))), [])}}
     settings = dataclasses.replace(SETTINGS, seeds=seeds)
-    return evaluation.evaluate("t", "p", "pool", joined, None, scored, settings, k=k, seed=0, controls=made)
+    return measure.evaluate("t", "p", "pool", joined, None, scored, settings, k=k, seed=0, controls=made)
 
 
 def test_length_and_log_probability_by_hand() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, prefix
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import prefix
+from qprobe.models.language_model import ModelSpec
 
 States = Callable[[ModelSpec, Sequence[int]], tuple[Tensor, ...]]
 Ids = Callable[..., list[list[int]]]

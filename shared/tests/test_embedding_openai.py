@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe.api import ApiError
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError
 
 PROMPTS = ["naïve 🙂 ", "add("]
 COMPLETIONS = [["one", "", "zwei\n"], ["a, b)", "é"]]

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe import evaluation, files
-from qprobe.joined import Joined
-from qprobe.network import ProbeNetwork
-from qprobe.report.results import Results, Row
-from qprobe.scoring import Scored, score
-from qprobe.sweep import (
+from qprobe import files
+from qprobe.evaluation import measure
+from qprobe.evaluation.scoring import Scored, score
+from qprobe.evaluation.sweep import (
     EvaluationSettings,
     SweepProbe,
     cross_validate,
@@ -24,7 +22,10 @@ from qprobe.sweep import (
     save_sweep,
     train_on_all,
 )
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, score_rows, train
+from qprobe.report.results import Results, Row
+from qprobe.run.joined import Joined
 
 TRAINING = TrainingSettings(
     steps=30, learning_rate=0.05, held_out=0.3, minimum_mixed=2, check_every=5, chunks_per_batch=6
@@ -68,7 +69,7 @@ def evaluate(
 ) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     greedy = None if greedy is None else np.asarray(greedy, dtype=np.float32)
-    return evaluation.evaluate(
+    return measure.evaluate(
         "title", "protocol", "pool", pool, greedy, {1.0: scores} | (parts or {}), settings, k=k, seed=0
     )
 
@@ -123,7 +124,7 @@ def test_cross_validation_trains_each_loss_seed_and_fold_on_the_other_folds(monk
         seen.extend(tasks)
         return train(data, tasks, *arguments, **more)
 
-    monkeypatch.setattr("qprobe.sweep.train", spy)
+    monkeypatch.setattr("qprobe.evaluation.sweep.train", spy)
     sweep = cross_validate(planted(), TRAINING, SETTINGS, k=3, seed=5, progress=False)
     assert len(sweep) == len(seen) == 3 * 2 * 3
     assert {(probe.loss, probe.seed, probe.fold) for probe in sweep} == {
@@ -145,7 +146,7 @@ def test_with_a_training_set_every_seed_draws_its_share_and_scores_all_of_the_te
         masks.extend(tuple(task.groups.tolist()) for task in tasks)
         return train(data, tasks, *arguments, **more)
 
-    monkeypatch.setattr("qprobe.sweep.train", spy)
+    monkeypatch.setattr("qprobe.evaluation.sweep.train", spy)
     settings = dataclasses.replace(SETTINGS, train_share=share, seeds=4, losses=("reward_mse", "policy_gradient"))
     sweep = train_on_all(planted(), TRAINING, settings, k=3, seed=0, progress=False)
     assert [sum(mask) for mask in masks] == [count] * 8
@@ -174,7 +175,7 @@ def test_the_learning_curves_probes_see_a_part_of_the_training_prompts_and_a_sma
             seen.extend(tasks)
             return train(data, tasks, *arguments, **more)
 
-        patch.setattr("qprobe.sweep.train", spy)
+        patch.setattr("qprobe.evaluation.sweep.train", spy)
         sweep = cross_validate(planted(), TRAINING, settings, k=3, seed=5, progress=False)
     for probe, task in zip(sweep, seen, strict=True):
         masks[probe.loss, probe.seed, probe.fold, probe.share] = set(task.groups.nonzero()[:, 0].tolist())
@@ -248,7 +249,7 @@ def test_scores_do_not_depend_on_the_pieces_that_features_are_read_in(monkeypatc
     pool = planted()
     sweep = cross_validate(pool, TRAINING, SETTINGS, k=3, seed=5, progress=False)
     whole = score(sweep, pool, SETTINGS, 5)[1.0]
-    monkeypatch.setattr("qprobe.scoring.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("qprobe.evaluation.scoring.ROWS_AT_A_TIME", 7)
     pieces = score(sweep, pool, SETTINGS, 5)[1.0]
     assert list(pieces) == list(SETTINGS.losses)
     for loss, scores in pieces.items():
@@ -380,7 +381,7 @@ def test_published_values_stand_beside_their_own_method_alone() -> None:
     pool = joined([[1, 0], [0, 0]])
     scores = {"reward_mse": scored([[0, 1, 2, 3]] * 2, np.zeros((2, 2)))}
     paper = {"Q-probe L_Q": 0.29, "pass@1": 0.24}
-    results = evaluation.evaluate("t", "p", "pool", pool, None, {1.0: scores}, SETTINGS, k=2, seed=0, paper=paper)
+    results = measure.evaluate("t", "p", "pool", pool, None, {1.0: scores}, SETTINGS, k=2, seed=0, paper=paper)
     assert {entry.method: entry.paper for entry in results.rows if entry.paper is not None} == paper
 
 
@@ -417,7 +418,7 @@ def test_a_sweep_whose_writing_was_cut_off_is_none_of_either(tmp_path: Path, mon
         files.write_whole(path, content)
         raise KeyboardInterrupt  # after the weights, before the rest
 
-    monkeypatch.setattr("qprobe.sweep.write_whole", killed)
+    monkeypatch.setattr("qprobe.evaluation.sweep.write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         save_sweep(sweep_of(7.0, 8.0), tmp_path, INPUTS | {"k": 4})
     # Going back to the first inputs must not meet the second one's weights.
@@ -448,15 +449,15 @@ def test_a_damaged_sweep_is_named(file: str, damage: str, tmp_path: Path) -> Non
 def test_the_example_is_the_mixed_prompt_with_the_widest_gap() -> None:
     pool = joined([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8], [9, -9, 0, 0, 1, 2, 5, 6, 4]]  # means in prompt 2: 5, 5, 6
-    found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
-    assert found == evaluation.Example("p001", "completion 5", "failed", "completion 3", "failed")
+    found = measure.example(pool, {"reward_mse": scored(q)}, "reward_mse")
+    assert found == measure.Example("p001", "completion 5", "failed", "completion 3", "failed")
     q = [[9, -9, 0, 0, 1, 2, 5, 4, 8]]
-    found = evaluation.example(pool, {"reward_mse": scored(q)}, "reward_mse")
-    assert found == evaluation.Example("p002", "completion 8", "passed", "completion 7", "failed")
+    found = measure.example(pool, {"reward_mse": scored(q)}, "reward_mse")
+    assert found == measure.Example("p002", "completion 8", "passed", "completion 7", "failed")
     wordless = dataclasses.replace(joined([[0.25, 1]]), verdicts=["", ""])  # a reward is its own verdict then
-    found = evaluation.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
-    assert found == evaluation.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
-    assert evaluation.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
+    found = measure.example(wordless, {"reward_mse": scored([[2, 1]])}, "reward_mse")
+    assert found == measure.Example("p000", "completion 0", "reward 0.25", "completion 1", "reward 1")
+    assert measure.example(joined([[1, 1], [0, 0]]), {"reward_mse": scored([[0, 1, 2, 3]])}, "reward_mse") is None
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from qprobe import evaluation, layers
-from qprobe.joined import Joined
-from qprobe.network import ProbeNetwork
+from qprobe.evaluation import layer_choice, measure
+from qprobe.evaluation.scoring import Scored
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, cross_validate, probe_seed
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.training import TrainedProbe, TrainingSettings
 from qprobe.report import figures
 from qprobe.report.results import Results, Row
-from qprobe.scoring import Scored
-from qprobe.sweep import EvaluationSettings, SweepProbe, cross_validate, probe_seed
-from qprobe.training import TrainedProbe, TrainingSettings
+from qprobe.run.joined import Joined
 
 TRAINING = TrainingSettings(
     steps=30, learning_rate=0.05, held_out=0.3, minimum_mixed=2, check_every=5, chunks_per_batch=6
@@ -58,7 +58,7 @@ def evaluate(
 ) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     greedy = None if greedy is None else np.asarray(greedy, dtype=np.float32)
-    return evaluation.evaluate(
+    return measure.evaluate(
         "title", "protocol", "pool", pool, greedy, {1.0: scores} | (parts or {}), settings, k=k, seed=0
     )
 
@@ -104,11 +104,9 @@ def test_all_probes_of_a_learning_curve_hold_prompts_out_or_none_does() -> None:
     assert not any(probe.trained.chosen for probe in curve)
     assert {probe.share for probe in curve} == {0.25, 0.75, 1.0}
     assert len(curve) == 3 * len(table)
-    scores = layers.score_over(sweep, lambda _: pool, [1], settings, 0)
+    scores = layer_choice.score_over(sweep, lambda _: pool, [1], settings, 0)
     assert scores.plain is not None
-    results = evaluation.evaluate(
-        "t", "p", "pool", pool, None, scores.by_share, settings, k=2, seed=0, plain=scores.plain
-    )
+    results = measure.evaluate("t", "p", "pool", pool, None, scores.by_share, settings, k=2, seed=0, plain=scores.plain)
     assert any("Every probe of the learning curve" in note for note in results.notes)
     line = results.reward_against_prompts
     assert line is not None
@@ -146,7 +144,7 @@ def test_the_saved_probe_learns_from_every_prompt() -> None:
     training = dataclasses.replace(TRAINING, minimum_mixed=2, held_out=0.3, standardize=False)
 
     def weights(rows: Joined) -> np.ndarray:
-        ((_, probe),) = layers.final_probes(lambda _: rows, [1], ["reward_mse"], training, k=2, seed=0)
+        ((_, probe),) = layer_choice.final_probes(lambda _: rows, [1], ["reward_mse"], training, k=2, seed=0)
         assert probe.chosen
         return np.concatenate([p.detach().numpy().ravel() for p in probe.network.parameters()])
 
@@ -250,7 +248,7 @@ def test_the_figure_of_reward_against_kl_is_enumerated_where_its_subsets_are_few
 def test_what_is_reported_of_all_prompts_is_reported_without_some() -> None:
     pool = joined([[1, 0], [0, 1], [1, 1], [0, 0]])
     q = scored([[1, 0, 0, 1, 0, 0, 0, 0]], np.zeros((1, 4)))
-    results = evaluation.evaluate(
+    results = measure.evaluate(
         "t",
         "p",
         "pool",

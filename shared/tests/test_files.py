@@ -70,3 +70,33 @@ def test_temporary_files_of_dead_processes_alone_are_removed(tmp_path: Path) -> 
         path.write_bytes(b"")
     files.remove_abandoned(tmp_path)
     assert set(tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize("kind", ["plain", "gz", "bz2", "zst"])
+def test_packed_files_are_read_whatever_their_name(kind: str, tmp_path: Path) -> None:
+    import bz2
+    import gzip
+
+    import pyarrow as pa
+
+    text = "\ufeffone\nzwei \u00e4\n"
+    raw = text.encode()
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(raw)
+    packed = {"plain": raw, "gz": gzip.compress(raw), "bz2": bz2.compress(raw), "zst": out.getvalue().to_pybytes()}[
+        kind
+    ]
+    (tmp_path / "file").write_bytes(packed)
+    assert files.read_text(tmp_path / "file") == "one\nzwei \u00e4\n"
+    if kind != "plain":
+        (tmp_path / "file").write_bytes(packed[: len(packed) - 9])
+        with pytest.raises(ValueError, match="damaged"):
+            files.read_text(tmp_path / "file")
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="but a folder"):
+        files.read_text(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        files.read_text(tmp_path / "none")

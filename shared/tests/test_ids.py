@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from qprobe.ids import dense_ids
+from qprobe.probe.ids import dense_ids
 
 
 @pytest.mark.parametrize(

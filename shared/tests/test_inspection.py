@@ -5,11 +5,13 @@ from types import ModuleType
 
 import pytest
 
-from qprobe import cli, inspection, stages
-from qprobe.inspection import TableState
-from qprobe.joined import join
-from qprobe.stages import Pool
-from qprobe.store import StoreError
+from qprobe.cli import main
+from qprobe.pipeline import inspection
+from qprobe.pipeline.inspection import TableState
+from qprobe.run import stages
+from qprobe.run.joined import join
+from qprobe.run.stages import Pool
+from qprobe.store.table import StoreError
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_sampler_that_does_not_name_its_number_of_samples_is_counted_all_the_s
 def test_damage_is_named(what: str, pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
     path = pool.completions.part(pool.batches[1]) if what == "part" else pool.completions.folder / "manifest.json"
     path.write_bytes(b"nothing of the kind")
-    assert cli.main(["inspect", str(pool.run)]) == 1
+    assert main.main(["inspect", str(pool.run)]) == 1
     said = capsys.readouterr()
     assert f"{path} cannot be read" in said.err
     assert said.out == ""
@@ -110,22 +112,22 @@ def test_what_is_no_run_folder_is_one_sentence_and_exit_1(
         (folder / "prompts" if kind == "begun" else folder).mkdir(parents=True)
     with pytest.raises(StoreError, match=message):
         inspection.inspect(folder)
-    assert cli.main(["inspect", str(folder)]) == 1
+    assert main.main(["inspect", str(folder)]) == 1
     said = capsys.readouterr()
     assert said.err == f"qprobe: {folder} {message}\n"
     assert said.out == ""
 
 
 def test_the_command_prints_the_tables(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(pool.run)]) == 0
+    assert main.main(["inspect", str(pool.run)]) == 0
     assert capsys.readouterr().out == inspection.to_text(inspection.inspect(pool.run)) + "\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspekt", "x"], ["inspect", "x", "y"]])
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspekt", "x"], ["inspect", "x", "y"]])
 def test_an_unknown_command_prints_the_usage_and_exits_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
+        main.main(arguments)
     assert stopped.value.code == 2
     assert "usage: qprobe" in capsys.readouterr().err

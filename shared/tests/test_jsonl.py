@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qprobe import jsonl
 from qprobe.prompts import Prompt
+from qprobe.store import jsonl
 
 
 def written(folder: Path, *lines: Any, name: str = "file.jsonl") -> Path:
@@ -63,6 +63,18 @@ OTHER = {"prompt": "other"}
         ([{"messages": []}], "line 1: messages is no conversation"),
         ([{"messages": [{"role": "user"}]}], "line 1: messages is no conversation"),
         ([{"messages": [{"role": "user", "content": 1}]}], "line 1: messages is no conversation"),
+        (
+            [OTHER, {"messages": [{"role": "wizard", "content": "a"}]}],
+            "line 2: the role of a message is 'wizard'; choose from system, developer, user, assistant, tool",
+        ),
+        (
+            [{"messages": [{"role": "usr", "content": "a"}]}],
+            r"line 1: the role of a message is 'usr' \(did you mean user",
+        ),
+        (
+            [{"messages": [{"role": "assistant", "content": "a"}]}],
+            "line 1: the conversation holds the assistant's words",
+        ),
         ([{"prompt": "a", "task_id": ""}], "line 1: task_id is ''"),
         ([{"prompt": "a", "task_id": True}], "line 1: task_id is True"),
         (

@@ -17,18 +17,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import inspection, models, stages
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import LanguageModel, ModelSpec
-from qprobe.prefix import LAW, plain_attention
+from qprobe.models.attention import PLAIN_ATTENTION, SharedPrompts
+from qprobe.models.language_model import LanguageModel, ModelSpec
+from qprobe.models.prefix import LAW, plain_attention
+from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings, hf, law
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.law import Drawn, LawCheck, compare
 from qprobe.sampling.openai import OpenAISampler
-from qprobe.shared_attention import PLAIN_ATTENTION, SharedPrompts
-from qprobe.stages import Pool, Split
-from qprobe.store import StoreError
+from qprobe.store.table import StoreError
 
 
 def load_bench() -> ModuleType:

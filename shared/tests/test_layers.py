@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe import layers
-from qprobe.joined import join
-from qprobe.metrics import mixed_prompts
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.probe import QProbe
+from qprobe.evaluation import layer_choice
+from qprobe.evaluation.sweep import EvaluationSettings, fold_of, probe_seed, training_data
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.estimator import QProbe
+from qprobe.probe.metrics import mixed_prompts
+from qprobe.probe.training import ProbeTask, TrainingSettings, score_rows, train, trainer
 from qprobe.report import to_text
 from qprobe.report.figures import write_figures
-from qprobe.sweep import EvaluationSettings, fold_of, probe_seed, training_data
-from qprobe.training import ProbeTask, TrainingSettings, score_rows, train, trainer
+from qprobe.run.joined import join
 
 SETTINGS = EvaluationSettings(
     losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, controls=(), curve_shares=(0.5,), draws=5, bootstrap=100
@@ -86,7 +86,7 @@ def test_every_probe_takes_the_layer_of_its_lowest_held_out_loss(
         assert source is not None
         assert source.layer == 2
 
-    for place in ("qprobe.layers.train", "qprobe.sweep.train"):
+    for place in ("qprobe.evaluation.layer_choice.train", "qprobe.evaluation.sweep.train"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("trained again"))
     again = make()
     again.execute(STAGES[:-1])
@@ -132,7 +132,7 @@ def test_the_shown_scores_are_those_of_the_layer_that_was_taken(finished: Pipeli
     pipeline = finished
     pool = pipeline.test_pools[0]
     sweep = pipeline.sweep(pool)
-    scored = layers.score_over(sweep, lambda layer: pipeline._at(pool, layer), [1, 2, 3], SETTINGS, 0).by_share
+    scored = layer_choice.score_over(sweep, lambda layer: pipeline._at(pool, layer), [1, 2, 3], SETTINGS, 0).by_share
     for probe in sweep:
         if not probe.taken:
             continue

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, prefix
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
+from qprobe import models
+from qprobe.models import prefix
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 

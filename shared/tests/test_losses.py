@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe.losses import (
+from qprobe.probe.losses import (
     LOSSES,
     bradley_terry,
     centred_mse,

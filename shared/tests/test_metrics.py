@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm, t
 from sklearn.metrics import roc_auc_score
 
-from qprobe.metrics import (
+from qprobe.probe.metrics import (
     Distinct,
     Floats,
     best_of_k,
@@ -27,7 +27,7 @@ from qprobe.metrics import (
     wilson,
     within_prompt_auc,
 )
-from qprobe.policy import expected_reward
+from qprobe.probe.selection import expected_reward
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -79,7 +79,7 @@ def test_best_of_k_with_the_reward_as_score_is_pass_at_k() -> None:
 
 @pytest.mark.parametrize("enumerated", [0, 2000])
 def test_reward_grid_equals_enumeration_within_its_own_errors(enumerated: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qprobe.metrics.ALL_SUBSETS", enumerated)
+    monkeypatch.setattr("qprobe.probe.metrics.ALL_SUBSETS", enumerated)
     # Prompts of 5, 7 and 5 samples, rows in no order, ties within, scores far apart at the lowest temperature.
     groups = rng().permutation(np.repeat([7, -1, 30], [5, 7, 5]))
     scores, rewards = rng(1).integers(-2, 3, 17) * 1.0, rng(2).normal(size=17)
@@ -128,7 +128,7 @@ def test_reward_grid_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPat
     scores, rewards, groups = rng().normal(size=120), rng(1).normal(size=120), np.repeat(np.arange(6), 20)
     # 190 subsets of two, which are enumerated, and 15,504 of five.
     whole = reward_grid(scores, rewards, groups, [2, 5], [0.0, 0.3], draws=100, rng=rng())
-    monkeypatch.setattr("qprobe.metrics.BLOCK", 4000)  # two prompts at a time, or ten
+    monkeypatch.setattr("qprobe.probe.metrics.BLOCK", 4000)  # two prompts at a time, or ten
     parts = reward_grid(scores, rewards, groups, [2, 5], [0.0, 0.3], draws=100, rng=rng())
     np.testing.assert_array_equal(parts.values, whole.values)
     np.testing.assert_array_equal(parts.errors, whole.errors)
@@ -146,7 +146,7 @@ def test_choice_law_by_hand() -> None:
 
 
 def test_choice_law_earns_what_enumeration_and_the_grid_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qprobe.metrics.ALL_SUBSETS", 0)
+    monkeypatch.setattr("qprobe.probe.metrics.ALL_SUBSETS", 0)
     groups = rng().permutation(np.repeat([4, 7, 9], [5, 6, 7]))
     scores, rewards = rng(1).integers(0, 4, len(groups)) * 400.0, rng(2).random(len(groups))
     grid = reward_grid(scores, rewards, groups, [1, 3, 5], [0.0, 500.0], draws=20_000, rng=rng(3))
@@ -275,7 +275,7 @@ def test_the_ends_of_an_interval_are_those_of_student_s_t(count: int) -> None:
 def test_bootstrap_in_blocks_uses_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     values = rng().normal(size=30)
     whole = bootstrap_mean(values, draws=1001, rng=rng())
-    monkeypatch.setattr("qprobe.metrics.BLOCK", 300)
+    monkeypatch.setattr("qprobe.probe.metrics.BLOCK", 300)
     assert bootstrap_mean(values, draws=1001, rng=rng()) == whole
 
 

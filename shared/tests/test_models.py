@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe import models
-from qprobe.models import ModelSpec, Tokenizer
+from qprobe.models import language_model as models
+from qprobe.models.language_model import ModelSpec, Tokenizer
 from qprobe.prompts import Prompt
 
 MakeModel = Callable[..., ModelSpec]
@@ -55,8 +55,8 @@ def test_the_identity_loads_nothing(tiny_model: ModelSpec, monkeypatch: pytest.M
 
 def test_importing_and_identifying_costs_no_transformers() -> None:
     code = (
-        "import sys, qprobe.models, qprobe.prefix, qprobe.sampling.hf, qprobe.embedding.hf\n"
-        "qprobe.models.ModelSpec('nobody/nothing', dtype='float32', device='cpu').identity()\n"
+        "import sys, qprobe.models.language_model, qprobe.models.prefix, qprobe.sampling.hf, qprobe.embedding.hf\n"
+        "qprobe.models.language_model.ModelSpec('nobody/nothing', dtype='float32', device='cpu').identity()\n"
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe import composition, models, needs
-from qprobe.models import ModelSpec
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe import models
+from qprobe.cli import composition
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.models.language_model import ModelSpec
+from qprobe.pipeline import needs
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
 
 Make = Callable[..., Pipeline]
 # The published configuration of CodeLlama-7b-hf, and its published number of parameters.
@@ -124,7 +126,7 @@ def test_a_models_size_is_read_off_its_configuration(code_llama: ModelSpec) -> N
 def test_the_needs_of_a_table_are_words_before_work(
     make: Make, code_llama: ModelSpec, fakes: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(needs.passes, "free_memory", lambda devices: 13 * 2**30)
+    monkeypatch.setattr(needs.memory, "free_memory", lambda devices: 13 * 2**30)
     ends = composition.back_ends(configured(code_llama))
     pipeline = make(sampler=ends.sampler, greedy=None, embedder=ends.embedder, tests=[fakes.split("test", 2000)])
     needs.tell(pipeline, STAGES, ["and a judge."])
@@ -147,7 +149,7 @@ def configured(spec: ModelSpec) -> dict[str, Any]:
 
 
 def test_a_model_that_does_not_fit_ends_before_any_work(make: Make, code_llama: ModelSpec, monkeypatch: Any) -> None:
-    monkeypatch.setattr(needs.passes, "free_memory", lambda devices: 12 * 2**30)
+    monkeypatch.setattr(needs.memory, "free_memory", lambda devices: 12 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ends = composition.back_ends(configured(code_llama))
     pipeline = make(sampler=ends.sampler, greedy=None, embedder=ends.embedder)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qprobe.losses import reward_mse
-from qprobe.network import SHAPE_FILE, WEIGHTS_FILE, ProbeNetwork, StackedNetworks, load, save
+from qprobe.probe.losses import reward_mse
+from qprobe.probe.network import SHAPE_FILE, WEIGHTS_FILE, ProbeNetwork, StackedNetworks, load, save
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

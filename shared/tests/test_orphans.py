@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from qprobe import orphans
+from qprobe.models import child_processes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 # Starts a process that starts another, says who they are, and waits to be killed.
 SCRIPT = """
 import os, subprocess, sys, time
-from qprobe.orphans import Guard
+from qprobe.models.child_processes import Guard
 guard = Guard()
 inner = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
 child = subprocess.Popen([sys.executable, "-c", inner], env=os.environ | guard.environment, stdout=subprocess.PIPE, text=True)
@@ -68,11 +68,13 @@ def test_a_killed_process_takes_what_it_guards_along_unless_the_guard_was_dismis
 
 
 def test_a_guarded_process_may_guard_others() -> None:
-    outer, inner = orphans.Guard(), orphans.Guard()
+    outer, inner = child_processes.Guard(), child_processes.Guard()
     environment = os.environ | outer.environment | inner.environment
     with subprocess.Popen(["sleep", "60"], env=environment) as process:
-        marks = [name for guard in (outer, inner) for name in guard.environment if name.startswith(orphans.MARK)]
-        assert [orphans.marked(mark) for mark in marks] == [[process.pid]] * 2
+        marks = [
+            name for guard in (outer, inner) for name in guard.environment if name.startswith(child_processes.MARK)
+        ]
+        assert [child_processes.marked(mark) for mark in marks] == [[process.pid]] * 2
         outer.dismiss()
         inner.dismiss()
         assert process.poll() is None

@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from qprobe import cli, store
-from qprobe.models import ModelSpec
-from qprobe.probe import QProbe
+from qprobe import store
+from qprobe.cli import main
+from qprobe.models.language_model import ModelSpec
+from qprobe.probe.estimator import QProbe
 
 REWARD = """
 def reward(prompt, completion, number):
@@ -46,7 +47,7 @@ def call(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def called(command: str, *arguments: str) -> int:
         more = () if command == "answer" else (*model, *small, *QUICK)
-        return cli.main(
+        return main.main(
             [command, *arguments, *(word for word in more if word.split("=")[0] not in " ".join(arguments))]
         )
 
@@ -149,7 +150,7 @@ def test_a_changed_reward_is_refused_and_only_its_table_need_go(call: Call, caps
     capsys.readouterr()
     assert call(*arguments) == 1
     table = Path("runs/prompts/rewards/prompts.sample/own_reward.reward")
-    assert f"{table} was made from other inputs (reward.source was" in capsys.readouterr().err
+    assert f"{table} was made from other inputs (the file of the reward function changed)" in capsys.readouterr().err
     for path in table.iterdir():
         path.unlink()
     assert call(*arguments) == 0
@@ -220,7 +221,7 @@ def test_candidates_of_unequal_groups_are_imported_and_answered_from(
     rewards = rows("runs/mine/rewards/prompts.sample/imported", store.REWARDS)
     wanted = [(int(row["completion"][0]) + row["sample"]) % 3 / 2 for row in completions]
     assert [row["reward"] for row in rewards] == wanted
-    assert cli.main(["inspect", "runs/mine"]) == 0
+    assert main.main(["inspect", "runs/mine"]) == 0
     said = capsys.readouterr()
     assert "Nothing that was begun is missing." in said.out
     assert "16 imported" in said.out
@@ -247,9 +248,9 @@ def test_importing_twice_does_nothing_twice_and_another_file_is_refused(
     others = candidates()
     others[1] = others[1] | {"completion": "another"}
     for lines, sentence in [
-        (candidates([2, 2, 2]), "prompts/prompts was made from other inputs (prompts was 5, now 3; split.file was"),
-        (others, "completions/prompts.sample was made from other inputs (recorded.completions was"),
-        (flipped, "rewards/prompts.sample/imported was made from other inputs (reward.rewards was"),
+        (candidates([2, 2, 2]), "2 of 5 prompts are no longer there, such as"),
+        (others, "1 candidates are no longer there, such as '1 and 0' of prompts-00002"),
+        (flipped, "candidates have another reward, such as one of prompts-00001: it was"),
     ]:
         assert imported(*lines) == 1
         assert sentence in capsys.readouterr().err
@@ -281,7 +282,7 @@ def test_rewards_that_a_loss_cannot_read_are_said_before_any_work(
             ["run", "prompts.jsonl", "--reward", "own_reward.py:reward", "prompts=talk"],
             "prompts is 'talk': choose chat",
         ),
-        (["run", "prompts.jsonl", "--reward", "own_reward.py:reward", "samplr.n=2"], "Could not override 'samplr.n'"),
+        (["run", "prompts.jsonl", "--reward", "own_reward.py:reward", "samplr.n=2"], "did you mean sampler.n?"),
         (
             ["run", "prompts.jsonl", "--reward", "own_reward.py:reward", "+speed=2"],
             "the configuration has no key speed",
@@ -306,7 +307,9 @@ def test_what_cannot_be_is_a_sentence_before_any_work(
 ) -> None:
     write("good.jsonl", *candidates())
     Path("mine.jsonl").write_text("\n{")
-    assert (cli.main if arguments[0] == "inspect" else lambda words: call(*words))(arguments) == 1
+    assert (main.main if arguments[0] == "inspect" else lambda words: call(*words))(arguments) == (
+        2 if "samplr.n=2" in arguments else 1
+    )
     said = capsys.readouterr()
     assert said.err.startswith("qprobe: ")
     assert sentence in said.err
@@ -357,6 +360,33 @@ def test_a_probe_answers_with_its_own_model_only(
 )
 def test_an_unknown_argument_prints_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
+        main.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("usage: qprobe")
+
+
+def test_the_standard_input_and_packed_files_are_read(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    text = "\n".join(map(json.dumps, candidates())).encode()
+    Path("mine.jsonl.gz").write_bytes(gzip.compress(text))
+    assert call("import", "mine.jsonl.gz", "--run", "runs/packed", "stages=[sample,reward]") == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert call("import", "-", "--run", "runs/piped", "stages=[sample,reward]") == 0
+    table = "completions/prompts.sample"
+    packed, piped = (rows(f"runs/{name}/{table}", store.COMPLETIONS) for name in ("packed", "piped"))
+    assert [row["completion"] for row in packed] == [row["completion"] for row in piped]
+    prompts = "\n".join(json.dumps({"prompt": f"Say {n}.", "number": n}) for n in range(6)).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompts)))
+    assert call("run", "-", "--reward", "own_reward.py:reward", "stages=[sample]") == 0
+    assert Path("runs/stdin/completions").is_dir()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    assert call("import", "-", "--run", "runs/piped") == 1
+
+
+def test_one_prompt_cannot_be_cross_validated(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    write("one.jsonl", {"prompt": "Say 1.", "number": 1})
+    assert call("run", "one.jsonl", "--reward", "own_reward.py:reward") == 1
+    said = capsys.readouterr().err
+    assert "1 prompt cannot make 2 folds: cross-validation needs two at least" in said
+    assert "evaluation.folds=2" not in said

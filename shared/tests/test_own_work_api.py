@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qprobe import cli
-from qprobe.models import ModelSpec
+from qprobe.cli import main
+from qprobe.models.language_model import ModelSpec
 
 
 def test_run_and_answer_with_completions_from_an_api(
@@ -25,7 +25,7 @@ def test_run_and_answer_with_completions_from_an_api(
     words += ["sampler.max_new_tokens=6", "embedder.layers=[2]", "probe.steps=5", "evaluation.seeds=2"]
     words += ["evaluation.folds=2", "evaluation.bootstrap=100", "evaluation.draws=5"]
     words += ["stages=[sample,reward,embed,train,evaluate]"]
-    assert cli.main(["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", "own", *words]) == 0
+    assert main.main(["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", "own", *words]) == 0
     # A plain prompt is a message to an API, whatever the local model was made for.
     assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
     said = [message for _, _, body in server.requests for message in body["messages"]]
@@ -33,7 +33,7 @@ def test_run_and_answer_with_completions_from_an_api(
     server.requests.clear()
     capsys.readouterr()
     probe = next(path.parent for path in Path("own/probes").rglob("policy_gradient/probe.json"))
-    assert cli.main(["answer", "Say 7.", "--probe", str(probe), "--seed", "3"]) == 0
+    assert main.main(["answer", "Say 7.", "--probe", str(probe), "--seed", "3"]) == 0
     answer = capsys.readouterr().out.rstrip("\n")
     (body,) = [body for _, _, body in server.requests]
     assert body["messages"] == [{"role": "user", "content": "Say 7."}]
@@ -52,5 +52,5 @@ def test_a_server_that_is_away_is_a_sentence_and_no_traceback(
     Path("lengths.py").write_text("def reward(prompt, completion):\n    return 1\n")
     words = ["sampler=openai", "sampler.api.model=tiny", "sampler.api.base_url=http://127.0.0.1:9/v1"]
     words += ["sampler.api.retries=1", "stages=[sample]", "evaluation.folds=2"]
-    assert cli.main(["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", "own", *words]) == 1
+    assert main.main(["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", "own", *words]) == 1
     assert "qprobe: The API at http://127.0.0.1:9/v1 could not be reached" in capsys.readouterr().err

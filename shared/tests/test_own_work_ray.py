@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qprobe import cli
-from qprobe.models import ModelSpec
+from qprobe.cli import main
+from qprobe.models.language_model import ModelSpec
 
 
 @pytest.mark.slow
@@ -25,7 +25,7 @@ def test_run_on_ray_makes_the_tables_of_the_local_runner(
     words += ["evaluation.seeds=2", "evaluation.folds=2", "evaluation.bootstrap=100", "evaluation.draws=5"]
     for name, runner in (("local", "local"), ("cluster", "ray")):
         command = ["run", "prompts.jsonl", "--reward", "lengths.py:reward", "--run", name, *words, f"runner={runner}"]
-        assert cli.main(command) == 0
+        assert main.main(command) == 0
     parts = sorted(path.relative_to("local") for path in Path("local").rglob("part-*"))
     assert len(parts) >= 10
     assert parts == sorted(path.relative_to("cluster") for path in Path("cluster").rglob("part-*"))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe.joined import join
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.probe import QProbe
+from qprobe.evaluation.sweep import EvaluationSettings, fold_of, probe_seed
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.estimator import QProbe
+from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
 from qprobe.report import to_text
-from qprobe.stages import RewardBatch, RewardRow, Split
-from qprobe.sweep import EvaluationSettings, fold_of, probe_seed
-from qprobe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, train
+from qprobe.run.joined import join
+from qprobe.run.stages import RewardBatch, RewardRow, Split
 
 PAIRS, A_PROMPT = 60, 3
 SETTINGS = EvaluationSettings(losses=("bradley_terry",), seeds=2, folds=4, beta=0.0, curve_shares=(), bootstrap=200)
@@ -85,7 +85,7 @@ def test_best_of_2_is_the_accuracy_on_pairs_of_prompts_that_were_not_seen(
         seen.extend((data, task) for task in tasks)
         return train(data, tasks, *arguments, **more)
 
-    monkeypatch.setattr("qprobe.sweep.train", spy)
+    monkeypatch.setattr("qprobe.evaluation.sweep.train", spy)
     pipeline = make()
     pipeline.execute(STAGES[:-1])
     results = pipeline.results(pairs)

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from qprobe import models, passes
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.models import ModelSpec
-from qprobe.passes import Passes, cut, halve
-from qprobe.prefix import PrefixRun
+from qprobe.models import memory
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.memory import Passes, cut, halve
+from qprobe.models.prefix import PrefixRun
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 
@@ -173,7 +174,7 @@ def test_the_estimate_of_sampling_is_what_is_allocated(
     measured = peak_bytes(lambda: sampler.sample(prompts, [list(range(n))] * count))
     run = sampler._run
     assert run is not None
-    estimate = passes.Footprint(run.language_model, run.shared, run.tokens_per_pass).sampling(
+    estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).sampling(
         count, length, count * n, new_tokens, temperature == 0
     )
     assert measured <= estimate <= 2 * measured
@@ -188,7 +189,7 @@ def test_the_estimate_of_embedding_is_what_is_allocated(
     measured = peak_bytes(lambda: embedder.embed(prompts, completions))
     run = embedder._run
     assert run is not None
-    estimate = passes.Footprint(run.language_model, run.shared, run.tokens_per_pass).reading(4, 100, [40] * 24, layers)
+    estimate = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass).reading(4, 100, [40] * 24, layers)
     assert measured <= estimate <= 2.5 * measured
 
 
@@ -256,7 +257,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(tiny_model: ModelSpec, ra
 def test_a_budget_is_the_setting_or_a_share_of_what_is_free(
     tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "free_memory", lambda _devices: 8 * 2**30)
+    monkeypatch.setattr(memory, "free_memory", lambda _devices: 8 * 2**30)
     assert Passes(models.load(tiny_model)).budget() == 4 * 2**30
     assert Passes(models.load(with_memory(tiny_model, 1.5))).budget() == 3 * 2**29
     remembering = Passes(models.load(tiny_model))
@@ -274,7 +275,7 @@ def test_the_narrowest_group_around_the_process_counts(tmp_path: Path) -> None:
     (inner.parent / "memory.max").write_text("1000\n")
     (inner.parent / "memory.current").write_text("900\n")
     (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 250\n")
-    assert list(passes._group_memory(tmp_path, membership)) == [350]
+    assert list(memory._group_memory(tmp_path, membership)) == [350]
 
 
 def test_the_older_interface_of_groups_is_read_too(tmp_path: Path) -> None:
@@ -285,18 +286,18 @@ def test_the_older_interface_of_groups_is_read_too(tmp_path: Path) -> None:
     (group / "memory.limit_in_bytes").write_text("1000\n")
     (group / "memory.usage_in_bytes").write_text("400\n")
     (group / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 30\n")
-    assert list(passes._group_memory(tmp_path, membership)) == [630]
+    assert list(memory._group_memory(tmp_path, membership)) == [630]
 
 
 def test_the_systems_memory_is_the_kernels_word(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     123 kB\n")
-    assert passes._system_memory(meminfo) == 123 * 1024
-    assert passes._system_memory(tmp_path / "none") > 2**28
+    assert memory._system_memory(meminfo) == 123 * 1024
+    assert memory._system_memory(tmp_path / "none") > 2**28
 
 
 def test_the_estimate_does_not_exceed_what_this_machine_has(tiny_model: ModelSpec) -> None:
-    free = passes.free_memory([torch.device("cpu")])
+    free = memory.free_memory([torch.device("cpu")])
     assert 2**20 < free < 2**50
     assert PrefixRun(models.load(tiny_model)).tokens_per_pass == 512
 

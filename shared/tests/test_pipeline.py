@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from qprobe import store
-from qprobe.closing import closing_words
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.probe import EmbeddingSource, QProbe
-from qprobe.stages import RewardRow, Split
-from qprobe.store import StoreError
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.closing import closing_words
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.estimator import EmbeddingSource, QProbe
+from qprobe.probe.training import TrainingSettings
+from qprobe.run.stages import RewardRow, Split
+from qprobe.store.table import StoreError
 
 TRAINING = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
 SETTINGS = EvaluationSettings(losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, draws=5, bootstrap=100)
@@ -143,7 +143,7 @@ def test_results_are_kept_and_those_of_other_settings_are_not_reported(
         changed.execute(["report"])
     changed.execute(["evaluate", "report"])
     assert changed.results(changed.tests[0]).made_from != ""
-    monkeypatch.setattr("qprobe.evaluation.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr("qprobe.evaluation.measure.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     make(settings=dataclasses.replace(SETTINGS, draws=7)).execute(WORK)
 
 
@@ -153,7 +153,7 @@ def test_a_second_run_does_nothing_anew(make: Make, monkeypatch: pytest.MonkeyPa
     kept = [first.run / name for name in ("prompts", "completions", "rewards", "features", "probes")]
     before = [times(folder) for folder in kept]
     results = first.results(first.tests[0])
-    for place in ("qprobe.layers.train", "qprobe.sweep.train"):
+    for place in ("qprobe.evaluation.layer_choice.train", "qprobe.evaluation.sweep.train"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("trained again"))
     second = make()
     second.execute(WORK)

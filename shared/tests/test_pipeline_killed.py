@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
-from qprobe.pipeline import STAGES
+from qprobe.pipeline.pipeline import STAGES
 
 # A process that has imported everything forks one child a run: a child is killed, and the next starts in milliseconds.
 SERVER = """
@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import fakes
 import qprobe.report.figures
-from qprobe.sweep import EvaluationSettings
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.training import TrainingSettings
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
 
 def work(run):
     print("pid", os.getpid(), flush=True)

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qprobe import cli, composition, store
-from qprobe.models import ModelSpec
+from qprobe import store
+from qprobe.cli import composition, main
+from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
 SETTINGS = (
@@ -47,7 +48,7 @@ def call(
     monkeypatch.setitem(composition.EMBEDDERS, "hf", fakes.PlantedEmbedder)
 
     def called(*arguments: str) -> str:
-        assert cli.main([*arguments, f"model.name={tiny_model.name}", *SETTINGS]) == 0, capsys.readouterr().err
+        assert main.main([*arguments, f"model.name={tiny_model.name}", *SETTINGS]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
     return called

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe.policy import (
+from qprobe.probe.selection import (
     argmax_kl,
     best_of_law,
     expected_reward,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, prefix, shared_attention
-from qprobe.models import LanguageModel, ModelSpec
-from qprobe.prefix import PrefixRun
+from qprobe import models
+from qprobe.models import attention, prefix
+from qprobe.models.language_model import LanguageModel, ModelSpec
+from qprobe.models.prefix import PrefixRun
 
 States = Callable[[ModelSpec, Sequence[int]], tuple[Tensor, ...]]
 Logprobs = Callable[[ModelSpec, Sequence[int]], Tensor]
@@ -133,7 +134,7 @@ def test_whole_completions_read_at_once_have_the_states_of_the_joined_sequences(
     monkeypatch: pytest.MonkeyPatch,
     per_call: int,
 ) -> None:
-    monkeypatch.setattr(shared_attention, "TOKENS_PER_CALL", per_call)
+    monkeypatch.setattr(attention, "TOKENS_PER_CALL", per_call)
     rows = random_ids([3, 1, 7, 2, 5, 4, 6])
     found = run.read(run.prefill(prompts, (0, 3, 4)), rows, OWNER, (0, 3, 4)).states
     joined = [stock_states(run.language_model.spec, [*prompts[p], *row]) for p, row in zip(OWNER, rows, strict=True)]
@@ -240,7 +241,7 @@ def language_model(family: str, **changes: Any) -> tuple[LanguageModel, Any]:
     return LanguageModel(model, None, ModelSpec(family, dtype="float32", device="cpu")), copied
 
 
-@pytest.mark.parametrize("family", sorted(shared_attention.PLAIN_ATTENTION))
+@pytest.mark.parametrize("family", sorted(attention.PLAIN_ATTENTION))
 def test_every_family_called_plain_is_plain(family: str, relative_error: Error) -> None:
     ours, stock = language_model(family, **TRAITS.get(family, {}))
     run = PrefixRun(ours)

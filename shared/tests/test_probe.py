@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from qprobe import QProbe
-from qprobe.metrics import within_prompt_auc
-from qprobe.probe import EmbeddingSource
-from qprobe.training import BETAS, Data, ProbeTask, TrainingSettings, train
+from qprobe.probe.estimator import EmbeddingSource
+from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.training import BETAS, Data, ProbeTask, TrainingSettings, train
 
 OPTIONS: dict[str, Any] = {"steps": 40, "learning_rate": 0.05, "held_out": 0.3, "minimum_mixed": 3}
 SOURCE = EmbeddingSource({"name": "model-a", "content": "0f", "dtype": "float32"}, layer=18, template="t")
@@ -65,7 +65,7 @@ def test_fit_is_one_probe_of_train_on_all_prompts(monkeypatch: pytest.MonkeyPatc
         asked.append(more)
         return train(*arguments, **more)
 
-    monkeypatch.setattr("qprobe.probe.train", spy)
+    monkeypatch.setattr("qprobe.probe.estimator.train", spy)
     probe = QProbe("reward_mse", k=4, seed=3, **OPTIONS).fit(features, rewards, names)
     assert asked == [{"k": 4, "seed": 3}]
     assert torch.equal(probe.network_.weights[0], on_all.network.weights[0])
@@ -202,7 +202,7 @@ def test_a_save_that_was_cut_off_is_no_probe(tmp_path: Path, monkeypatch: pytest
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qprobe.probe.write_whole", killed)
+    monkeypatch.setattr("qprobe.probe.estimator.write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         fitted(seed=9).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no saved probe"):

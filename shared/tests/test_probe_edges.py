@@ -14,10 +14,11 @@ import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
-from qprobe import QProbe, network
-from qprobe.losses import LOSSES
-from qprobe.metrics import within_prompt_auc
-from qprobe.training import TrainingSettings
+from qprobe import QProbe
+from qprobe.probe import network
+from qprobe.probe.losses import LOSSES
+from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.training import TrainingSettings
 
 OPTIONS: dict[str, Any] = {"steps": 20, "learning_rate": 0.05, "minimum_mixed": 3}
 

@@ -12,8 +12,8 @@ import torch
 from sklearn.base import clone
 
 from qprobe import QProbe
-from qprobe.metrics import within_prompt_auc
-from qprobe.solvers import Rows, solve
+from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.solvers import Rows, solve
 
 FEW = 0.1
 

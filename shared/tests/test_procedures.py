@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe import comparisons, composition
-from qprobe.metrics import Interval, best_of_k, partition_reward, reward_grid
-from qprobe.pipeline import Pipeline
-from qprobe.sweep import EvaluationSettings, Procedure
-from qprobe.training import TrainingSettings
+from qprobe.cli import composition
+from qprobe.evaluation import comparisons
+from qprobe.evaluation.sweep import EvaluationSettings, Procedure
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.metrics import Interval, best_of_k, partition_reward, reward_grid
+from qprobe.probe.training import TrainingSettings
 
 OURS = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
 THEIRS = TrainingSettings(steps=None, epochs=20, held_out=0.0, standardize=False, learning_rate=0.01)

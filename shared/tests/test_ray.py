@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from qprobe import cluster
-from qprobe.pipeline import STAGES, Pipeline
-from qprobe.runners.ray import Step, run_steps
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.pipeline import ray_cluster
+from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.probe.training import TrainingSettings
+from qprobe.run.runners.ray import Step, run_steps
 
 ONE = {"workers": 1, "cpus": 1.0, "gpus": 0.0}
 TWO = {"workers": 2, "cpus": 1.0, "gpus": 0.0}
@@ -106,10 +106,10 @@ def test_a_killed_worker_costs_its_batch_and_the_tables_are_the_local_runners(si
     killer = threading.Thread(target=kill_a_worker, args=(run, killed))
     killer.start()
     make_slow = functools.partial(make, folder, run, 0.5)
-    pipeline = cluster.execute(make_slow, STAGES, {"address": None, "sample": TWO, "reward": TWO, "embed": ONE})
+    pipeline = ray_cluster.execute(make_slow, STAGES, {"address": None, "sample": TWO, "reward": TWO, "embed": ONE})
     killer.join()
     assert len(killed) == 1
-    assert cluster.batches_left(pipeline, STAGES) == []
+    assert ray_cluster.batches_left(pipeline, STAGES) == []
     assert sum(pipeline.sampler.calls) == 0  # type: ignore[attr-defined] - the actors did it all
     for table in (local.run / "tables").iterdir():
         assert (run / "tables" / table.name).read_bytes() == table.read_bytes()
@@ -138,7 +138,7 @@ def test_a_worker_killed_while_it_rewards_or_embeds_changes_no_table(six_cpus: A
     killer.start()
     names = ["reward", "embed", "train", "evaluate", "report"]
     make_seen = functools.partial(make, folder, run, 0.0, seen)
-    cluster.execute(make_seen, names, {"address": None, "sample": ONE, "reward": TWO, "embed": TWO})
+    ray_cluster.execute(make_seen, names, {"address": None, "sample": ONE, "reward": TWO, "embed": TWO})
     killer.join()
     workers = {path.name for path in seen.glob(f"{stage}-*")}
     assert f"{stage}-{killed[0]}" in workers
@@ -156,7 +156,7 @@ def test_an_actor_keeps_its_engine_from_batch_to_batch_and_gives_it_back_at_its_
     folder, seen, run = str(Path(__file__).parent), tmp_path / "seen", tmp_path / "run"
     seen.mkdir()
     make_seen = functools.partial(make, folder, run, 0.1, seen)
-    cluster.execute(make_seen, ["sample"], {"address": None, "sample": TWO, "reward": ONE, "embed": ONE})
+    ray_cluster.execute(make_seen, ["sample"], {"address": None, "sample": TWO, "reward": ONE, "embed": ONE})
     assert len(list(run.glob("completions/numbers.sample/part-*"))) == 12
     held = {path.name.partition("-")[2]: path.read_text() for path in seen.glob("held-*")}
     assert held
@@ -190,7 +190,7 @@ def test_a_shard_on_ray_is_refused_before_any_work(tmp_path: Path) -> None:
         return dataclasses.replace(make(str(Path(__file__).parent), tmp_path / "run"), shard=(1, 2))
 
     with pytest.raises(ValueError, match="shard and runner=ray both part the work"):
-        cluster.execute(sharded, STAGES, {"address": None, "sample": ONE, "reward": ONE, "embed": ONE})
+        ray_cluster.execute(sharded, STAGES, {"address": None, "sample": ONE, "reward": ONE, "embed": ONE})
     assert not (tmp_path / "run").exists()
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
-from qprobe.cli import main
-from qprobe.models import ModelSpec
-from qprobe.pipeline import Pipeline
+from qprobe.cli.main import main
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.models.language_model import ModelSpec
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
-from qprobe.recording import RecordedEmbedder, RecordedSampler, open_recording, pack
+from qprobe.run.recording import RecordedEmbedder, RecordedSampler, open_recording, pack
 from qprobe.sampling import SamplingSettings
-from qprobe.store import StoreError
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
+from qprobe.store.table import StoreError
 
 MODEL = ModelSpec("none is loaded")
 TRAINING = TrainingSettings(steps=20, learning_rate=0.1, minimum_mixed=2, check_every=5)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qprobe.jsonl import PromptRow
-from qprobe.rewards import FunctionReward, RecordedReward, RewardError
-from qprobe.stages import RewardBatch, RewardRow
+from qprobe.run.rewards import FunctionReward, RecordedReward, RewardError
+from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.store.jsonl import PromptRow
 
 ROWS = [
     PromptRow("a", 1, "Ask a", {"word": "sea", "length": 3}),

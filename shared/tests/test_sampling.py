@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from qprobe import models
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings, sample_seeds
 from qprobe.sampling.hf import CANDIDATES, HFSampler, sample_tokens

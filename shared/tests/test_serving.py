@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.probe import EmbeddingSource, QProbe
+from qprobe.probe.estimator import EmbeddingSource, QProbe
 from qprobe.prompts import Prompt
-from qprobe.serving import Choice, Policy
+from qprobe.serving.policy import Choice, Policy
 
 PROMPT = Prompt("t-000", text="task 000: ")
 
@@ -128,3 +128,16 @@ def test_the_tokens_are_the_samplers_own_where_they_mean_the_same(probe: QProbe,
     embedder.seen.clear()
     Policy(fakes.Sampler(3, tokens=False), embedder, probe).answer(PROMPT)
     assert [prompt[0] for prompt, _ in embedder.seen] == [fakes.PROMPT_MARK] * 3  # encoded anew, as in `stages.embed`
+
+
+def test_a_list_is_answered_with_a_list(probe: QProbe, fakes: ModuleType) -> None:
+    policy = Policy(fakes.Sampler(4), fakes.Embedder((2,)), probe, style="text")
+    prompts = ["task 000: ", "task 001: ", Prompt("b", text="task 002: ")]
+    answers = policy.answer(prompts, 3)
+    assert answers == [policy.answer(prompt, 3) for prompt in prompts]
+    assert len(set(map(tuple, (goodness(choice) for choice in policy.choose(prompts, 3))))) == 3
+    assert policy.answer(tuple(prompts[:1]), 3) == answers[:1]
+    assert policy.answer([], 3) == []
+    for wrong in (7, ["task 000: ", 7], [["task 000: "]], None):
+        with pytest.raises(ValueError, match=r"prompt|message"):
+            policy.answer(wrong)

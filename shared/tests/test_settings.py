@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.probe.training import TrainingSettings
 from qprobe.sampling import SamplingSettings
 from qprobe.settings import accepted, build, check_keys
-from qprobe.sweep import EvaluationSettings
-from qprobe.training import TrainingSettings
 
 
 @dataclass(frozen=True)

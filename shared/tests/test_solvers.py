@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.metrics import within_prompt_auc
-from qprobe.solvers import Candidate, Rows, block_weightings, cross_fitted, solve
-from qprobe.solvers.choice import BETA_SHARES, WithinPrompts, best_beta, choose
+from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.solvers import Candidate, Rows, block_weightings, cross_fitted, solve
+from qprobe.probe.solvers.choice import BETA_SHARES, WithinPrompts, best_beta, choose
 
 FEW = (np.inf, 1.0, 0.03)  # strengths, where it does not matter which
 LOSSES: tuple[Any, ...] = ("reward_mse", "centred_mse", "reward_cross_entropy", "pairwise_logistic", "policy_gradient")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge as SklearnRidge
 
-from qprobe.solvers import Rows
-from qprobe.solvers.ridge import Ridge
-from qprobe.solvers.space import Contrasts, Design, OwnSpace
+from qprobe.probe.solvers import Rows
+from qprobe.probe.solvers.ridge import Ridge
+from qprobe.probe.solvers.space import Contrasts, Design, OwnSpace
 
 CLUSTERS = 12
 
@@ -197,7 +197,7 @@ def test_rows_read_in_pieces_are_the_same(is_within: bool, monkeypatch: pytest.M
     rows, _ = table(7)
     whole = Design(rows, within=is_within, row_weights=rows.weights).space({"b0": 1.0})
     for name in ("rows", "space"):
-        monkeypatch.setattr(f"qprobe.solvers.{name}.VALUES_AT_A_TIME", 7 * 9)
+        monkeypatch.setattr(f"qprobe.probe.solvers.{name}.VALUES_AT_A_TIME", 7 * 9)
     parts = Design(rows, within=is_within, row_weights=rows.weights).space({"b0": 1.0})
     np.testing.assert_allclose(parts.variances, whole.variances, rtol=1e-10)
     np.testing.assert_allclose(np.abs(parts.coordinates), np.abs(whole.coordinates), atol=1e-9)

@@ -8,10 +8,10 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from qprobe import losses
-from qprobe.solvers import Rows
-from qprobe.solvers.smooth import SmoothRows, evaluation, ordered_pairs, path
-from qprobe.solvers.space import Design
+from qprobe.probe import losses
+from qprobe.probe.solvers import Rows
+from qprobe.probe.solvers.smooth import SmoothRows, evaluation, ordered_pairs, path
+from qprobe.probe.solvers.space import Design
 
 LOSSES: tuple[Any, ...] = ("reward_cross_entropy", "policy_gradient", "pairwise_logistic")
 
@@ -30,7 +30,7 @@ def table(seed: int = 0, columns: int = 4, weighted: bool = True) -> SmoothRows:
 
 
 def of_torch(loss: str, rows: SmoothRows, scores: torch.Tensor) -> torch.Tensor:
-    """The loss as `qprobe.losses` has it."""
+    """The loss as `qprobe.probe.losses` has it."""
     rewards, groups, weights = map(torch.from_numpy, (rows.rewards, rows.groups, rows.weights))
     if loss == "reward_cross_entropy":
         return losses.reward_cross_entropy(scores, rewards, weights=weights)

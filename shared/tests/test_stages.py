@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe import stages, store
-from qprobe.joined import Joined, join
+from qprobe import store
 from qprobe.prompts import Prompt
-from qprobe.runners.local import Work, run_stage
+from qprobe.run import stages
+from qprobe.run.joined import Joined, join
+from qprobe.run.runners.local import Work, run_stage
+from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import sample_seeds
-from qprobe.stages import Pool, RewardBatch, RewardRow, Split
-from qprobe.store import StoreError, Table
+from qprobe.store.table import StoreError, Table
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_completions_that_are_there_already_are_taken_and_nothing_is_drawn(fakes
     assert [row["sample"] for row in rows] == [n for size in SIZES.values() for n in range(size)]
     assert all(row["token_ids"] is None and row["finish_reason"] == "imported" for row in rows)
     other = Split("mine", split.prompts, split.source, dict(split.recorded) | {"t-001": ["answer 00"]})
-    with pytest.raises(StoreError, match=r"recorded.completions was '\w+', now"):
+    with pytest.raises(StoreError, match="the completions that were brought along changed"):
         stages.sample(make_pool(fakes, tmp_path, split=other, batch_rows=8), progress=False)
 
 
@@ -326,7 +327,7 @@ def test_a_join_of_large_features_is_the_same_join(
     pool: Pool, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined = complete(pool, fakes)
-    monkeypatch.setattr(store, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr("qprobe.store.table.MAPPED_ABOVE", 0)
     mapped = join(pool, fakes.Reward(), fakes.Embedder(), 1)
     assert isinstance(mapped.features, np.memmap)
     assert joined.features is not None

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe import api, inspection, models, stages
-from qprobe.api import ApiError
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.joined import join
-from qprobe.models import ModelSpec
+from qprobe.models import openai_client
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError
+from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
+from qprobe.run import stages
+from qprobe.run.joined import join
+from qprobe.run.stages import Pool, RewardRow, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
-from qprobe.stages import Pool, RewardRow, Split
-from qprobe.store import Table
+from qprobe.store.table import Table
 
 LAW = SamplingSettings(n=3, temperature=1.0, max_new_tokens=8, stop=("e",))
 TEXTS = [Prompt(f"t-{i}", text=f"def add{i}(") for i in range(8)]
@@ -41,7 +44,7 @@ def contents(table: Table) -> dict[str, bytes]:
 
 def new_command() -> None:
     """What a new process begins with: no client, nothing spent."""
-    api.close_clients()
+    openai_client.close_clients()
 
 
 @pytest.mark.parametrize("prompts", [TEXTS, CHATS])

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe import models, prefix
-from qprobe.models import ModelSpec
+from qprobe import models
+from qprobe.models import prefix
+from qprobe.models.language_model import ModelSpec
 from qprobe.sampling import SamplingSettings, sample_seeds
 from qprobe.sampling.base import stop_position
 from qprobe.sampling.hf import HFSampler

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe import store
-from qprobe.store import StoreError, Table
+from qprobe.store import table as store
+from qprobe.store.table import StoreError, Table
 
 KEYS = ["a", "b"]
 
@@ -347,7 +347,7 @@ def test_no_room_for_the_array_is_a_sentence(states: Table, monkeypatch: pytest.
         def write(self, content: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("qprobe.store.tempfile.TemporaryFile", Full)
+    monkeypatch.setattr("qprobe.store.table.tempfile.TemporaryFile", Full)
     with pytest.raises(StoreError, match=r"do not fit a temporary file .*No space left on device.*0\.0 GiB.*make room"):
         states.read_embeddings([KEYS])
 

@@ -9,10 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe.losses import LOSSES
-from qprobe.metrics import mixed_prompts, within_prompt_auc
-from qprobe.network import ProbeNetwork
-from qprobe.training import BETAS, Data, ProbeTask, TrainedProbe, TrainingSettings, passes, score_rows, train, trainer
+from qprobe.probe.losses import LOSSES
+from qprobe.probe.metrics import mixed_prompts, within_prompt_auc
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.training import (
+    BETAS,
+    Data,
+    ProbeTask,
+    TrainedProbe,
+    TrainingSettings,
+    batches,
+    score_rows,
+    train,
+    trainer,
+)
 
 GOODNESS, HARDNESS = 0, 1  # features that differ within a prompt, and only between prompts
 
@@ -167,8 +177,8 @@ def test_patience_ends_training_that_no_longer_helps_and_null_never_does(monkeyp
     data = planted([4] * 30, dimension=20, noise=0.5)
     settings = full_batch(held_out=0.5, minimum_mixed=3, steps=400, learning_rate=0.03, patience=None)
     made: list[int] = []
-    step = passes.StackedAdamW.step
-    monkeypatch.setattr(passes.StackedAdamW, "step", lambda *arguments: made.append(1) or step(*arguments))
+    step = batches.StackedAdamW.step
+    monkeypatch.setattr(batches.StackedAdamW, "step", lambda *arguments: made.append(1) or step(*arguments))
 
     def count(*more: ProbeTask, **changes: Any) -> tuple[TrainedProbe, int]:
         made.clear()

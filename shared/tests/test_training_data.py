@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qprobe import losses
-from qprobe.network import ProbeNetwork
-from qprobe.training import Data, data, score_rows
-from qprobe.training.data import RowReader, statistics
+from qprobe.probe import losses
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.training import Data, data, score_rows
+from qprobe.probe.training.data import RowReader, statistics
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

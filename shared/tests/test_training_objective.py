@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from qprobe import losses
-from qprobe.network import StackedNetworks
-from qprobe.training import Data, TrainingSettings
-from qprobe.training.objective import CHUNKS_LOOKED_AT, HeldOutWatch, columns_of, loss_values
+from qprobe.probe import losses
+from qprobe.probe.network import StackedNetworks
+from qprobe.probe.training import Data, TrainingSettings
+from qprobe.probe.training.objective import CHUNKS_LOOKED_AT, HeldOutWatch, columns_of, loss_values
 
 SETTINGS = TrainingSettings(chunk=5, check_every=10)
 

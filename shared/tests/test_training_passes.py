@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe.training import Data, TrainingSettings
-from qprobe.training.passes import ADAM_EPSILON, Passes, StackedAdamW, total_steps
+from qprobe.probe.training import Data, TrainingSettings
+from qprobe.probe.training.batches import ADAM_EPSILON, Passes, StackedAdamW, total_steps
 
 
 def rows(sizes: list[int]) -> Data:

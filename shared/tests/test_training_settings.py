@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import qprobe
+from qprobe.probe.training import TrainingSettings
 from qprobe.settings import build
-from qprobe.training import TrainingSettings
 
 
 @pytest.mark.parametrize(("name", "changes"), [("linear", {}), ("mlp", {"hidden": (256,)})])

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe import models, vllm_engine
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineError, EngineSettings
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.base import stop_position
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.vllm import VLLMSampler
-from qprobe.vllm_engine import EngineError, EngineSettings
 
 pytestmark = [
     pytest.mark.vllm,

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from qprobe import vllm_engine
 from qprobe.embedding.vllm import VLLMEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
+from qprobe.run.stages import check, give_back
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.vllm import VLLMSampler, _Row
-from qprobe.stages import check, give_back
-from qprobe.vllm_engine import EngineSettings
 
 SETTINGS = SamplingSettings(n=1, max_new_tokens=8)
 

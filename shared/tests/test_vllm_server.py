@@ -21,15 +21,17 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe import api, models, stages
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import openai_client
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
+from qprobe.run import stages
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings, sample_seeds
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
-from qprobe.stages import Pool, Split
 
 pytestmark = [
     pytest.mark.vllm,
@@ -49,13 +51,13 @@ def model(make_model: Callable[..., ModelSpec]) -> ModelSpec:
 def server(vllm_server: ModuleType, model: ModelSpec) -> Iterator[Any]:
     started = vllm_server.VLLMServer(model)
     yield started
-    api.close_clients()
+    openai_client.close_clients()
     started.close()
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT", 0.02)
 
 
 def test_greedy_completions_and_their_log_probabilities_are_those_of_transformers(
@@ -120,7 +122,7 @@ def test_embeddings_from_a_second_server_are_the_last_layer_of_transformers(
             [[embedder.encode_completion(text) for text in texts] for _, texts in rows],
         )[0]
     finally:
-        api.close_clients()
+        openai_client.close_clients()
         second.close()
     joined = [tokenizer.encode_prompt(prompt + text, False) for prompt, texts in rows for text in texts]
     assert relative_error(found, HFEmbedder(model).embed(joined, [[[]] for _ in joined])[4]) < 1e-4

@@ -22,10 +22,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from qprobe import models
-from qprobe.api import ApiSettings
-from qprobe.models import ModelSpec
-from qprobe.orphans import Guard
-from qprobe.vllm_engine import ENVIRONMENT
+from qprobe.models.child_processes import Guard
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiSettings
+from qprobe.models.vllm_engine import ENVIRONMENT
 
 MODEL = "served"
 PATIENCE = 180.0  # seconds for a server to start

@@ -1,4 +1,4 @@
-"""MBPP: 974 problems (Austin et al. 2021), from the hub or from a local JSON-lines file.
+"""MBPP: 974 problems (Austin et al. 2021), out of this package (CC BY 4.0: mbpp.NOTICE) or from a local JSON-lines file.
 
 Splits by task id, as published: 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 training. The paper trains on
 training and validation together, 374 + 90 problems.
@@ -7,12 +7,13 @@ training and validation together, 374 + 90 problems.
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 from typing import Any
 
 from qprobe_code_gen.problems import rows
 from qprobe_code_gen.problems.base import Problem, ProblemSet
 
-HUB_ID = "google-research-datasets/mbpp"
+OWN_FILE = Path(__file__).parent / "mbpp.jsonl.gz"
 SPLITS = {"mbpp-fewshot": range(1, 11), "mbpp-test": range(11, 511), "mbpp-train": range(511, 975)}
 COLUMNS = {"task_id", "text", "code", "test_list", "test_setup_code"}
 # CPU seconds of solutions of the data set's own (on a machine at rest) that are near the usual limit of a program.
@@ -25,19 +26,16 @@ def load(split: str, file: str | None = None) -> ProblemSet[Problem]:
 
     Args:
         split: a name of `SPLITS`.
-        file: a JSON-lines file with MBPP's fields, plain or gzipped; None asks the hub.
+        file: a JSON-lines file with MBPP's fields, plain or gzipped; None takes the published one, which comes with the package.
 
     Raises:
-        OSError: no such file, or the hub cannot be reached.
+        OSError: no such file.
         ValueError: a line that is no problem of MBPP, a file without problems of this split.
     """
-    if file is None:
-        found = rows.from_hub(HUB_ID, "full", None, "MBPP", "mbpp_file")
-    else:
-        found = rows.from_file(file, COLUMNS, "MBPP", "mbpp_file")
+    found = rows.from_file(file or str(OWN_FILE), COLUMNS, "MBPP", "mbpp_file")
     problems = [problem_from_row(row) for _, row in found if int(row["task_id"]) in SPLITS[split]]
     if not problems:
-        raise ValueError(f"{file or HUB_ID} has no problem of the split {split} (task ids {SPLITS[split]}).")
+        raise ValueError(f"{file or OWN_FILE} has no problem of the split {split} (task ids {SPLITS[split]}).")
     return ProblemSet(split, sorted(problems, key=lambda p: p.task_id), {"data": "mbpp"})
 
 

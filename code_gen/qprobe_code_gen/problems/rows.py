@@ -1,13 +1,13 @@
-"""Rows of a data set: from a local JSON-lines file, plain or gzipped, or from the Hugging Face hub."""
+"""Rows of a data set: from a local JSON-lines file, plain or packed, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qprobe.files import read_unpacked
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
 
@@ -27,15 +27,9 @@ def from_file(file: str, columns: set[str], name: str, key: str | None, kind: st
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        advice = f"give dataset.{key}=FILE, or null for the hub" if key else "check the name"
+        advice = f"give dataset.{key}=FILE, or null for the published ones" if key else "check the name"
         raise FileNotFoundError(f"{name}: there is no file {path}; {advice}.")
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
-    for number, line in enumerate(raw.split(b"\n"), 1):
+    for number, line in enumerate(read_unpacked(path).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -2,7 +2,8 @@
 
 A judge says which of two answers to a conversation is preferred. A candidate's reward is the probability that it is
 preferred to its prompt's reference answer. What a judge cannot decide (an unreadable verdict, a refusal, a text beyond its
-context) counts half and keeps a verdict of its own, so that it can be counted; what fails is raised, never a zero.
+context) counts half and keeps a verdict of its own, so that it can be counted; what fails is raised, never a zero. A verdict that
+could not be read is no judgement: it counts half until the next command, which asks again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from qprobe import stages
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
-from qprobe.stages import RewardBatch, RewardRow
+from qprobe.run import stages
+from qprobe.run.stages import RewardBatch, RewardRow
 
 Conversation = str | tuple[dict[str, str], ...]
 DECIDED = ("win", "loss", "tie")
@@ -160,12 +161,16 @@ def tally(judgements: Iterable[Judgement | RewardRow]) -> Counter[str]:
 class AgainstReference:
     """A reward stage: the probability that a judge prefers a candidate to its prompt's reference answer.
 
+    `unread` and `replies` make it `stages.Asks`: what a judge's replies did not say is asked again.
+
     Args:
         judge: compares.
         prompts: those that the candidates belong to, as the judge reads them: best as conversations, also where a policy
             reads transcripts.
         references: the reference answer of every prompt, by task id, without the prompt's opening.
     """
+
+    unread = frozenset({"unparsed"})
 
     def __init__(self, judge: Judge, prompts: Sequence[Prompt], references: Mapping[str, str]) -> None:
         if lacking := [prompt.task_id for prompt in prompts if prompt.task_id not in references]:
@@ -200,6 +205,11 @@ class AgainstReference:
         if unusual := [f"{count} {name}" for name, count in counts.items() if name not in DECIDED]:
             judged = sum(count for name, count in counts.items() if name != "flagged")
             tqdm.write(f"Of {judged} judgements by {self.name}: {', '.join(unusual)}.", file=sys.stderr)
+
+    def replies(self, verdict: str, detail: str) -> tuple[int, int]:
+        """How many replies a judgement rests on, and how many of them could not be read."""
+        letters = json.loads(detail).get("letters", []) if detail else []
+        return len(letters), letters.count(None) if verdict in self.unread else 0
 
     def _comparison(self, task_id: str, candidate: str) -> Comparison:
         return Comparison(task_id, self.prompts[task_id], candidate, self.references[task_id], self.openings[task_id])

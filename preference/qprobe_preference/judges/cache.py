@@ -24,7 +24,7 @@ class Reply:
         share: P(A) / (P(A) + P(B)) from the verdict's token; None where that was not asked for or not given.
         asked: how often it was asked for a verdict.
         text: what it said last.
-        why: where there is no letter: "unparsed", "refused" or "too_long".
+        why: where there is no letter: "refused", or for the process that asked "unparsed", "failed" or "too_long".
     """
 
     letter: str | None

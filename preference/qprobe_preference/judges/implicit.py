@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qprobe import models
-from qprobe.models import ModelSpec, Tokenizer
+from qprobe.models.language_model import ModelSpec, Tokenizer
 from qprobe.prompts import Prompt
 from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
@@ -25,7 +25,7 @@ MARK = "an answer to be found again"
 
 
 class LogLikelihood(Protocol):
-    """What `qprobe.likelihood.Likelihood` does."""
+    """What `qprobe.models.likelihood.Likelihood` does."""
 
     def log_likelihood(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
@@ -56,7 +56,7 @@ class ImplicitJudge:
         end: whether the token that ends the assistant's turn is the answer's last one.
         soft, beta, tie: how rewards become judgements, see `ScoreRule`.
         name: what the run folder calls the judge; None is made of its models.
-        likelihood: makes what scores a model's tokens; None is `qprobe.likelihood.Likelihood`.
+        likelihood: makes what scores a model's tokens; None is `qprobe.models.likelihood.Likelihood`.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ def _side(side: Side | Mapping[str, Any], where: str) -> Side:
 
 
 def _likelihood(spec: ModelSpec) -> LogLikelihood:
-    from qprobe.likelihood import Likelihood
+    from qprobe.models.likelihood import Likelihood
 
     return Likelihood(spec)
 

@@ -5,6 +5,9 @@ that no answer can end its own section, and the verdict is read from the last li
 from forging the form of a request; whether a model obeys what it was told to judge is a matter of the model, so answers
 that speak to a judge are flagged and counted. Every reply is kept by content (`cache`), and `usage.jsonl` beside it counts
 what was spent.
+
+A reply that is an error, empty, cut or without a verdict is a fault: it is asked for again, and never kept. Where that does not
+help, its comparison counts half for now ("unparsed"), and the next command asks again.
 """
 
 from __future__ import annotations
@@ -22,13 +25,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
 from qprobe.files import fingerprint
+from qprobe.models import choices
+from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, ApiUnusable, Client, client
 from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, folder_name, undecided
 from qprobe_preference.judges.cache import Reply, ReplyCache
 
 PLACES = ("fence", "conversation", "answer_a", "answer_b")
+CUT = ("length", "max_tokens")  # why a reply ended, where it might have gone on
+# Replies in a row that fail for good before the server counts as broken.
+FAILED_IN_A_ROW = 10
 ORDERS = (False, True)  # whether the answers are swapped, so that the first one is B
 
 
@@ -82,7 +89,10 @@ class OpenAIJudge:
         self.suspicious = [_compiled(pattern, "judge.suspicious") for pattern in suspicious]
         self.soft, self.top_logprobs, self.retries = soft, top_logprobs, retries
         self.temperature, self.max_tokens, self.extra_body = temperature, max_tokens, dict(extra_body or {})
+        self.api.check_no_key({"judge.extra_body": self.extra_body, "judge.user": user, "judge.system": system})
         self.cache = ReplyCache(folder)
+        self._lock = threading.Lock()
+        self._failed = 0  # replies in a row
         self._length = "max_tokens"  # or what a server wants in its place
 
     @property
@@ -143,9 +153,14 @@ class OpenAIJudge:
         assert plain is not None
         assert swapped is not None
         detail |= {"letters": [plain.letter, swapped.letter], "asked": [plain.asked, swapped.asked]}
-        for why in ("too_long", "refused", "unparsed"):
+        for why, verdict in (
+            ("too_long", "too_long"),
+            ("refused", "refused"),
+            ("failed", "unparsed"),
+            ("unparsed", "unparsed"),
+        ):
             if why in (plain.why, swapped.why):
-                return undecided(why, **detail)
+                return undecided(verdict, **detail)
         votes = (plain.letter == "A") + (swapped.letter == "B")
         win = votes / 2
         if self.soft:
@@ -165,18 +180,22 @@ class OpenAIJudge:
     def _known(self, key: str) -> Reply | None:
         """A kept reply, where it says as much as a new one would."""
         reply = self.cache.get(key)
-        if reply is None or reply.why == "too_long":
+        if reply is None:
             return None
         if reply.letter is None:
-            return reply if reply.why == "refused" or reply.asked > self.retries else None
+            return reply if reply.why == "refused" else None
         return reply if reply.share is not None or not self.soft else None
 
     def _reply(self, key: str, comparison: Comparison, swapped: bool, halt: threading.Event) -> None:
         reply = Reply(None, why="unparsed", asked=0)
         while reply.why == "unparsed" and reply.asked <= self.retries:
             reply = self._ask(comparison, swapped, reply.asked + 1, halt)
-        # A server may get a longer context; nothing was paid for such a call.
-        self.cache.add(key, reply, keep=reply.why != "too_long")
+        with self._lock:
+            self._failed = self._failed + 1 if reply.why == "failed" else 0
+            if self._failed >= FAILED_IN_A_ROW:
+                raise ApiError(f"{self._failed} replies in a row failed for good; the last: {reply.text}")
+        # What failed is asked again; a server may get a longer context, and nothing was paid for such a call.
+        self.cache.add(key, reply, keep=reply.letter is not None or reply.why == "refused")
 
     def _ask(self, comparison: Comparison, swapped: bool, asked: int, halt: threading.Event) -> Reply:
         try:
@@ -187,16 +206,15 @@ class OpenAIJudge:
             if re.search(r"content[ _](filter|management|policy)", error.said, re.I):
                 return Reply(None, asked=asked, text=error.said, why="refused")
             raise
-        choice = answer["choices"][0]
-        choice = choice if isinstance(choice, dict) else {}
-        message = choice.get("message")
-        message = message if isinstance(message, dict) else {}
-        text = message.get("content")
-        text = text if isinstance(text, str) else ""
-        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-            return Reply(None, asked=asked, text=str(message.get("refusal") or text), why="refused")
+        except ApiUnusable as error:
+            return Reply(None, asked=asked, text=str(error), why="failed")
+        said, choice = choices.read(answer, 0, chat=True), answer["choices"][0]
+        text = said.text
+        if said.refused:
+            return Reply(None, asked=asked, text=str(choice["message"].get("refusal") or text), why="refused")
         at = self._letter_at(text)
-        if at is None:
+        # The last line of what was cut may be the beginning of another; a reply of one line is what was asked for.
+        if at is None or (said.reason in CUT and "\n" in text.strip()):
             return Reply(None, asked=asked, text=text, why="unparsed")
         share = self._share(choice.get("logprobs"), text, at) if self.soft else None
         if self.soft and share is None:
@@ -220,7 +238,11 @@ class OpenAIJudge:
             length = self._length
             try:
                 return self.client.post(
-                    "/chat/completions", {**body, length: self.max_tokens, **self.extra_body}, "choices", halt
+                    "/chat/completions",
+                    {**body, length: self.max_tokens, **self.extra_body},
+                    "choices",
+                    halt,
+                    lambda answer: choices.read(answer, 0, chat=True).fault,
                 )
             except ApiRefused as error:
                 if self.soft and "logprobs" in f"{error.parameter} {error.said}":

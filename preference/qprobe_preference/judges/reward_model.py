@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
 from qprobe_preference.judges.openai import written

@@ -1,14 +1,16 @@
-"""Rows of a data set, from a local file (.jsonl, .jsonl.gz, .json, .parquet) or from the Hugging Face hub."""
+"""Rows of a data set, from a local file (.jsonl or .json, also packed: .gz, .bz2, .zst; or .parquet) or from the hub."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qprobe.files import read_text
+
+PACKED = (".gz", ".bz2", ".zst")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ def from_file(path: Path) -> Iterator[Row]:
         raise FileNotFoundError(f"There is no file {path}: check dataset.path.")
     if path.name.endswith(".parquet"):
         return _parquet_rows(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
+    if path.name.removesuffix(path.suffix if path.suffix in PACKED else "").endswith((".jsonl", ".json")):
         return _json_rows(path)
-    raise ValueError(f"{path} is of no known kind: give .jsonl, .jsonl.gz, .json or .parquet.")
+    raise ValueError(f"{path} is of no known kind: give .jsonl or .json (also packed: .gz, .bz2, .zst), or .parquet.")
 
 
 def from_hub(name: str, split: str, data_dir: str | None = None, config: str | None = None) -> Iterator[Row]:
@@ -89,15 +91,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
-        ) from error
+    text = read_text(path)
     if ".jsonl" not in path.name and text.lstrip().startswith("["):
         values = _parsed(str(path), text, "a list of JSON objects")
         for number, value in enumerate(values, start=1):

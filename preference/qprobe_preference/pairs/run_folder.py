@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
-from qprobe.store import COMPLETIONS, PROMPTS, REWARDS, found_table
+from qprobe.store.table import COMPLETIONS, PROMPTS, REWARDS, found_table
 from qprobe_preference.pairs.base import Found
 
 

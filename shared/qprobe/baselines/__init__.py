@@ -4,6 +4,6 @@ A *rival* is another policy (few-shot, fine-tuned); a *ranker* scores the candid
 """
 
 from qprobe.baselines.base import Baseline, Lesson, Lessons, Ranker, Rival
-from qprobe.baselines.stage import Baselines
+from qprobe.baselines.runner import Baselines
 
 __all__ = ["Baseline", "Baselines", "Lesson", "Lessons", "Ranker", "Rival"]

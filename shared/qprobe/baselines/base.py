@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
-from qprobe.store import StoreError, Table
+from qprobe.run.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.store.table import StoreError, Table
 
 FENCE = "```"
 
@@ -49,7 +49,7 @@ class Lessons:
     reward: Reward
 
     def identity(self) -> dict[str, Any]:
-        return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).identity}
+        return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).state}
 
     def read(self) -> list[Lesson]:
         """All rows, by task id, then sample.

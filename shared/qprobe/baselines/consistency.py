@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qprobe.baselines.base import Lessons, Ranker
-from qprobe.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.stages import Pool, RewardBatch, RewardRow
 
 Answer = tuple[str, str]  # task id and completion
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from qprobe.baselines.base import Lesson, Lessons, Rival, answer
 from qprobe.files import write_whole
 from qprobe.prompts import Prompt
+from qprobe.run.stages import Pool, Split
 from qprobe.sampling import Sampler
-from qprobe.stages import Pool, Split
 
 SHOTS = "shots.json"
 

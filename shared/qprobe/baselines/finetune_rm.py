@@ -13,9 +13,9 @@ from tqdm import tqdm
 from qprobe.baselines.base import Lessons, Ranker
 from qprobe.baselines.lora import HEAD_FILE, LoRASettings, check_base, examples_of, train_reward_model
 from qprobe.embedding.hf import HFEmbedder
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
-from qprobe.stages import Pool, RewardBatch, RewardRow, completions_of, tokens_of
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
+from qprobe.run.stages import Pool, RewardBatch, RewardRow, completions_of, tokens_of
 
 ADAPTER = "adapter"
 

@@ -32,13 +32,14 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qprobe import adapters, models
+from qprobe import models
 from qprobe.baselines.base import Lessons
 from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective, check_targets, digest_of
 from qprobe.embedding import ReadsTokens, tokens_to_read
 from qprobe.files import fingerprint, write_whole
-from qprobe.models import LanguageModel, ModelSpec
-from qprobe.passes import GIB, Footprint, Passes
+from qprobe.models import adapters
+from qprobe.models.language_model import LanguageModel, ModelSpec
+from qprobe.models.memory import GIB, Footprint, Passes
 
 HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.
@@ -60,7 +61,7 @@ class LoRASettings:
         target_modules: names of the layers that are adapted; None is every linear layer but the output.
         learning_rate: of AdamW at its highest.
         epochs: at most; fewer where held-out prompts say so.
-        batch_rows: completions a step; what does not fit the memory is done in passes (see `qprobe.passes`).
+        batch_rows: completions a step; what does not fit the memory is done in passes (see `qprobe.models.memory`).
         per_prompt: completions of a prompt in an epoch, at most.
         max_tokens: of prompt and completion together; longer rows are left out and counted.
         held_out: share of the prompts, in [0, 1), that say when to stop; none where fewer than 20 are there to learn from.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qprobe.models import LanguageModel
+from qprobe.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

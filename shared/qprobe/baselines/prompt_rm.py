@@ -14,10 +14,10 @@ from typing import Any
 
 from qprobe import models
 from qprobe.baselines.base import Lessons, Ranker, answer, question
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.stages import Pool, RewardBatch, RewardRow
 
 PLACES = ("{problem}", "{candidate}")
 CUT = 8  # a problem that is too long loses an eighth of itself at a time

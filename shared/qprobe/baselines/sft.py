@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from qprobe.baselines.base import Lessons, Rival
 from qprobe.baselines.lora import LoRASettings, check_base, examples_of, fine_tune
-from qprobe.likelihood import Likelihood
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
+from qprobe.run.stages import Pool
 from qprobe.sampling import Sampler
-from qprobe.stages import Pool
 
 ADAPTER = "adapter"
 

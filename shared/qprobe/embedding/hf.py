@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
-from qprobe.models import ModelSpec
-from qprobe.passes import Footprint, Passes
-from qprobe.prefix import PrefixRun, law_of, parts_of
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.memory import Footprint, Passes
+from qprobe.models.prefix import PrefixRun, law_of, parts_of
 
 
 class HFEmbedder(LocalEmbedder):

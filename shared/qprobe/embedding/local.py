@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from qprobe.models import ModelSpec, OwnTokens
-from qprobe.prefix import check_prompts
+from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.prefix import check_prompts
 
 
 class LocalEmbedder(OwnTokens):
@@ -44,5 +44,5 @@ class LocalEmbedder(OwnTokens):
         if limit is not None and longest > limit:
             raise ValueError(
                 f"A prompt with its completion has {longest} tokens, more than the context of {limit} tokens of "
-                f"{self.model.name}: embed with a model of longer context or shorten the prompt."
+                f"{self.model.name}: embed with a model of longer context, or shorten the longer of the two."
             )

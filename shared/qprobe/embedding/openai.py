@@ -7,7 +7,6 @@ it likes. There is one layer, numbered 0: what the server calls the embedding.
 from __future__ import annotations
 
 import functools
-import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.api import ApiError, ApiRefused, ApiSettings, Client, client
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, Client, client
 from qprobe.settings import build
 
 LAYER = 0
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class OpenAIEmbedder:
@@ -50,6 +50,7 @@ class OpenAIEmbedder:
         self.dimensions = dimensions
         self.inputs_per_call = inputs_per_call
         self.extra_body = dict(extra_body or {})
+        self.api.check_no_key({"embedder.extra_body": self.extra_body})
         self._width: int | None = None
 
     @property
@@ -110,8 +111,18 @@ class OpenAIEmbedder:
         body: dict[str, Any] = {"model": self.api.model, "input": list(texts), "encoding_format": "float"}
         if self.dimensions is not None:
             body["dimensions"] = self.dimensions
+
+        def wrong(answer: dict[str, Any]) -> str | None:
+            usable = _rows(answer)
+            if sorted(usable) == list(range(len(texts))):
+                return None
+            return (
+                f"{len(usable)} usable embeddings for {len(texts)} texts: check that {self.api.model!r} is an embedding model, "
+                "or lower inputs_per_call"
+            )
+
         try:
-            found = self.client.post("/embeddings", body | self.extra_body, "data", halt)["data"]
+            rows = _rows(self.client.post("/embeddings", body | self.extra_body, "data", halt, wrong))
         except ApiRefused as error:
             if error.too_long:
                 raise ValueError(
@@ -119,16 +130,6 @@ class OpenAIEmbedder:
                     "with a model of longer context or shorten the prompt."
                 ) from None
             raise ApiError(f"{str(error).rstrip('.')}: is {self.api.model!r} an embedding model?") from None
-        rows: dict[int, list[float]] = {}
-        for place, item in enumerate(found):
-            values = item.get("embedding") if isinstance(item, dict) else None
-            if isinstance(values, list) and values and all(_is_number(value) for value in values):
-                rows[int(item.get("index", place))] = values
-        if sorted(rows) != list(range(len(texts))):
-            raise ApiError(
-                f"{self.client.where} gave {len(rows)} usable embeddings for {len(texts)} texts: check that "
-                f"{self.api.model!r} is an embedding model, or lower inputs_per_call."
-            )
         return [rows[place] for place in range(len(texts))]
 
     def _check_width(self, width: int) -> None:
@@ -141,5 +142,16 @@ class OpenAIEmbedder:
             )
 
 
+def _rows(answer: Mapping[str, Any]) -> dict[int, list[float]]:
+    """The embeddings that are finite numbers, by the place of their text."""
+    rows: dict[int, list[float]] = {}
+    for place, item in enumerate(answer["data"]):
+        values, index = (item.get("embedding"), item.get("index", place)) if isinstance(item, dict) else (None, None)
+        if isinstance(index, int) and isinstance(values, list) and values and all(map(_is_number, values)):
+            rows[index] = values
+    return rows
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether it is a finite number of float32."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe import models, vllm_engine
+from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
-from qprobe.models import ModelSpec
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.vllm_engine import EngineSettings
 from qprobe.settings import build
-from qprobe.vllm_engine import EngineSettings
 
 
 class VLLMEmbedder(LocalEmbedder):

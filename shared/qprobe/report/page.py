@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from qprobe.losses import find_loss
-from qprobe.metrics import Distinct, mixed_prompts
+from qprobe.probe.losses import find_loss
+from qprobe.probe.metrics import Distinct, mixed_prompts
 from qprobe.report import figures, highlighting, tables
 from qprobe.report.explored import Explored, ScoredPrompt
 from qprobe.report.results import Results

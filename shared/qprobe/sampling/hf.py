@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qprobe import models
-from qprobe.models import ModelSpec
-from qprobe.passes import SCORES_AT_ONCE, Footprint, Passes
-from qprobe.prefix import PrefixRun, check_prompts, law_of
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.memory import SCORES_AT_ONCE, Footprint, Passes
+from qprobe.models.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn, LawCheck, compare, refuse
 from qprobe.sampling.local import LocalSampler

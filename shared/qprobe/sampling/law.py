@@ -19,8 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from qprobe.models import LanguageModel, ModelSpec, Tokenizer
-from qprobe.prefix import plain_attention
+from qprobe.models.language_model import LanguageModel, ModelSpec, Tokenizer
+from qprobe.models.prefix import plain_attention
 
 # Nats a token beyond which the laws differ, on top of three standard errors; and nats by which no single token may be off.
 LIMIT, ERRORS, LARGEST = 0.05, 3.0, 2.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from qprobe import models
-from qprobe.models import ModelSpec
+from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import LOGPROB, SamplingSettings
 from qprobe.sampling.law import Drawn

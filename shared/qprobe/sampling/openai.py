@@ -8,7 +8,7 @@ calls then), `seed`, `stop` and `logprobs`; `max_tokens` is renamed. top_k is on
 
 Texts are cut as the local samplers cut. A server that stops inside the white space that begins a completion, where stop
 texts do not count, is asked again without them. Few servers say whether an empty answer ended by itself, so elsewhere
-that is asked again too, once.
+that is asked again too, once. What is no answer (`choices`) is asked for again, and never kept as an empty completion.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qprobe.api import ApiRefused, ApiSettings, Client, client
-from qprobe.models import ModelSpec, Tokenizer
+from qprobe.models import choices
+from qprobe.models.choices import Said
+from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models.openai_client import ApiRefused, ApiSettings, Client, client
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
@@ -89,6 +91,7 @@ class OpenAISampler:
         self.opening = opening
         self.logprobs = logprobs
         self.extra_body = dict(extra_body or {})
+        self.api.check_no_key({"sampler.extra_body": self.extra_body})
         self.choices_per_call = choices_per_call or settings.n
         self._stop = sent_stop_texts(settings.stop, stop_limit)
         self._left_away: set[str] = set()
@@ -149,7 +152,8 @@ class OpenAISampler:
         """
         if prompt.opening and self.opening is None:
             raise ValueError(
-                f"Prompt {prompt.task_id} opens the answer, which a plain chat API cannot be told: use a prompt style that does "
+                f"Prompt {prompt.task_id} opens the answer (its last words are the assistant's), which a plain chat API "
+                "cannot be told: end with a user's words, use a prompt style that does "
                 "not (chat, zero_shot, few_shot), or set sampler.opening=continue_final_message (vLLM, SGLang) or prefix "
                 "(Mistral, DeepSeek) if the server knows one of them."
             )
@@ -170,12 +174,16 @@ class OpenAISampler:
         while left:
             jobs, left = self._together(left), []
             calls = [functools.partial(self._call, job, requests[job.prompt], seeds[job.prompt]) for job in jobs]
-            for job, choices in zip(jobs, self.client.each(calls), strict=True):
-                if len(choices) == 1 < len(job.samples):
+            for job, found_here in zip(jobs, self.client.each(calls), strict=True):
+                if len(found_here) == 1 < len(job.samples):
                     self.choices_per_call = 1  # such servers take `n` and do not look at it
-                left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(choices) :]]
-                for sample, choice in zip(job.samples, choices, strict=False):
-                    completion, of_text = self._completion(choice, requests[job.prompt], seeds[job.prompt][sample])
+                left += [_Job(job.prompt, (sample,), job.stop) for sample in job.samples[len(found_here) :]]
+                for sample, (choice, said) in zip(job.samples, found_here, strict=False):
+                    if said.fault is not None:  # others of the call were usable, so this comes to an end
+                        left.append(_Job(job.prompt, (sample,), job.stop))
+                        continue
+                    request, seed = requests[job.prompt], seeds[job.prompt][sample]
+                    completion, of_text = self._completion(choice, said, request, seed)
                     if job.stop and self._stopped_early(choice, completion, _said(requests[job.prompt])):
                         left.append(_Job(job.prompt, (sample,), stop=False))
                     else:
@@ -205,13 +213,20 @@ class OpenAISampler:
 
     def _call(
         self, job: _Job, request: dict[str, Any], seeds: Sequence[int], halt: threading.Event
-    ) -> list[dict[str, Any]]:
-        """The choices of one call, at least one and at most as many as the job has samples."""
+    ) -> list[tuple[Any, Said]]:
+        """The choices of one call, as they came and as they are read: at most as many as the job has samples, and one usable."""
+        chat = "text" not in request
+
+        def wrong(answer: dict[str, Any]) -> str | None:
+            of_job = {"choices": answer["choices"][: len(job.samples)], "usage": answer.get("usage")}
+            return choices.fault_of(of_job, chat=chat)
+
         while True:
             path, body = self._body(job, request, seeds)
             try:
-                choices = self.client.post(path, body, "choices", halt)["choices"]
-                return [choice if isinstance(choice, dict) else {} for choice in choices][: len(job.samples)]
+                answer = self.client.post(path, body, "choices", halt, wrong)
+                given = answer["choices"][: len(job.samples)]
+                return [(choice, choices.read(answer, place, chat=chat)) for place, choice in enumerate(given)]
             except ApiRefused as error:
                 if error.too_long:
                     raise ValueError(
@@ -269,17 +284,14 @@ class OpenAISampler:
         ends = (self.settings.end(prompt, completion.text + told, last=True) for told in self._stop)
         return not any(end is not None and end <= at for end in ends)
 
-    def _completion(self, choice: dict[str, Any], request: dict[str, Any], seed: int) -> tuple[Completion, float]:
+    def _completion(
+        self, choice: dict[str, Any], said: Said, request: dict[str, Any], seed: int
+    ) -> tuple[Completion, float]:
         """The completion, and the log-probability of its text without what ended it."""
-        message = choice.get("message")
-        message = message if isinstance(message, dict) else {}
-        text = _plain(choice.get("text") if "text" in request else message.get("content"))
+        text, reason = said.text, said.reason
         opening = request.get("opening", "")
         if opening and self.opening == "prefix":
             text = text.removeprefix(opening)  # Mistral repeats it, DeepSeek does not
-        reason = str(choice.get("finish_reason") or "unknown")
-        if not text and message.get("refusal"):
-            reason = "refusal"
         cut = self.settings.end(_said(request), text, last=True)
         if cut is not None:
             text, reason = text[:cut], "stop"
@@ -344,14 +356,6 @@ def _names(error: ApiRefused, name: str) -> bool:
     if error.parameter is not None:
         return error.parameter == name
     return re.search(rf"(?:^|[\s'\"`(\[]){name}(?:$|[\s'\"`)\]:=<>,.])", error.said) is not None
-
-
-def _plain(content: Any) -> str:
-    """Text out of a string, a list of parts, or nothing; what no file can hold is replaced."""
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    text = content if isinstance(content, str) else ""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _tokens(tokenizer: Tokenizer, request: dict[str, Any]) -> list[int]:

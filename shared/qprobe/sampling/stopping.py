@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qprobe.models import Tokenizer
+from qprobe.models.language_model import Tokenizer
 from qprobe.sampling.base import SamplingSettings
 
 # Tokens whose text a rule is shown after every token: enough for a line's end and what begins the next line.

@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qprobe import models, vllm_engine
-from qprobe.models import ModelSpec
-from qprobe.prefix import check_prompts
+from qprobe import models
+from qprobe.models import vllm_engine
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.prefix import check_prompts
+from qprobe.models.vllm_engine import EngineSettings
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.stopping import StopTexts
 from qprobe.settings import build
-from qprobe.vllm_engine import EngineSettings
 
 # vLLM raises a temperature below this to it.
 LOWEST_TEMPERATURE = 0.01

@@ -1,0 +1,1 @@
+"""What the user meets: commands, configurations, own prompts and rewards."""

@@ -1,0 +1,249 @@
+"""The command `qprobe`.
+
+qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from completions to probes and a table
+qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
+qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
+qprobe inspect RUN                            what is in a run folder
+qprobe report RUN                             a finished run as one HTML page
+qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
+
+`run` and `import` take several values with -m: a run for every combination.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qprobe.cli import command, completion, configuration
+from qprobe.cli.command import Parser, groups_text, guarded, without_debug
+
+if TYPE_CHECKING:
+    from qprobe.cli.own_work import Work
+
+EXAMPLES = """\
+examples:
+  qprobe run prompts.jsonl --reward short.py:reward --run runs/short sampler.n=16
+  qprobe import candidates.jsonl --run runs/mine model=hub model.name=NAME
+  qprobe answer --probe runs/short/probes/prompts/policy_gradient "Write a sentence about the sea."
+
+qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
+CHANGED = ("run", "import", "answer")  # commands that take KEY=VALUE
+SEVERAL = "a run for every combination of values: probe.learning_rate=1e-3,1e-2"
+OVERRIDES = "KEY=VALUE arguments change settings, such as sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    words, debug = without_debug(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        _parser().print_help(sys.stderr)
+        return 2
+    return guarded("qprobe", functools.partial(_main, words), debug)
+
+
+def _main(words: list[str]) -> int | None:
+    if words[0] == "--completion":
+        print(_completion(words[1:]))
+        return None
+    chosen, rest = _parser().parse_known_args(words)
+    if unknown := [word for word in rest if chosen.command not in CHANGED or word.startswith("-") or "=" not in word]:
+        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
+    return work[chosen.command](chosen, rest)
+
+
+def _completion(shells: Sequence[str]) -> str:
+    _, commands = _parsers()
+    settings = [
+        f"{group}={choice.name}" for group, of in configuration.groups(configuration.CORE).items() for choice in of
+    ]
+    settings += [f"{key}=" for key in configuration.keys(configuration.CORE, "run")]
+    of_command = {"": [*commands, "--help", "--version", "--completion"]}
+    for name, parser in commands.items():
+        options = [option for action in parser._actions for option in action.option_strings]
+        of_command[name] = [*options, *(settings if name in CHANGED else [])]
+    return completion.script("qprobe", shells, of_command)
+
+
+def _parser() -> Parser:
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The command's parser, and those of its commands by name."""
+    layout = argparse.RawDescriptionHelpFormatter
+    groups = groups_text(configuration.groups(configuration.CORE))
+    parser = Parser(
+        prog="qprobe",
+        description="Q-probes: adapt a frozen language model to a reward. Completions are drawn and rewarded, a small probe of\n"
+        "the model's hidden states learns which earn more, and chooses among candidates.",
+        epilog=f"{EXAMPLES}\n\n{groups}",
+        formatter_class=layout,
+    )
+    parser.add_argument("--version", action="version", version=command.version("qprobe"))
+    parser.add_argument("--completion", metavar="SHELL", help="print the completion for bash or zsh")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser(
+        "run",
+        help="your prompts and your reward: completions, rewards, probes, a table",
+        epilog=f"{OVERRIDES}\n\n{groups}",
+        formatter_class=layout,
+    )
+    running.add_argument(
+        "prompts",
+        type=Path,
+        help="JSON lines, each with prompt (or messages) and fields for the reward; may be .gz or .zst; - is the standard input",
+    )
+    running.add_argument(
+        "--reward", required=True, help="module:function or file.py:function, giving a number in [0, 1]"
+    )
+    running.add_argument("--run", type=Path, help="the run folder; runs/NAME after the file of prompts if not said")
+    running.add_argument("--test", type=Path, help="prompts to test on; without them the probes are cross-validated")
+    running.add_argument("--batched", action="store_true", help="the function takes lists and gives a list")
+    running.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
+    importing = commands.add_parser(
+        "import",
+        help="the same from completions and rewards that you have already",
+        epilog=f"{OVERRIDES}\n\n{groups}",
+        formatter_class=layout,
+    )
+    importing.add_argument(
+        "candidates",
+        type=Path,
+        help="JSON lines, each with prompt (or messages), completion, reward; may be .gz or .zst; - is the standard input",
+    )
+    importing.add_argument("--run", type=Path, required=True, help="the run folder")
+    importing.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
+    answering = commands.add_parser(
+        "answer",
+        help="an answer chosen by a saved probe",
+        epilog="KEY=VALUE arguments change settings, such as sampler.temperature=0.7 or model.device=cpu.",
+    )
+    answering.add_argument("prompt", help="the prompt; - reads it from the standard input")
+    answering.add_argument("--probe", required=True, help="a folder such as runs/NAME/probes/prompts/policy_gradient")
+    answering.add_argument("--n", type=int, help="candidates; as in training if not said")
+    answering.add_argument(
+        "--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said"
+    )
+    answering.add_argument("--seed", type=int, help="for the same answer again; a new one every time if not said")
+    answering.add_argument(
+        "--show-candidates", action="store_true", help="print all with score and probability (stderr)"
+    )
+    inspecting = commands.add_parser(
+        "inspect", help="what is in a run folder: rows a stage, pass rate, what is missing"
+    )
+    inspecting.add_argument("run", type=Path, help="the run folder, such as runs/demo")
+    reporting = commands.add_parser(
+        "report", help="a finished run as one HTML page: tables, figures, and every prompt with its candidates"
+    )
+    reporting.add_argument("run", type=Path, help="the run folder, such as runs/demo")
+    reporting.add_argument("--output", type=Path, help="the page; report.html in the run folder if not said")
+    packing = commands.add_parser(
+        "pack", help="prompts, completions and features of a run in a few files, for sampler=recorded embedder=recorded"
+    )
+    packing.add_argument("run", type=Path, help="the run folder, with its stages sample and embed finished")
+    packing.add_argument("folder", type=Path, help="where the recording goes")
+    packing.add_argument("--layers", type=int, nargs="+", help="of the features; all if not said")
+    packing.add_argument("--note", action="append", default=[], help="NAME=TEXT, such as weights=..., kept in its card")
+    return parser, dict(commands.choices)
+
+
+def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from qprobe.cli import own_work
+
+    work = functools.partial(own_work.run, chosen.prompts, chosen.reward, test=chosen.test, batched=chosen.batched)
+    return _execute(work, own_work.run_folder(chosen.prompts, chosen.run), overrides, chosen.multirun)
+
+
+def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from qprobe.cli import own_work
+
+    work = functools.partial(own_work.import_candidates, chosen.candidates)
+    return _execute(work, chosen.run, overrides, chosen.multirun)
+
+
+def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], several: bool) -> int:
+    def execute(folder: Path, words: Sequence[str]) -> None:
+        work = make(folder=folder, overrides=words)
+        for note in work.notes:
+            print(note, file=sys.stderr)
+        work.execute()
+        print(work.closing_words())
+
+    if not several:
+        execute(folder, overrides)
+        return 0
+    from qprobe.cli import composition, multirun
+
+    jobs = multirun.plan(
+        overrides,
+        lambda words: {**composition.composed("run", words), "paths": {"run": str(folder)}},
+        lambda config: Path(config["paths"]["run"]),
+        composition.procedures,
+    )
+    status = multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
+    if shown := multirun.summary(jobs):
+        print(shown)
+    return status
+
+
+def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.cli import composition
+    from qprobe.probe.estimator import QProbe
+
+    prompt = sys.stdin.read().rstrip("\n") if chosen.prompt == "-" else chosen.prompt
+    if not prompt.strip():
+        raise ValueError("The prompt is empty: give a text, or - and a text on the standard input.")
+    more = [] if chosen.n is None else [f"sampler.n={chosen.n}"]
+    policy = composition.policy(QProbe.from_pretrained(chosen.probe), [*overrides, *more], chosen.beta)
+    choice = policy.choose(prompt, chosen.seed)
+    if chosen.show_candidates:
+        for place, candidate in enumerate(choice.candidates):
+            mark = "chosen" if place == choice.chosen else "      "
+            print(f"{mark}  Q {candidate.score:+.3f}  probability {candidate.probability:.3f}", file=sys.stderr)
+            print("\n".join(f"    | {line}" for line in candidate.text.splitlines()), file=sys.stderr)
+    if not choice.answer.strip():
+        empty = sum(not candidate.text.strip() for candidate in choice.candidates)
+        raise RuntimeError(
+            f"The answer that was chosen is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with "
+            "more candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+        )
+    print(choice.answer)
+
+
+def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.pipeline import inspection
+
+    print(inspection.to_text(inspection.inspect(chosen.run)))
+
+
+def _report(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.evaluation import candidates
+    from qprobe.files import write_whole
+    from qprobe.report import page
+
+    path = chosen.output or chosen.run / "report.html"
+    content = page.to_html(chosen.run.resolve().name, candidates.read(chosen.run)).encode()
+    write_whole(path, content)
+    print(f"{path} ({len(content) / 1e6:.1f} MB): open it in a browser.")
+
+
+def _pack(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.run import recording
+
+    if wrong := [note for note in chosen.note if "=" not in note]:
+        raise ValueError(f"--note {wrong[0]!r} has no name: write NAME=TEXT.")
+    notes = dict(note.split("=", 1) for note in chosen.note)
+    size = recording.pack(chosen.run, chosen.folder, chosen.layers, notes)
+    print(
+        f"{chosen.folder} ({size / 1e6:.1f} MB): sampler.recording={chosen.folder} embedder.recording={chosen.folder}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

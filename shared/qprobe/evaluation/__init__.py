@@ -1,0 +1,1 @@
+"""From scores to results: sweeps of probes, layers, controls, and what may be believed."""

@@ -1,0 +1,97 @@
+"""Controls: scores of completions that no trained probe made. A probe is worth its training where it beats the best of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from qprobe.evaluation.scoring import score
+from qprobe.evaluation.sweep import EvaluationSettings, Maker, probe_seed, training_data
+from qprobe.probe.losses import find_loss
+from qprobe.probe.training import ROWS_AT_A_TIME, TrainingSettings, statistics
+from qprobe.run.joined import Joined
+
+Scores = dict[str, np.ndarray | None]
+
+# One of them may choose well or badly by luck, far beyond the interval over prompts; their mean is what a row should say.
+RANDOM_DIRECTIONS = 20
+
+
+def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
+    """The scores of the controls that a setting names and that need no training.
+
+    Args:
+        joined: the rows, with features where random directions are asked for.
+        settings: `controls` names them.
+        seed: of the random directions.
+
+    Returns: method -> (S, N) scores, S = 1 where nothing is random; None where a completion's score is unknown.
+    """
+    made: Scores = {}
+    if "length" in settings.controls:
+        unit, lengths = "tokens", joined.tokens
+        if lengths is None:
+            unit, lengths = "characters", np.array([len(text) for text in joined.completions])
+        made[f"longest ({unit})"] = lengths[None].astype(float)
+        made[f"shortest ({unit})"] = -lengths[None].astype(float)
+    if {"logprob", "likelihood"} & set(settings.controls):
+        summed = joined.logprobs
+        made["highest logprob"] = _known(summed)
+        # The end is in the sum: it counts as a token.
+        by_token = None if summed is None or joined.tokens is None else summed / (joined.tokens + 1)
+        made["highest logprob per token"] = _known(by_token)
+    if "random_direction" in settings.controls:
+        made["random direction"] = _random_directions(joined, RANDOM_DIRECTIONS, seed)
+    return made
+
+
+def shuffled_labels(
+    learnt: Joined,
+    tested: Joined,
+    make: Maker,
+    training: TrainingSettings,
+    settings: EvaluationSettings,
+    *,
+    k: int,
+    seed: int,
+) -> Scores:
+    """Scores of probes of the first loss that learnt from rewards shuffled within each prompt, S seeds.
+
+    A prompt's mean reward is kept: what L_Q and L_CE learn from prompts being hard or easy is learnt here too, and what they
+    learn by comparing the completions of a prompt is not. The losses that only compare are left with nothing.
+
+    Args:
+        learnt, tested: the rows that they learn from and score; the same in cross-validation.
+        make: `sweep.cross_validate` or `sweep.train_on_all`.
+        k: candidates at use.
+        seed: of the run; each has one of its own (`probe_seed`).
+    """
+    loss = settings.losses[0]
+    # As many prompts as a probe of the table learns from, though each is the only one of its sweep.
+    share = settings.drawn_share
+    one = dataclasses.replace(settings, losses=(loss,), seeds=1, curve_shares=(), train_share=share)
+    rows = []
+    for own_seed in (probe_seed(seed, s) for s in range(settings.seeds)):
+        lot = np.random.default_rng([own_seed, len(learnt.rewards)]).random(len(learnt.rewards))
+        # Rows are sorted by prompt, so the order below moves none out of its own.
+        shuffled = learnt.rewards[np.lexsort((lot, learnt.groups))]
+        probes = make(dataclasses.replace(learnt, rewards=shuffled), training, one, k=k, seed=own_seed, progress=False)
+        rows.append(score(probes, tested, one, own_seed)[1.0][loss].q[0])
+    return {f"shuffled labels {find_loss(loss).symbol}": np.stack(rows)}
+
+
+def _known(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None or not np.isfinite(values).all() else values[None].astype(float)
+
+
+def _random_directions(joined: Joined, count: int, seed: int) -> np.ndarray:
+    """(count, N) projections of the standardised features on random directions."""
+    data = training_data(joined)
+    features = data.features
+    mean, scale = statistics(data, torch.ones(1, len(joined.task_ids), dtype=torch.bool))
+    lot = np.random.default_rng([seed, features.shape[1]]).normal(size=(features.shape[1], count))
+    directions = torch.from_numpy(lot).float() / scale.T
+    pieces = [(piece.float() - mean) @ directions for piece in features.split(ROWS_AT_A_TIME)]
+    return torch.cat(pieces).numpy().T

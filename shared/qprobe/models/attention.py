@@ -1,0 +1,181 @@
+"""Attention of many continuations to their shared prompts, whose keys and values are read where they lie.
+
+It is registered with transformers' attention interface; `prefix` runs models with it, those whose attention is plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ATTENTION_NAME = "qprobe_shared_prefix"
+# Tokens of one prompt's completions in one call of the attention: every call reads the prompt's keys, and every token is
+# compared with all of its call.
+TOKENS_PER_CALL = 128
+
+
+@dataclass
+class SharedPrompts:
+    """Keys and values of the prompts, and where each row finds its own among them."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+    owner: Tensor
+    slots: Tensor = field(init=False)
+    rows_per_prompt: int = field(init=False)
+    counts: list[int] = field(init=False)
+    lengths: list[int] = field(init=False)
+    _hidden: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = torch.bincount(self.owner, minlength=len(self.mask))
+        self.rows_per_prompt = int(counts.max())
+        self.counts, self.lengths = counts.tolist(), self.mask.sum(1).tolist()
+        first = counts.cumsum(0) - counts
+        within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
+        self.slots = self.owner * self.rows_per_prompt + within
+        self._hidden = ~self.mask[self.owner][:, None, None, :]
+
+    def keep(self, rows: Tensor) -> SharedPrompts:
+        """For fewer rows; prompts without rows are let go once they are half of all."""
+        owner = self.owner[rows]
+        used, renumbered = torch.unique(owner, return_inverse=True)
+        if len(used) > len(self.mask) // 2:
+            return SharedPrompts(self.layers, self.mask, owner)
+        return SharedPrompts([(k[used], v[used]) for k, v in self.layers], self.mask[used], renumbered)
+
+    def by_prompt(self, rows: Tensor) -> Tensor:
+        """(R, heads, m, d) of the rows -> (P, heads, n*m, d) of the prompts, empty places filled with zeros."""
+        count, heads, m, d = rows.shape
+        prompts, n = len(self.mask), self.rows_per_prompt
+        if count < prompts * n:
+            rows = rows.new_zeros(prompts * n, heads, m, d).index_copy_(0, self.slots, rows)
+        return rows.view(prompts, n, heads, m, d).transpose(1, 2).reshape(prompts, heads, n * m, d)
+
+    def by_row(self, prompts: Tensor, m: int) -> Tensor:
+        """(P, heads, n*m, s) of the prompts -> (R, heads, m, s) of the rows: the inverse of `by_prompt`."""
+        count, heads, _, s = prompts.shape
+        rows = prompts.view(count, heads, self.rows_per_prompt, m, s).transpose(1, 2).reshape(-1, heads, m, s)
+        return rows if len(rows) == len(self.owner) else rows[self.slots]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        """Softmax attention over the row's prompt and the row's own tokens together.
+
+        Scores, weights and sums are float32 whatever the model's type, as in the fused kernels of torch: key biases of real
+        weights (Qwen2.5) make scores of 12,860, where bfloat16 steps by 64.
+
+        Args:
+            query: (R, H, T, d); key, value: (R, H_kv, seen, d); mask: (R, 1, T, seen) bool.
+
+        Returns: (R, H, T, d), of the query's type.
+        """
+        prompt_key, prompt_value = (tensor.float() for tensor in self.layers[layer])
+        rows, heads, width, d = query.shape
+        shared = prompt_key.shape[1]
+        grouped = query.reshape(rows, shared, heads // shared * width, d).float() * scaling
+        m = grouped.shape[2]
+        before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
+        own = grouped @ key.float().transpose(-1, -2)
+        hidden = ~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
+        scores = torch.cat([before.masked_fill(self._hidden, -torch.inf), own.masked_fill(hidden, -torch.inf)], dim=-1)
+        weights = scores.softmax(dim=-1)
+        of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
+        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
+        return out.to(query.dtype).reshape(rows, heads, width, d)
+
+
+class PackedRows:
+    """Whole completions of shared prompts, one behind the other in one sequence: no padding, and no cache."""
+
+    def __init__(
+        self, layers: list[tuple[Tensor, Tensor]], prompts: Tensor, owner: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self._layers = layers
+        self._calls: list[tuple[slice, int, int, Tensor]] = []
+        tokens = prompts.tolist()
+        end = 0
+        for prompt, rows in _calls(owner, lengths):
+            own = torch.arange(len(rows), device=prompts.device).repeat_interleave(
+                torch.tensor(rows, device=prompts.device)
+            )
+            seen = (own[:, None] == own).tril_()
+            mask = torch.cat([seen.new_ones(len(own), tokens[prompt]), seen], dim=1)
+            self._calls.append((slice(end, end + len(own)), prompt, tokens[prompt], mask))
+            end += len(own)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        """Softmax attention of every token over its prompt and what stands before it in its own row.
+
+        Args:
+            query: (1, H, N, d); key, value: (1, H_kv, N, d); mask: not read.
+
+        Returns: (1, H, N, d).
+        """
+        prompt_key, prompt_value = self._layers[layer]
+        shared, d = key.shape[1], query.shape[3]
+        groups = query.shape[1] // shared
+        output = torch.empty_like(query)
+        for own, prompt, length, seen in self._calls:
+            keys = torch.cat([prompt_key[prompt, None, :, prompt_key.shape[2] - length :], key[:, :, own]], dim=2)
+            values = torch.cat(
+                [prompt_value[prompt, None, :, prompt_value.shape[2] - length :], value[:, :, own]], dim=2
+            )
+            # Queries that share a head of keys stand under each other: no copies of keys, and fewer, larger blocks.
+            output[:, :, own] = torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, own].reshape(1, shared, -1, d),
+                keys,
+                values,
+                attn_mask=seen.repeat(groups, 1),
+                scale=scaling,
+            ).view(1, query.shape[1], -1, d)
+        return output
+
+
+def _calls(owner: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(prompt, lengths of some of its rows) for every call of the attention, rows in order."""
+    rows: list[int] = []
+    for place, (prompt, length) in enumerate(zip(owner, lengths, strict=True)):
+        if rows and (owner[place - 1] != prompt or sum(rows) + length > TOKENS_PER_CALL):
+            yield owner[place - 1], rows
+            rows = []
+        rows.append(length)
+    yield owner[-1], rows
+
+
+def register() -> None:
+    """Make the attention known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        prompts: SharedPrompts | PackedRows | None = kwargs.pop("shared_prompts", None)
+        if prompts is None:
+            output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            return output
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        mixed = prompts.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+        return mixed.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+# Plain causal attention with rotary positions, passed through transformers' attention interface, nothing added to the scores.
+PLAIN_ATTENTION = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "phi3", "starcoder2", "smollm3", "granite"}
+)
+
+
+def shares_prefix(model: Any) -> bool:
+    """Whether the model's attention is the plain one that `SharedPrompts.attend` computes."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    full = all(kind == "full_attention" for kind in (getattr(config, "layer_types", None) or ["full_attention"]))
+    return config.model_type in PLAIN_ATTENTION and full and window is None and model._supports_attention_backend

@@ -1,0 +1,1 @@
+"""A probe in use."""

@@ -1,0 +1,185 @@
+"""A trained probe in use: k completions of a prompt are drawn, embedded and scored, and one of them is the answer.
+
+Policy(sampler, embedder, QProbe.from_pretrained("probe/")).answer("Describe the sea.")
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from qprobe.embedding import Embedder, tokens_to_read
+from qprobe.probe import selection
+from qprobe.probe.estimator import EmbeddingSource, QProbe
+from qprobe.prompts import Prompt
+from qprobe.sampling import Completion, Sampler, sample_seeds
+from qprobe.store.jsonl import plain_prompt
+
+OnePrompt = str | Sequence[dict[str, str]] | Prompt
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion that an answer was chosen from: its text, its score Q, and the probability that it was chosen with."""
+
+    text: str
+    score: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All candidates of a prompt, in the order in which they were drawn, and the place of the one that was chosen."""
+
+    candidates: list[Candidate]
+    chosen: int
+
+    @property
+    def answer(self) -> str:
+        return self.candidates[self.chosen].text
+
+
+class Policy:
+    """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
+
+    Args:
+        sampler: draws the k = `sampler.settings.n` candidates.
+        embedder: embeds them; its model must be the one that the probe was trained on.
+        probe: scores them.
+        style: what plain text is to the model, `chat` (a user's message) or `text` (to be continued); None takes what the
+            probe was trained with.
+        beta: temperature, 0 takes the best; None is the probe's own.
+
+    Raises:
+        ValueError: an embedder of another model or without the probe's layer, a beta below 0.
+
+    Source: the policy of Q-Probe (arXiv 2402.14688).
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        embedder: Embedder,
+        probe: QProbe,
+        *,
+        style: str | None = None,
+        beta: float | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.embedder = embedder
+        self.probe = probe
+        self.style = probe.use.get("prompts") if style is None else style
+        self.beta = probe.beta_ if beta is None else beta
+        if not self.beta >= 0:
+            raise ValueError(f"beta is {self.beta}: a temperature is 0 (the best candidate) or more.")
+        self.layer = self._layer()
+        if probe.source is not None:
+            source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
+            probe.check_source(source)
+
+    @overload
+    def answer(self, prompt: OnePrompt, seed: int | None = None) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def answer(self, prompt: Sequence[OnePrompt], seed: int | None = None) -> list[str]: ...
+
+    def answer(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None = None) -> str | list[str]:
+        """The completion that the policy chooses, or of a list of prompts a list of them; arguments as of `choose`."""
+        found = self._chosen(prompt, seed)
+        return [choice.answer for choice in found] if isinstance(found, list) else found.answer
+
+    @overload
+    def choose(self, prompt: OnePrompt, seed: int | None = None) -> Choice: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def choose(self, prompt: Sequence[OnePrompt], seed: int | None = None) -> list[Choice]: ...
+
+    def choose(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None = None) -> Choice | list[Choice]:
+        """Draw the candidates of a prompt and choose one; of a list of prompts a list of choices, drawn together.
+
+        Args:
+            prompt: plain text (see `style`), a conversation as [{"role": ..., "content": ...}, ...], or a Prompt; or a list of
+                such prompts.
+            seed: of candidates and choice; None takes a new one at every call.
+
+        Raises:
+            ValueError: plain text where no style is known, a prompt that is none, or one that the model has no room for.
+        """
+        return self._chosen(prompt, seed)
+
+    def _chosen(self, prompt: OnePrompt | Sequence[OnePrompt], seed: int | None) -> Choice | list[Choice]:
+        if isinstance(prompt, str | Prompt):
+            return self._choose([prompt], seed)[0]
+        if not isinstance(prompt, Sequence):
+            raise ValueError(
+                f"The prompt is {prompt!r:.60}: give a text, a conversation as a list of messages, a Prompt, or a list of these."
+            )
+        one = bool(prompt) and all(isinstance(part, Mapping) for part in prompt)  # the messages of a conversation
+        return self._choose([prompt], seed)[0] if one else self._choose(prompt, seed)
+
+    def _choose(self, prompts: Sequence[Any], seed: int | None) -> list[Choice]:
+        if not prompts:
+            return []
+        seed = secrets.randbits(60) if seed is None else seed
+        asked = [self._prompt(prompt) for prompt in prompts]
+        rendered = [self.sampler.render(prompt) for prompt in asked]
+        seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
+        drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
+        fingerprint = self.sampler.tokenizer_fingerprint()
+        to_read = [
+            tokens_to_read(
+                self.embedder,
+                fingerprint,
+                of_prompt,
+                [(completion.text, completion.token_ids) for completion in candidates],
+                templated=prompt.text is None,
+            )
+            for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
+        ]
+        features = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])[self.layer]
+        sizes = [len(candidates) for candidates in drawn]
+        of_prompts = torch.from_numpy(self.probe.score(features)).split(sizes)
+        return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
+
+    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, seed: int) -> Choice:
+        weights = selection.selection_weights(scores, self.beta)
+        chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
+        return Choice(
+            [
+                Candidate(completion.text, float(score), float(weight))
+                for completion, score, weight in zip(drawn, scores, weights, strict=True)
+            ],
+            chosen,
+        )
+
+    def _prompt(self, prompt: Any) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+            return Prompt("answer", messages=tuple(prompt))
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt of the list is {prompt!r:.60}: give a text, a conversation, or a Prompt.")
+        if self.style is None:
+            raise ValueError(
+                "The probe does not say how plain text was put to the model: give Policy a style (chat or text), or give it "
+                "a conversation."
+            )
+        return plain_prompt("answer", prompt, self.style)
+
+    def _layer(self) -> int:
+        layers = list(self.embedder.layers)
+        if self.probe.source is None:
+            if len(layers) != 1:
+                raise ValueError(
+                    f"The probe does not say which layer it reads, and the embedder makes {layers}: give one."
+                )
+            return layers[0]
+        if self.probe.source.layer not in layers:
+            raise ValueError(
+                f"The probe reads layer {self.probe.source.layer}, but the embedder makes {layers}: add it there."
+            )
+        return self.probe.source.layer
