@@ -429,9 +429,10 @@ class QProbe:
 
 
 def _check_solver(loss: str, solver: str, l2: float | str) -> None:
-    from qprobe.probe.solved import solver_of
+    if solver not in ("auto", "steps"):  # these any loss has; asking imports scipy, which a probe in use does not need
+        from qprobe.probe.solved import solver_of
 
-    solver_of(loss, solver)
+        solver_of(loss, solver)
     if l2 != "auto" and (isinstance(l2, str) or not l2 > 0):
         raise ValueError(f"l2 is {l2!r}: give a strength above 0 (infinity is the difference of means), or auto.")
 
