@@ -20,7 +20,7 @@ from qprobe.probe.solvers.rows import VALUES_AT_A_TIME, Array, Floats, Integers,
 # Axes whose variance is below this share of the largest are rounding.
 LEAST_SHARE = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 1e-6}
 # Rows are decomposed where they are at most so many times the columns: it is the more exact of the two where these are close.
-ROWS_PREFERRED = 1.25
+ROWS_PREFERRED = 1.1
 # Decompositions of more rows (and columns) than this are made in float32: a third of the time at 3,000, and scores agree to 1e-3.
 MOST_IN_FLOAT64 = 2048
 
