@@ -205,6 +205,29 @@ def key(api_server: ModuleType) -> str:
     return str(api_server.KEY)
 
 
+@pytest.fixture
+def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command's main in an empty folder: it must end in a status, say something in its first or last line, and leave
+    no traceback, no advice about Hydra and no file. Gives back its standard output."""
+
+    def run(main: Callable[[list[str]], int], line: str, status: int, said: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        try:
+            found: Any = main(line.split())
+        except SystemExit as stopped:
+            found = stopped.code
+        printed = capsys.readouterr()
+        text = (printed.out + printed.err).strip()
+        assert found == status, text
+        assert said in text.splitlines()[0] or said in text.splitlines()[-1], text
+        for word in ("Traceback", "HYDRA_FULL_ERROR", "hydra.cc", "Hydra 1"):
+            assert word not in text
+        assert list(tmp_path.iterdir()) == []
+        return printed.out
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def six_cpus() -> Iterator[Any]:
     """A Ray of its own with more logical processors than this machine may have."""

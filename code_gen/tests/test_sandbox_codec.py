@@ -7,7 +7,7 @@ import struct
 import tracemalloc
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, MappingView
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import IntEnum
@@ -48,6 +48,8 @@ def told_apart(value: Any) -> Any:
         return "array", value.typecode, value.tobytes()
     if isinstance(value, np.ndarray):
         return "ndarray", value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, MappingView | Iterator):  # dict.values() has no equality of its own, nor has an iterator
+        return type(value).__name__, told_apart(list(value))
     return type(value), value
 
 
@@ -112,13 +114,11 @@ def test_many_values_are_the_same_on_the_other_side(value: Any) -> None:
 
 def decoded_or_garbled(data: bytes) -> None:
     try:
-        value = Decoder([[1], {}], None).decode(data)
+        value, again = (Decoder([[1], {}], None).decode(data) for _ in range(2))  # crossing empties an iterator
     except Garbled as error:
-        value, said = None, str(error)
+        assert str(error)
     else:
-        said = "a value"
-    assert said
-    assert told_apart(crossed(value)) == told_apart(value)
+        assert told_apart(crossed(value)) == told_apart(again)
 
 
 @given(st.binary(max_size=64))

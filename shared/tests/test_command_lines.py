@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,26 +54,10 @@ LINES = [
 
 @pytest.mark.parametrize(("line", "status", "said"), LINES, ids=[line for line, *_ in LINES])
 def test_every_command_line_ends_in_its_status_and_a_line_that_helps(
-    line: str,
-    status: int,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, status: int, said: str, ends: Callable[..., str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    try:
-        found = main.main(line.split())
-    except SystemExit as stopped:
-        found = stopped.code  # type: ignore[assignment]
-    printed = capsys.readouterr()
-    text = (printed.out + printed.err).strip()
-    assert found == status, text
-    assert said in text.splitlines()[0] or said in text.splitlines()[-1]
-    for word in ("Traceback", "HYDRA_FULL_ERROR", "hydra.cc", "Hydra 1"):
-        assert word not in text
-    assert (printed.out == "") == (status != 0)
-    assert list(tmp_path.iterdir()) == []
+    printed = ends(main.main, line, status, said)
+    assert (printed == "") == (status != 0)
 
 
 def test_help_lists_every_group_and_choice_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,7 @@ def test_a_key_that_cannot_be_sent_is_refused_by_name_before_any_request(
 def test_white_space_around_a_key_is_not_part_of_it(server: Any, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f" {key}\n")
     client(server.settings()).each([lambda halt: client(server.settings()).post("/completions", BODY, "choices", halt)])
+    assert [headers["authorization"] for _, headers, _ in server.requests] == [f"Bearer {key}"]
 
 
 BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "temperature": 0.0}

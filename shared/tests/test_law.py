@@ -63,7 +63,7 @@ def rounding(
     self: SharedPrompts, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
     """The attention of version 1: products of queries and keys rounded to the model's type."""
-    prompt_key, prompt_value = self.layers[layer]
+    prompt_key, prompt_value = (tensor.to(key.dtype) for tensor in self.layers[layer])
     rows, heads, width, d = query.shape
     shared = prompt_key.shape[1]
     grouped = query.reshape(rows, shared, heads // shared * width, d) * scaling
@@ -71,7 +71,8 @@ def rounding(
     before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
     own = grouped @ key.transpose(-1, -2)
     hidden = ~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
-    scores = torch.cat([before.masked_fill(self._hidden, -torch.inf), own.masked_fill(hidden, -torch.inf)], dim=-1)
+    before = before.masked_fill(~self.mask[self.owner][:, None, None, :], -torch.inf)
+    scores = torch.cat([before, own.masked_fill(hidden, -torch.inf)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
     out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value

@@ -20,7 +20,7 @@ TOKENS_PER_CALL = 128
 
 @dataclass
 class SharedPrompts:
-    """Keys and values of the prompts, and where each row finds its own among them."""
+    """Keys and values of the prompts in float32, and where each row finds its own among them."""
 
     layers: list[tuple[Tensor, Tensor]]
     mask: Tensor
@@ -29,7 +29,7 @@ class SharedPrompts:
     rows_per_prompt: int = field(init=False)
     counts: list[int] = field(init=False)
     lengths: list[int] = field(init=False)
-    _hidden: Tensor = field(init=False)
+    _hidden: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         counts = torch.bincount(self.owner, minlength=len(self.mask))
@@ -38,7 +38,9 @@ class SharedPrompts:
         first = counts.cumsum(0) - counts
         within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
         self.slots = self.owner * self.rows_per_prompt + within
-        self._hidden = ~self.mask[self.owner][:, None, None, :]
+        # Once, and not at every step: the prompts' keys are few beside those of their rows.
+        self.layers = [(key.float(), value.float()) for key, value in self.layers]
+        self._hidden = None if bool(self.mask.all()) else ~self.mask[self.owner][:, None, None, :]
 
     def keep(self, rows: Tensor) -> SharedPrompts:
         """For fewer rows; prompts without rows are let go once they are half of all."""
@@ -73,16 +75,18 @@ class SharedPrompts:
 
         Returns: (R, H, T, d), of the query's type.
         """
-        prompt_key, prompt_value = (tensor.float() for tensor in self.layers[layer])
+        prompt_key, prompt_value = self.layers[layer]
         rows, heads, width, d = query.shape
         shared = prompt_key.shape[1]
         grouped = query.reshape(rows, shared, heads // shared * width, d).float() * scaling
         m = grouped.shape[2]
         before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
         own = grouped @ key.float().transpose(-1, -2)
-        hidden = ~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
-        scores = torch.cat([before.masked_fill(self._hidden, -torch.inf), own.masked_fill(hidden, -torch.inf)], dim=-1)
-        weights = scores.softmax(dim=-1)
+        if self._hidden is not None:
+            before.masked_fill_(self._hidden, -torch.inf)
+        if width > 1:  # a single token sees all that stands before it
+            own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
+        weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
         out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
         return out.to(query.dtype).reshape(rows, heads, width, d)
