@@ -60,7 +60,8 @@ class Likelihood(OwnTokens):
             self._passes = Passes(self._run.language_model)
         run = self._run
         footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
-        self._check_tokens([*prompts, *(row for of_prompt in completions for row in of_prompt)], footprint.vocabulary)
+        every = [*prompts, *(row for of_prompt in completions for row in of_prompt)]
+        check_tokens(every, footprint.vocabulary, self.model.name)
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         lengths = [len(prompt) for prompt in prompts]
@@ -99,10 +100,11 @@ class Likelihood(OwnTokens):
         values = iter(sums.tolist())
         return [[next(values) for _ in of_prompt] for of_prompt in completions]
 
-    def _check_tokens(self, sequences: Sequence[Sequence[int]], vocabulary: int) -> None:
-        for ids in sequences:
-            if any(not 0 <= token < vocabulary for token in ids):
-                raise ValueError(
-                    f"A token id is outside of 0..{vocabulary - 1}, which {self.model.name} knows: tokenize with its own "
-                    "tokenizer."
-                )
+
+def check_tokens(sequences: Sequence[Sequence[int]], vocabulary: int, model: str) -> None:
+    """Raise ValueError where a token is none of the model's."""
+    for ids in sequences:
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise ValueError(
+                f"A token id is outside of 0..{vocabulary - 1}, which {model} knows: tokenize with its own tokenizer."
+            )
