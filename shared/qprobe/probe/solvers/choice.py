@@ -26,12 +26,14 @@ class Candidate:
         anchor: the untrained score that L2 pulls towards; empty where that is nothing.
         strength: of L2, as a share of the largest variance; infinity is the end of the path.
         freedom: effective degrees of freedom, >= 0: what it takes to call one candidate simpler than another.
+        loss: what is minimised.
     """
 
     weighting: dict[str, float]
     anchor: str
     strength: float
     freedom: float
+    loss: str = ""
 
     @property
     def untrained(self) -> bool:

@@ -98,7 +98,7 @@ class Solution:
 
 def solve(
     rows: Rows,
-    loss: SolvedLoss,
+    loss: SolvedLoss | Sequence[SolvedLoss],
     *,
     weightings: Sequence[Mapping[str, float]] | None = None,
     strengths: Sequence[float] = STRENGTHS,
@@ -107,12 +107,13 @@ def solve(
     seed: int = 0,
     dtype: DTypeLike | None = None,
 ) -> Solution:
-    """Choose blocks, anchor and strength of L2 by left-out AUC within prompts, and fit on all rows.
+    """Choose loss, blocks, anchor and strength of L2 by left-out AUC within prompts, and fit on all rows.
 
     Args:
         rows: what to learn from.
         loss: "reward_mse" (L_Q), "centred_mse" (L_Q within prompts), "reward_cross_entropy" (L_CE), "policy_gradient" (L_PG at
-            beta 1, a prompt's rows being one chunk), "pairwise_logistic" or "bradley_terry" (pairs that the rewards imply).
+            beta 1, a prompt's rows being one chunk), "pairwise_logistic" or "bradley_terry" (pairs that the rewards imply). Of
+            several one is chosen.
         weightings: relative weights >= 0 of the blocks that are compared; None: `block_weightings`.
         strengths: of L2 that are compared, > 0, as shares of the largest variance; infinity is the difference of means,
             or the anchor itself.
@@ -126,49 +127,68 @@ def solve(
         NothingToLearn: no prompt has rewards that differ, or no column does.
         ValueError: rewards outside [0, 1] for the cross-entropy, an unknown name.
     """
-    kept = _learnt_from(rows, loss)
-    fitted = rows if kept.all() else rows.take(kept)
-    low, spread = (0.0, 1.0) if loss == "reward_cross_entropy" else (rows.rewards.min(), np.ptp(rows.rewards))
-    work = _Work.of(fitted, loss, (fitted.rewards - low) / spread, anchor, folds, seed, dtype)
+    losses = [cast(SolvedLoss, loss)] if isinstance(loss, str) else list(loss)
     given = [dict(w) for w in (weightings or block_weightings(list(rows.blocks)))]
-    if not given or not strengths or not all(s > 0 for s in strengths):
-        raise ValueError("There is nothing to choose from: give strengths above 0, and weightings.")
-    candidates, left_out = work.candidates(given, list(strengths))
+    if not losses or not given or not strengths or not all(s > 0 for s in strengths):
+        raise ValueError("There is nothing to choose from: give losses, strengths above 0, and weightings.")
+    works, candidates, left_out = {}, [], []
+    for name in losses:
+        kept = _learnt_from(rows, name)
+        low, spread = (0.0, 1.0) if name == "reward_cross_entropy" else (rows.rewards.min(), np.ptp(rows.rewards))
+        fitted = rows if kept.all() else rows.take(kept)
+        works[name] = _Work.of(fitted, name, (fitted.rewards - low) / spread, anchor, folds, seed, dtype)
+        found, scores = works[name].candidates(given, list(strengths), known=candidates)
+        candidates += found
+        left_out += scores
     choice: Chosen | None = None
     chosen_number, aucs = 0, np.full((len(candidates), 1), np.nan)
-    if work.can_leave_out:
-        aucs = np.stack([work.within.auc(scores) for scores in left_out])
-        chosen_number, choice = choose(candidates, aucs, work.within, seed)
+    if works[losses[0]].can_leave_out:
+        aucs = np.stack(
+            [works[cast(SolvedLoss, c.loss)].within.auc(own) for c, own in zip(candidates, left_out, strict=True)]
+        )
+        chosen_number, choice = choose(candidates, aucs, works[losses[0]].within, seed)
     chosen = candidates[chosen_number]
+    solution = _solution(
+        rows, works[cast(SolvedLoss, chosen.loss)], chosen, left_out[chosen_number] if left_out else None
+    )
+    means = [(candidate, float(auc)) for candidate, auc in zip(candidates, aucs.mean(axis=1), strict=True)]
+    return dataclasses.replace(solution, choice=choice, aucs=means)
+
+
+def _solution(rows: Rows, work: _Work, chosen: Candidate, left_out: Floats | None) -> Solution:
+    """The chosen candidate fitted on all rows, in the units of the rewards.
+
+    Args:
+        left_out: its left-out scores in the order of the design; None where nothing can be left out.
+    """
+    kept = _learnt_from(rows, work.loss)
     coefficients, bias, anchor_weight = work.final(chosen)
-    regression = loss in CLOSED_FORM
-    if regression:
-        coefficients = {name: own * spread for name, own in coefficients.items()}
-        bias, anchor_weight = bias * spread + low, anchor_weight * spread
-    beta = 0.0
-    if work.can_leave_out:
-        beta, _ = best_beta(left_out[chosen_number], work.rewards, work.design.groups)
+    regression = work.loss in CLOSED_FORM
+    low, spread = (rows.rewards.min(), np.ptp(rows.rewards)) if regression else (0.0, 1.0)
+    beta = 0.0 if left_out is None else best_beta(left_out, work.rewards, work.design.groups)[0]
     solution = Solution(
-        loss,
-        coefficients,
-        float(bias),
+        work.loss,
+        {name: own * spread for name, own in coefficients.items()},
+        float(bias * spread + low),
         chosen.anchor,
-        float(anchor_weight),
-        beta * spread if regression else beta,
+        float(anchor_weight * spread),
+        beta * spread,
         np.empty(0),
-        choice,
-        [(candidate, float(auc)) for candidate, auc in zip(candidates, aucs.mean(axis=1), strict=True)],
+        None,
+        [],
     )
     scores = solution.score(rows.blocks, rows.anchors)
     if work.design.within:
         scores -= _prompt_means(scores, rows)
-    if work.can_leave_out:
-        own = work.design.unordered(left_out[chosen_number])
-        scores[kept] = own * spread + (low if loss == "reward_mse" else 0.0) if regression else own
+    if left_out is not None:
+        own = work.design.unordered(left_out) * spread
+        scores[kept] = own + (low if work.loss == "reward_mse" else 0.0)
     return dataclasses.replace(solution, left_out=scores)
 
 
-def cross_fitted(rows: Rows, loss: SolvedLoss, folds: ArrayLike, **options: Any) -> tuple[Floats, dict[int, Solution]]:
+def cross_fitted(
+    rows: Rows, loss: SolvedLoss | Sequence[SolvedLoss], folds: ArrayLike, **options: Any
+) -> tuple[Floats, dict[int, Solution]]:
     """Scores of rows by probes that did not see them, nor made a choice on them.
 
     Args:
@@ -236,14 +256,20 @@ class _Work:
         return len(np.unique(self.within.clusters)) > 1
 
     def candidates(
-        self, weightings: Sequence[dict[str, float]], strengths: Sequence[float]
+        self, weightings: Sequence[dict[str, float]], strengths: Sequence[float], known: Sequence[Candidate] = ()
     ) -> tuple[list[Candidate], list[Floats]]:
-        """All candidates, with the left-out scores (N,) of each in the order of the design; none of these if none can be."""
+        """All candidates, with the left-out scores (N,) of each in the order of the design; none of these if none can be.
+
+        Args:
+            known: candidates of other losses: the anchors themselves are the same at the end of every path.
+        """
         candidates: list[Candidate] = []
         scores: list[Floats] = []
         if not self.can_leave_out:
             every = dict.fromkeys(self.design.rows.blocks, 1.0)
-            return [Candidate(weightings[0] if len(weightings) == 1 else every, self.named[0], np.inf, 0.0)], []
+            return [
+                Candidate(weightings[0] if len(weightings) == 1 else every, self.named[0], np.inf, 0.0, self.loss)
+            ], []
         for weighting in weightings:
             space = self.design.space(weighting)
             if not space.largest:
@@ -251,13 +277,13 @@ class _Work:
             for name, own in zip(self.named, self._left_out(space, strengths), strict=True):
                 for strength, values in zip(strengths, own, strict=True):
                     end = bool(name) and np.isinf(strength)
-                    if end and any(c.untrained and c.anchor == name for c in candidates):
-                        continue  # the anchor itself is the same at the end of every weighting
+                    if end and any(c.untrained and c.anchor == name for c in (*known, *candidates)):
+                        continue
                     freedom = Ridge(space, np.zeros(0)).freedom(strength * space.largest) if not end else 0.0
-                    candidates.append(Candidate({} if end else weighting, name, strength, freedom))
+                    candidates.append(Candidate({} if end else weighting, name, strength, freedom, self.loss))
                     scores.append(values)
             del space  # before the next is made
-        if not candidates:
+        if not candidates and not known:
             raise NothingToLearn(f"No column differs between {'rows of a prompt' if self.design.within else 'rows'}.")
         return candidates, scores
 
