@@ -1,4 +1,4 @@
-"""`auto` on planted data: what carries the signal is chosen, "nothing" and "use the untrained one" are said, reports are honest."""
+"""`auto` on planted data: what carries the signal is chosen, "nothing" or "use the untrained one" is said, reports are honest."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ class Report:
         lines = [
             f"{len(self.one)} prompts, {int(self.mixed.sum())} with good and bad candidates; one candidate "
             f"{self.one.mean():.3f}, the best of all {self.best.mean():.3f}",
-            f"{'score':34s} {'AUC':22s} {'gain, all prompts':26s} {'gain, mixed prompts':26s} probe's AUC and gain over it (mixed)",
+            f"{'score':34s} {'AUC':22s} {'gain, all prompts':26s} {'gain, mixed prompts':26s} "
+            "probe's AUC and gain over it (mixed)",
         ]
         for score in (self.probe, *([self.control] if self.control else []), *self.untrained):
             cells = [_text(self.auc(score), 22), _text(self.gain(score), 26), _text(self.gain(score, mixed=True), 26)]

@@ -127,11 +127,13 @@ def solve(
         NothingToLearn: no prompt has rewards that differ, or no column does.
         ValueError: rewards outside [0, 1] for the cross-entropy, an unknown name.
     """
-    losses = [cast(SolvedLoss, loss)] if isinstance(loss, str) else list(loss)
+    losses = [loss] if isinstance(loss, str) else list(loss)
     given = [dict(w) for w in (weightings or block_weightings(list(rows.blocks)))]
     if not losses or not given or not strengths or not all(s > 0 for s in strengths):
         raise ValueError("There is nothing to choose from: give losses, strengths above 0, and weightings.")
-    works, candidates, left_out = {}, [], []
+    works: dict[SolvedLoss, _Work] = {}
+    candidates: list[Candidate] = []
+    left_out: list[Floats] = []
     for name in losses:
         kept = _learnt_from(rows, name)
         low, spread = (0.0, 1.0) if name == "reward_cross_entropy" else (rows.rewards.min(), np.ptp(rows.rewards))
