@@ -5,13 +5,15 @@
     python code_gen/evidence/blocks.py --run runs/recorded_mbpp --columns columns --losses   # equal solvers, one loss each
 
 `--run` is a finished run of `experiment=recorded_mbpp`, whose unit tests give the rewards; hidden states are the recording's;
-`--columns` holds what `likelihood_columns.py` wrote, or a Parquet file with the same columns as POOL.parquet. Problems without
-likelihood columns are left out.
+`--columns` holds what `likelihood_columns.py` wrote, or a Parquet file with the same columns as POOL.parquet; problems without
+likelihood columns are left out. Without it all problems are read, with what the recording itself says of likelihoods: sum and
+mean of log-probabilities and the length.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +32,25 @@ HIDDEN = "layer 18"
 OLDER = {"logprob_of_fence": "logprob_of_ending_begun"}
 
 
-def read(run: Path, columns: Path, pool: str, layer: int = 18) -> pd.DataFrame:
+def recorded(pool: str) -> pd.DataFrame:
+    """task_id, sample, and the likelihood columns that follow from the recorded sum of log-probabilities."""
+    every = pd.read_parquet(RECORDING / "completions.parquet")
+    own = every[every.pool == pool]
+    tokens = own.token_ids.map(len)
+    sampler = json.loads((RECORDING / "recording.json").read_text())["completions"][pool]["inputs"]["sampler"]
+    ended = (own.finish_reason == "stop") if "logprob" in sampler else 0  # older sums leave the token of the end out
+    mean = own.logprob / np.maximum(tokens + ended, 1)
+    values = {"logprob_sum": own.logprob, "logprob_mean": mean, "tokens": tokens}
+    return own[["task_id", "sample"]].assign(**values)
+
+
+def read(run: Path, columns: Path | None, pool: str, layer: int = 18) -> pd.DataFrame:
     """One row a completion: task_id, sample, reward, state, and the likelihood columns that are known."""
-    file = columns / f"{pool}.parquet"
-    known = pd.read_parquet(file if file.exists() else columns / pool).rename(columns=OLDER)
+    if columns is None:
+        known = recorded(pool)
+    else:
+        file = columns / f"{pool}.parquet"
+        known = pd.read_parquet(file if file.exists() else columns / pool).rename(columns=OLDER)
     parts = sorted((run / "rewards" / pool / "unit_tests").glob("*.parquet"))
     rewards = pd.concat([pd.read_parquet(part) for part in parts])[["task_id", "sample", "reward"]]
     states = pd.read_parquet(RECORDING / "features" / f"{pool}.layer={layer:02d}.parquet")
@@ -51,14 +68,14 @@ def rows_of(table: pd.DataFrame, blocks: Sequence[str], columns: Sequence[str]) 
         HIDDEN: np.stack(list(table.state)).astype(np.float32),
         "likelihood": (likelihood - likelihood.groupby(groups).transform("mean")).to_numpy(),
     }
-    untrained = {name: sign * table[name].to_numpy(np.float64) for name, sign in UNTRAINED.items()}
+    untrained = {name: sign * table[name].to_numpy(np.float64) for name, sign in UNTRAINED.items() if name in table}
     return Rows({name: made[name] for name in blocks}, table.reward.to_numpy(), groups, anchors=untrained)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--columns", type=Path, required=True)
+    parser.add_argument("--columns", type=Path)
     parser.add_argument("--pool", default="mbpp-train.sample", help="what is trained on")
     parser.add_argument("--to", help="a pool to test on; none cross-validates")
     parser.add_argument("--losses", action="store_true", help="every loss by itself")
@@ -69,7 +86,7 @@ def main() -> None:
     other = read(arguments.run, arguments.columns, arguments.to) if arguments.to else None
     columns = [c for c in COLUMNS if c in table and (other is None or c in other)]
     print(f"likelihood columns: {', '.join(columns)}")
-    for blocks in ([HIDDEN, "likelihood"], [HIDDEN], ["likelihood"]):
+    for blocks in ([HIDDEN, "likelihood"], [HIDDEN], ["likelihood"]) if arguments.columns else ([HIDDEN],):
         for losses in [(loss,) for loss in ALL_LOSSES] if arguments.losses else [AUTO_LOSSES]:
             started = time.process_time()
             rows = rows_of(table, blocks, columns)
