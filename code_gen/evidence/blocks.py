@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("--losses", action="store_true", help="every loss by itself")
     parser.add_argument("--repeats", type=int, default=2, help="divisions into folds")
     parser.add_argument("--anchors", type=int, default=2, help="untrained scores that L2 may pull towards")
+    parser.add_argument(
+        "--choose", action="store_true", help="take the one chosen candidate, not the mean of those as good"
+    )
     arguments = parser.parse_args()
     table = read(arguments.run, arguments.columns, arguments.pool)
     other = read(arguments.run, arguments.columns, arguments.to) if arguments.to else None
@@ -90,7 +93,7 @@ def main() -> None:
         for losses in [(loss,) for loss in ALL_LOSSES] if arguments.losses else [AUTO_LOSSES]:
             started = time.process_time()
             rows = rows_of(table, blocks, columns)
-            options = {"losses": losses, "anchors": 0 if arguments.losses else arguments.anchors}
+            options = {"losses": losses, "anchors": arguments.anchors, "average": not arguments.choose}
             if other is None:
                 report = cross_validated(rows, repeats=arguments.repeats, **options)
             else:

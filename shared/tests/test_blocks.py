@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qprobe.probe.blocks import auto, cross_validated, transferred, untrained_aucs
-from qprobe.probe.metrics import paired_difference
+from qprobe.probe.metrics import paired_difference, within_prompt_auc
 from qprobe.probe.solvers import NothingToLearn, Rows
 
 ONE = ("centred_mse",)
@@ -163,3 +163,28 @@ def test_nothing_to_choose_between_is_a_sentence(rewards: Any) -> None:
     rows = Rows(np.arange(24.0).reshape(12, 2), rewards, np.repeat([0, 1], 6), anchors={"length": np.arange(12.0)})
     with pytest.raises(NothingToLearn, match="differ"):
         auto(rows)
+
+
+def test_the_mean_of_those_as_good_is_scored_by_rows_that_were_left_out_of_all_of_them() -> None:
+    rows = planted("hidden", prompts=120, strength=0.8)
+    one, mean = auto(rows, average=False), auto(rows)
+    assert one.choice is not None
+    assert mean.choice is not None
+    assert mean.choice.averaged > 1 == one.choice.averaged
+    assert f"mean with {mean.choice.averaged - 1}" in mean.sentence()
+    left_out = float(np.nanmean(within_prompt_auc(mean.left_out, rows.rewards, rows.groups)))
+    assert mean.choice.auc == pytest.approx(left_out, abs=1e-9)
+    # It is a linear probe of the same size: its own scores within prompts deviate as those of the chosen one do.
+    fresh = planted("hidden", prompts=300, strength=0.8, seed=1)
+    scores = [solution.score(fresh.blocks, fresh.anchors) for solution in (one, mean)]
+    aucs = [within_prompt_auc(own, fresh.rewards, fresh.groups) for own in scores]
+    assert paired_difference(aucs[1], aucs[0], rng=np.random.default_rng(0)).low > -0.02
+    assert np.corrcoef(*scores)[0, 1] > 0.9
+    assert mean.beta >= 0
+
+
+def test_an_untrained_score_that_is_chosen_is_not_averaged_with_others() -> None:
+    solution = auto(planted("entropy", strength=1.0))
+    assert solution.choice is not None
+    assert solution.choice.candidate.untrained
+    assert solution.choice.averaged == 1

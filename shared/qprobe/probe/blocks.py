@@ -154,17 +154,20 @@ def auto(
     *,
     weightings: Sequence[Mapping[str, float]] | None = None,
     anchors: int = ANCHORS,
+    average: bool = True,
     seed: int = 0,
 ) -> Solution:
     """Choose loss, relative weights of the blocks, anchor and L2 by left-out AUC within prompts, and fit on all rows.
 
-    The simplest candidate within one standard error of the best is taken, and an untrained score is the simplest there is.
+    The simplest candidate within one standard error of the best is taken, and an untrained score is the simplest there is;
+    where a trained one is, the mean of it with those of other losses and weights that are as good (`solve`, `average`).
 
     Args:
         rows: blocks, rewards and untrained scores (`anchors`, higher is better).
         losses: that are compared.
         weightings: of the blocks; None: `qprobe.probe.solvers.block_weightings`.
         anchors: how many of the untrained scores are candidates, those of the highest AUC on these rows.
+        average: whether that mean is taken.
         seed: of folds and resamples.
 
     Raises:
@@ -179,7 +182,7 @@ def auto(
         weights=rows.weights,
         anchors={name: rows.anchors[name] for name in best},
     )
-    return solve(kept, losses, weightings=weightings, seed=seed)
+    return solve(kept, losses, weightings=weightings, average=average, seed=seed)
 
 
 def cross_validated(
@@ -188,6 +191,7 @@ def cross_validated(
     *,
     weightings: Sequence[Mapping[str, float]] | None = None,
     anchors: int = ANCHORS,
+    average: bool = True,
     folds: int = FOLDS,
     repeats: int = 1,
     seed: int = 0,
@@ -195,7 +199,7 @@ def cross_validated(
     """`auto` within the training part of every fold, reported on the other part: no prompt took part in a choice about itself.
 
     Args:
-        rows, losses, weightings, anchors: as of `auto`.
+        rows, losses, weightings, anchors, average: as of `auto`.
         folds: parts of the clusters, >= 2.
         repeats: other divisions into folds; what a prompt earned is the mean over them.
         seed: of folds, resamples and bootstrap.
@@ -208,7 +212,7 @@ def cross_validated(
         for number in range(folds):
             out = fold == number
             training, other = rows.take(~out), rows.take(out)
-            solution = auto(training, losses, weightings=weightings, anchors=anchors, seed=seed)
+            solution = auto(training, losses, weightings=weightings, anchors=anchors, average=average, seed=seed)
             solutions.append(solution)
             scores[out] = solution.score(other.blocks, other.anchors)
             if rows.anchors:
@@ -227,10 +231,11 @@ def transferred(
     *,
     weightings: Sequence[Mapping[str, float]] | None = None,
     anchors: int = ANCHORS,
+    average: bool = True,
     seed: int = 0,
 ) -> Report:
     """`auto` on one table, reported on another with the same blocks and untrained scores; the other table chooses nothing."""
-    solution = auto(rows, losses, weightings=weightings, anchors=anchors, seed=seed)
+    solution = auto(rows, losses, weightings=weightings, anchors=anchors, average=average, seed=seed)
     probe = _assessed("probe", solution.score(others.blocks, others.anchors), others)
     controls = [next(iter(untrained_aucs(rows)))] if rows.anchors else []
     control = _assessed("best untrained on training", others.anchors[controls[0]], others) if controls else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class Chosen:
             lie within one standard error of the best.
         against_anchor: mean and standard error of the AUC less that of the best untrained anchor; None without anchors.
         prompts: with good and bad rows.
+        averaged: how many candidates the solution is the mean of; `auc` and `against_anchor` are of that mean.
     """
 
     candidate: Candidate
@@ -75,6 +77,17 @@ class Chosen:
     agreement: float
     against_anchor: tuple[float, float] | None
     prompts: int
+    averaged: int = 1
+
+    def averaged_to(
+        self, count: int, own: Floats, candidates: Sequence[Candidate], aucs: Floats, within: WithinPrompts
+    ) -> Chosen:
+        """The same choice where the mean of `count` candidates is taken, whose left-out AUCs are `own` (P,)."""
+        against = None
+        if (top := _best_anchor(candidates, aucs)) is not None:
+            against = (float(own.mean() - aucs[top].mean()), float(within.error(own - aucs[top])))
+        auc, error = float(own.mean()), float(within.error(own))
+        return dataclasses.replace(self, auc=auc, error=error, against_anchor=against, averaged=count)
 
     @property
     def learnt(self) -> bool:
@@ -95,8 +108,9 @@ class Chosen:
             if c.untrained
             else blocks + (f", anchored at {c.anchor}" if c.anchor else "")
         )
+        also = f", in the mean with {self.averaged - 1} candidates as good" if self.averaged > 1 else ""
         sentence = (
-            f"Chosen by left-out scores: {what}; AUC within prompts {self.auc:.3f} +- {self.error:.3f} on {self.prompts} "
+            f"Chosen by left-out scores: {what}{also}; AUC within prompts {self.auc:.3f} +- {self.error:.3f} on {self.prompts} "
             f"prompts; {self.within} of {self.candidates} candidates are within one standard error of the best; the same "
             f"blocks and anchor hold in {100 * self.agreement:.0f} % of resamples."
         )
@@ -172,10 +186,8 @@ def choose(candidates: Sequence[Candidate], aucs: Floats, within: WithinPrompts,
     eligible = np.flatnonzero(short <= errors)
     number = min(eligible.tolist(), key=lambda c: (*candidates[c].simplicity, -means[c]))
     chosen = candidates[number]
-    anchors = [c for c, candidate in enumerate(candidates) if candidate.untrained]
     against = None
-    if anchors:
-        top = max(anchors, key=lambda c: means[c])
+    if (top := _best_anchor(candidates, aucs)) is not None:
         against = (float(means[number] - means[top]), float(within.error(aucs[number] - aucs[top])))
     chance, agreement = _resampled(candidates, aucs, within, chosen, errors, seed)
     found = Chosen(
@@ -191,6 +203,27 @@ def choose(candidates: Sequence[Candidate], aucs: Floats, within: WithinPrompts,
         within.prompts,
     )
     return number, found
+
+
+def _best_anchor(candidates: Sequence[Candidate], aucs: Floats) -> int | None:
+    """Number of the untrained candidate of the highest mean AUC; None where there is none."""
+    anchors = [c for c, candidate in enumerate(candidates) if candidate.untrained]
+    return max(anchors, key=lambda c: float(aucs[c].mean())) if anchors else None
+
+
+def near_best(candidates: Sequence[Candidate], aucs: Floats, within: WithinPrompts, chosen: Candidate) -> list[int]:
+    """Numbers of the trained candidates within one standard error of the best, one of each loss, weights and anchor: the best
+    of its strengths. Their anchor is the chosen one's, or none. The first is of the chosen one's kind."""
+    means = aucs.mean(axis=1)
+    best = int(means.argmax())
+    near = means[best] - means <= np.nan_to_num(within.error(aucs[best] - aucs))
+    kinds: dict[tuple[object, ...], int] = {}
+    for number in sorted(np.flatnonzero(near).tolist(), key=lambda c: -means[c]):
+        candidate = candidates[number]
+        if not candidate.untrained and candidate.anchor in ("", chosen.anchor):
+            kinds.setdefault((candidate.loss, *candidate.weighting.items(), candidate.anchor), number)
+    of_chosen = kinds[(chosen.loss, *chosen.weighting.items(), chosen.anchor)]
+    return [of_chosen, *sorted(number for number in kinds.values() if number != of_chosen)]
 
 
 def _resampled(

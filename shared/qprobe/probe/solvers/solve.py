@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from qprobe.probe.solvers.choice import Candidate, Chosen, WithinPrompts, best_beta, choose
+from qprobe.probe.solvers.choice import Candidate, Chosen, WithinPrompts, best_beta, choose, near_best
 from qprobe.probe.solvers.ridge import Ridge, RidgeFit
 from qprobe.probe.solvers.rows import Floats, NothingToLearn, Rows
 from qprobe.probe.solvers.smooth import SmoothLoss, SmoothRows, path
@@ -106,6 +106,7 @@ def solve(
     folds: int = FOLDS,
     seed: int = 0,
     dtype: DTypeLike | None = None,
+    average: bool = False,
 ) -> Solution:
     """Choose loss, blocks, anchor and strength of L2 by left-out AUC within prompts, and fit on all rows.
 
@@ -122,6 +123,9 @@ def solve(
             cluster by itself.
         seed: of folds and resamples.
         dtype: of the large products; None: float64, and float32 above `space.MOST_IN_FLOAT64`.
+        average: take the mean of every kind of candidate (loss and weights of blocks, with the chosen one's anchor or none) that
+            is within one standard error of the best, each at its best strength; a choice among equals is noise, their mean is
+            not. An untrained score that is chosen stays as it is.
 
     Raises:
         NothingToLearn: no prompt has rewards that differ, or no column does.
@@ -150,11 +154,46 @@ def solve(
         )
         chosen_number, choice = choose(candidates, aucs, works[losses[0]].within, seed)
     chosen = candidates[chosen_number]
-    solution = _solution(
-        rows, works[cast(SolvedLoss, chosen.loss)], chosen, left_out[chosen_number] if left_out else None
-    )
+    numbers = [chosen_number]
+    if average and choice is not None and not chosen.untrained:
+        numbers = near_best(candidates, aucs, works[losses[0]].within, chosen)
+    parts = [
+        _solution(rows, works[cast(SolvedLoss, candidates[n].loss)], candidates[n], left_out[n] if left_out else None)
+        for n in numbers
+    ]
+    solution = parts[0] if len(parts) == 1 else _mean(rows, parts, chosen)
+    if choice is not None and len(parts) > 1:
+        work = works[losses[0]]
+        own = work.within.auc(solution.left_out[rows.order[rows.mixed[rows.order]]])
+        choice = choice.averaged_to(len(parts), own, candidates, aucs, work.within)
     means = [(candidate, float(auc)) for candidate, auc in zip(candidates, aucs.mean(axis=1), strict=True)]
     return dataclasses.replace(solution, choice=choice, aucs=means)
+
+
+def _mean(rows: Rows, parts: Sequence[Solution], chosen: Candidate) -> Solution:
+    """The mean of solutions, each at the same deviation within prompts: that of the first."""
+    own = rows.order[rows.mixed[rows.order]]
+    deviations = []
+    for part in parts:
+        within = part.left_out - _prompt_means(part.left_out, rows)
+        deviations.append(float(np.sqrt(np.mean(np.square(within[own])))))
+    shares = [deviations[0] / (deviation * len(parts)) if deviation else 0.0 for deviation in deviations]
+    left_out = np.sum([share * part.left_out for share, part in zip(shares, parts, strict=True)], axis=0)
+    coefficients = {
+        name: np.sum([share * part.coefficients[name] for share, part in zip(shares, parts, strict=True)], axis=0)
+        for name in rows.blocks
+    }
+    return Solution(
+        chosen.loss,
+        coefficients,
+        sum(share * part.bias for share, part in zip(shares, parts, strict=True)),
+        chosen.anchor,
+        sum(share * part.anchor_weight for share, part in zip(shares, parts, strict=True)),
+        best_beta(left_out[own], rows.rewards[own], rows.groups[own])[0],
+        left_out,
+        None,
+        [],
+    )
 
 
 def _solution(rows: Rows, work: _Work, chosen: Candidate, left_out: Floats | None) -> Solution:
