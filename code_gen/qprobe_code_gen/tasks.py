@@ -15,19 +15,19 @@ from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.pipeline import needs
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Reward, Split
+from qprobe.run.pools import Reward, Split
 from qprobe.sampling import StopRule
 from qprobe.settings import accepted, build, check_keys
-from qprobe_code_gen.agreement import OutputsAgree
-from qprobe_code_gen.problems import Problem, ProblemSet, gsm8k, humaneval, mbpp, overlap
-from qprobe_code_gen.problems.base import AnyProblem
-from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.questions import FinalNumberReward, QuestionStyle, SameNumber
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen import gsm8k
+from qprobe_code_gen.problem_sets import AnyProblem, ProblemSet
+from qprobe_code_gen.programs import Problem, humaneval, mbpp, overlap
+from qprobe_code_gen.programs.agreement import OutputsAgree
+from qprobe_code_gen.programs.prompts import PromptStyle
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 from qprobe_code_gen.shots import shots_of
 
-PROGRAMS, QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
+_PROGRAMS, _QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
 # What a set holds, known without it.
 SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
 KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots"}
@@ -35,7 +35,7 @@ AnyStyled = TypeVar("AnyStyled", contravariant=True)
 
 
 class Style(Protocol[AnyStyled]):
-    """How problems of one kind are put to the model: a dataclass, so that what decides the prompts is known."""
+    """How problems of one kind become prompts: a dataclass, whose fields are kept with the prompts."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -73,16 +73,18 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
         ValueError: an unknown key or set, or a value that cannot be; before any work.
     """
     names = _names(config["dataset"])
-    if unknown := [name for name in names if name not in PROGRAMS + QUESTIONS]:
+    if unknown := [name for name in names if name not in _PROGRAMS + _QUESTIONS]:
         raise ValueError(
-            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(PROGRAMS + QUESTIONS)}."
+            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(_PROGRAMS + _QUESTIONS)}."
         )
-    if len({name in QUESTIONS for name in names}) > 1:
-        raise ValueError(f"dataset: {', '.join(names)} are not all rewarded in the same way: run them apart.")
+    if len({name in _QUESTIONS for name in names}) > 1:
+        raise ValueError(
+            f"dataset: {', '.join(names)} are not all rewarded in the same way: give each kind a run of its own."
+        )
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict", "one_process"}, "sandbox")
     try:
-        return _questions(config, limit) if names[0] in QUESTIONS else _programs(config, limit, sandbox)
+        return _questions(config, limit) if names[0] in _QUESTIONS else _programs(config, limit, sandbox)
     except OSError as error:
         limits = config["dataset"]["limits"]
         sizes = {name: min(filter(None, (SIZES[name], limit, limits.get(name)))) for name in names}
@@ -104,12 +106,12 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
     by_id = {problem.task_id: problem for problem in problems}
     own = {name: [by_id[prompt.task_id] for prompt in split.prompts] for name, split in splits.items()}
     apart: dict[str, dict[str, frozenset[str]]] = {}
-    if (learnt := dataset["train"]) is None:
+    if (trained := dataset["train"]) is None:
         splits = {
             name: dataclasses.replace(split, clusters=overlap.clusters(own[name])) for name, split in splits.items()
         }
     else:
-        apart = {name: overlap.shared_with(own[learnt], own[name], learnt) for name in own if name != learnt}
+        apart = {name: overlap.shared_with(own[trained], own[name], trained) for name in own if name != trained}
     return Task(splits, style.stop(), reward, OutputsAgree(reward), apart, style.rule(problems))
 
 
@@ -120,9 +122,9 @@ def _questions(config: Mapping[str, Any], limit: int | None) -> Task:
     def load(name: str) -> ProblemSet[gsm8k.Question]:
         return gsm8k.load(name, dataset[f"{gsm8k.SPLITS[name]}_file"])
 
-    style = QuestionStyle(dataset["prompt_style"], examples=_examples(dataset, load))
-    questions, splits = _splits(config, limit, load, style, FinalNumberReward.name)
-    return Task(splits, style.stop(questions), FinalNumberReward(questions), SameNumber())
+    style = gsm8k.QuestionStyle(dataset["prompt_style"], examples=_examples(dataset, load))
+    questions, splits = _splits(config, limit, load, style, gsm8k.FinalNumberReward.name)
+    return Task(splits, style.stop(), gsm8k.FinalNumberReward(questions), gsm8k.SameNumber())
 
 
 def _names(dataset: Mapping[str, Any]) -> list[str]:
@@ -134,7 +136,7 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
     wanted, source = dataset["examples"], dataset["examples_from"]
     if not wanted:
         return []
-    sets = QUESTIONS if dataset["test"][0] in QUESTIONS else PROGRAMS
+    sets = _QUESTIONS if dataset["test"][0] in _QUESTIONS else _PROGRAMS
     if source not in sets:
         raise ValueError(f"dataset.examples_from is {source!r}: choose from {', '.join(sets)}.")
     known = {problem.task_id: problem for problem in load(source).problems}
@@ -154,14 +156,14 @@ def _splits(
     style: Style[AnyProblem],
     reward: str,
 ) -> tuple[list[AnyProblem], dict[str, Split]]:
-    """The problems that are put to the model, without those that its prompts show, and their splits."""
+    """The problems without those that the prompts show, and their splits."""
     dataset = config["dataset"]
     names = _names(dataset)
     check_keys(dataset["limits"], set(names), "dataset.limits")
     shots = _shots(config, load, style, reward)
-    put = dataclasses.asdict(style)
+    fields = dataclasses.asdict(style)
     shown = {"shots": [dataclasses.asdict(shot) for shot in shots]} if shots else {}
-    left_out = {*(example["task_id"] for example in put["examples"]), *(shot.prompt.task_id for shot in shots)}
+    left_out = {*(example["task_id"] for example in fields["examples"]), *(shot.prompt.task_id for shot in shots)}
     problems: list[AnyProblem] = []
     splits = {}
     for name in names:
@@ -169,7 +171,7 @@ def _splits(
         fewest = min((x for x in limits if x is not None), default=None)
         whole = load(name)
         kept = [problem for problem in whole.problems if problem.task_id not in left_out][:fewest]
-        source = {**dataclasses.replace(whole, problems=kept).identity(), "style": put, **shown}
+        source = {**dataclasses.replace(whole, problems=kept).identity(), "style": fields, **shown}
         splits[name] = Split(name, [with_shots(style.prompt(problem), shots) for problem in kept], source)
         problems += kept
     return problems, splits
@@ -181,7 +183,7 @@ def _shots(
     style: Style[AnyProblem],
     reward: str,
 ) -> list[Shot]:
-    """The successes of a finished run that stand before every prompt; none where none are asked for."""
+    """The successes of a finished run that every prompt shows; none where dataset.shots is null."""
     dataset = config["dataset"]
     if dataset["shots"] is None:
         return []

@@ -1,13 +1,11 @@
 """When programs agree: by their outputs on the tests' inputs, whatever these expect."""
 
-from pathlib import Path
-
 import pytest
 
-from qprobe_code_gen.agreement import OutputsAgree, calls_alone
-from qprobe_code_gen.problems import Problem, humaneval
-from qprobe_code_gen.prompts import PromptStyle
-from qprobe_code_gen.rewards import UnitTestReward
+from qprobe_code_gen.programs import Problem, humaneval
+from qprobe_code_gen.programs.agreement import OutputsAgree, calls_alone
+from qprobe_code_gen.programs.prompts import PromptStyle
+from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 
 TESTS = "assert f(2) == {} and f(3) == 9, 'message'\nassert not f(4) != 16"
@@ -94,7 +92,7 @@ def test_every_solution_of_humaneval_says_something() -> None:
     assert None not in found
 
 
-def test_identity_holds_what_decides_the_outputs(tmp_path: Path) -> None:
+def test_identity_holds_what_decides_the_outputs() -> None:
     own = agreement(problem(TESTS)).identity()
     assert own["agreement"] == "outputs"
     assert own["limits"]["cpu_seconds"] == 0.5

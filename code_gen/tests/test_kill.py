@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from qprobe.models.language_model import ModelSpec
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 
 KILLS = 3
 OUTPUTS = {
@@ -26,19 +25,12 @@ OUTPUTS = {
 }
 
 
-def command(model: ModelSpec, run: Path, stage: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "qprobe_code_gen", "experiment=demo", "model=hub", f"model.name={model.name}"),
-        *(
-            "model.dtype=float32",
-            "model.device=cpu",
-            "sampler.n=4",
-            "sampler.max_new_tokens=12",
-            "sampler.batch_rows=16",
-        ),
-        *("embedder.layers=[2,3]", f"paths.run={run}", "probe.steps=400", f"stages=[{stage}]", "limit=40"),
-        "baselines.names=[self_consistency]",
-    ]
+def command(tiny: list[str], run: Path, stage: str) -> list[str]:
+    own = ["experiment=demo", "limit=40", "sampler.n=4", "sampler.max_new_tokens=12", "sampler.batch_rows=16"]
+    # Long enough to be killed in.
+    later = ["embedder.layers=[2,3]", "probe.steps=400", "evaluation.seeds=5", "evaluation.bootstrap=10000"]
+    later += ["baselines.names=[self_consistency]"]
+    return [sys.executable, "-m", "qprobe_code_gen", *own, *tiny, *later, f"paths.run={run}", f"stages=[{stage}]"]
 
 
 def keys(run: Path, table: str) -> list[tuple[str, int]]:
@@ -53,13 +45,13 @@ def keys(run: Path, table: str) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 def test_three_random_kills_in_every_stage_leave_the_tables_of_an_undisturbed_run(
-    tiny_code_model: ModelSpec, tmp_path: Path
+    tiny_words: list[str], tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seconds = {}
     for stage in STAGES:
         start = time.monotonic()
-        subprocess.run(command(tiny_code_model, whole, stage), check=True, capture_output=True)
+        subprocess.run(command(tiny_words, whole, stage), check=True, capture_output=True)
         seconds[stage] = time.monotonic() - start
     lot = random.Random(0)
     for stage in STAGES:
@@ -69,7 +61,7 @@ def test_three_random_kills_in_every_stage_leave_the_tables_of_an_undisturbed_ru
                 break
             start = time.monotonic()
             process = subprocess.Popen(
-                command(tiny_code_model, killed, stage), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command(tiny_words, killed, stage), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
                 # The first half of the time is imports; the work lies behind it.
@@ -84,7 +76,7 @@ def test_three_random_kills_in_every_stage_leave_the_tables_of_an_undisturbed_ru
                 for made in OUTPUTS[stage]:
                     shutil.rmtree(killed.with_name("killed-limit40") / made, ignore_errors=True)
         assert landed == KILLS, stage
-        subprocess.run(command(tiny_code_model, killed, stage), check=True, capture_output=True)
+        subprocess.run(command(tiny_words, killed, stage), check=True, capture_output=True)
     whole, killed = whole.with_name("whole-limit40"), killed.with_name("killed-limit40")
     tables = sorted(path.name for path in (whole / "tables").iterdir())
     assert tables == ["humaneval.csv", "humaneval.md", "humaneval.tex", "humaneval.txt"]

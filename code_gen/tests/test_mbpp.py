@@ -2,37 +2,23 @@
 
 import gzip
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qprobe_code_gen.problems.mbpp import OWN_FILE, SPLITS, load, problem_from_row
-from qprobe_code_gen.prompts import PromptStyle
+from qprobe_code_gen.programs.mbpp import OWN_FILE, SPLITS, load, problem_from_row
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Reference
 
-ROW = {
-    "task_id": 11,
-    "text": "Write a function to add one.",
-    "code": "def add_one(x):\r\n  return x + 1",
-    "test_setup_code": "",
-    "test_list": ["assert add_one(1) == 2", "assert add_one(2) == 3", "assert add_one(-1) == 0"],
-}
 # One reference solution (MBPP/123, by trial division) takes 2 CPU seconds on a quiet machine.
 LIMITS = Limits(cpu_seconds=20.0)
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return str(path)
+Row = Callable[..., dict[str, Any]]
 
 
 def test_splits_have_the_published_sizes() -> None:
-    assert {name: len(load(name).problems) for name in SPLITS} == {
-        "mbpp-fewshot": 10,
-        "mbpp-test": 500,
-        "mbpp-train": 374 + 90,
-    }
+    sizes = {name: len(load(name).problems) for name in SPLITS}
+    assert sizes == {"mbpp-fewshot": 10, "mbpp-test": 500, "mbpp-train": 374 + 90}
 
 
 def test_the_file_in_the_package_is_the_published_one() -> None:
@@ -41,15 +27,15 @@ def test_the_file_in_the_package_is_the_published_one() -> None:
     assert hashlib.sha256(content).hexdigest() == "143559fa164408d45cab058238471288b0e447507ce55db3057c56113d9dccb4"
 
 
-def test_a_row_becomes_a_problem() -> None:
-    problem = problem_from_row(ROW)
+def test_a_row_becomes_a_problem(mbpp_row: Row) -> None:
+    problem = problem_from_row(mbpp_row(11, test_list=["assert add_11(1) == 12", "assert add_11(2) == 13"]))
     assert problem.task_id == "MBPP/011"
-    assert problem.entry_point == "add_one"
-    assert problem.tests == "assert add_one(1) == 2\nassert add_one(2) == 3\nassert add_one(-1) == 0"
+    assert problem.entry_point == "add_11"
+    assert problem.tests == "assert add_11(1) == 12\nassert add_11(2) == 13"
     assert problem.description.startswith(
-        "Write a function to add one.\nYour code should pass these tests:\n\nassert add_one(1)"
+        "Write a function to add 11.\nYour code should pass these tests:\n\nassert add_11(1)"
     )
-    assert problem.code_prompt.startswith('"""\nWrite a function to add one.\n')
+    assert problem.code_prompt.startswith('"""\nWrite a function to add 11.\n')
     assert "\r" not in problem.solution
 
 
@@ -65,66 +51,54 @@ def test_a_row_becomes_a_problem() -> None:
     ],
 )
 def test_the_entry_point_is_the_function_that_the_tests_call_and_the_solution_defines(
-    code: str, tests: str, name: str
+    code: str, tests: str, name: str, mbpp_row: Row
 ) -> None:
-    assert problem_from_row(ROW | {"code": code, "test_list": [tests]}).entry_point == name
+    assert problem_from_row(mbpp_row(11, code=code, test_list=[tests])).entry_point == name
 
 
-def test_set_up_code_runs_after_the_program_and_before_the_tests() -> None:
-    row = ROW | {"test_setup_code": "one = add_one(0)", "test_list": ["assert one == 1"]}
-    problem = problem_from_row(row)
-    with Executor(workers=1) as executor:
-        assert executor.execute(Program(problem.solution, problem.tests)).verdict == "passed"
+def test_set_up_code_runs_after_the_program_and_before_the_tests(mbpp_row: Row, executor: Executor) -> None:
+    problem = problem_from_row(mbpp_row(11, test_setup_code="eleven = add_11(0)", test_list=["assert eleven == 11"]))
+    assert executor.execute(Program(problem.solution, problem.tests)).passed
 
 
-def test_completions_of_a_program_with_several_functions_survive() -> None:
-    style, problem = PromptStyle("zero_shot"), problem_from_row(ROW)
-    completion = "def one():\n    return 1\n\ndef add_one(x):\n    return x + one()\n"
-    namespace: dict[str, object] = {}
-    exec(style.program(problem, completion), namespace)
-    assert callable(namespace["add_one"])
+def test_plain_and_gzipped_files_give_the_same_problems(
+    tmp_path: Path, mbpp_row: Row, jsonl: Callable[..., Path]
+) -> None:
+    plain, packed = jsonl([mbpp_row(11)]), tmp_path / "mbpp.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert load("mbpp-test", str(plain)).identity() == load("mbpp-test", str(packed)).identity()
 
 
-def test_the_entry_point_is_what_the_solution_defines() -> None:
-    row = ROW | {"test_list": ["assert int(add_one(1)) == 2"], "code": "def add_one(x):\n    return x + 1.0"}
-    assert problem_from_row(row).entry_point == "add_one"
+def test_bad_rows_are_refused(mbpp_row: Row, jsonl: Callable[..., Path]) -> None:
+    without = {key: value for key, value in mbpp_row(12).items() if key != "code"}
+    with pytest.raises(ValueError, match=r"line 2 .*code"):
+        load("mbpp-test", str(jsonl([mbpp_row(11), without])))
+    with pytest.raises(ValueError, match="mbpp-train"):
+        load("mbpp-train", str(jsonl([mbpp_row(11)])))
+    with pytest.raises(ValueError, match=r"MBPP/011.*tests"):
+        load("mbpp-test", str(jsonl([mbpp_row(11, test_list=[])])))
 
 
-def test_plain_and_gzipped_files_give_the_same_problems(tmp_path: Path) -> None:
-    plain = write_rows(tmp_path / "mbpp.jsonl", [ROW])
-    packed = tmp_path / "mbpp.jsonl.gz"
-    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
-    assert load("mbpp-test", plain).identity() == load("mbpp-test", str(packed)).identity()
+PACKED = gzip.compress(b"x" * 1000)
 
 
-def test_bad_files_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.jsonl"):
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(PACKED[:20], "gzip"), (PACKED[:10] + b"\xff" * 10 + PACKED[20:], "gzip"), (b"{not json\n", "line 1")],
+)
+def test_bad_files_are_refused(content: bytes, word: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mbpp_file"):
         load("mbpp-test", str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(ValueError, match="line 2 is no problem of MBPP: it has no code"):
-        load("mbpp-test", write_rows(tmp_path / "a", [ROW, {k: v for k, v in ROW.items() if k != "code"}]))
-    with pytest.raises(ValueError, match="has no problem of the split mbpp-train"):
-        load("mbpp-train", write_rows(tmp_path / "b", [ROW]))
-    with pytest.raises(ValueError, match="MBPP/011 has no tests"):
-        load("mbpp-test", write_rows(tmp_path / "c", [ROW | {"test_list": []}]))
-    packed = gzip.compress(b"x" * 1000)
-    for damaged in (packed[:20], packed[:10] + b"\xff" * 10 + packed[20:]):
-        (tmp_path / "d").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged gzip"):
-            load("mbpp-test", str(tmp_path / "d"))
-    (tmp_path / "e").write_text("{not json\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        load("mbpp-test", str(tmp_path / "e"))
+    (tmp_path / "bad").write_bytes(content)
+    with pytest.raises(ValueError, match=word):
+        load("mbpp-test", str(tmp_path / "bad"))
 
 
-def test_reference_solutions_pass_their_tests() -> None:
+def test_reference_solutions_pass_their_tests(executor: Executor) -> None:
     problems = [problem for name in SPLITS for problem in load(name).problems]
     assert len(problems) == 974
-    with Executor(workers=2, limits=LIMITS) as executor:
-        programs = (
-            Program(problem.solution, problem.tests, reference=Reference(problem.header, problem.solution))
-            for problem in problems
-        )
-        found = {problems[i].task_id: execution for i, execution in executor.run(programs)}
+    programs = (Program(p.solution, p.tests, reference=Reference(p.header, p.solution)) for p in problems)
+    found = {problems[i].task_id: execution for i, execution in executor.run(programs)}
     assert {name: str(execution.verdict) for name, execution in found.items() if not execution.passed} == {}
     # Their tests build objects of classes that the program defines; all others are judged apart.
     together = {name for name, execution in found.items() if not execution.apart}

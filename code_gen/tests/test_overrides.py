@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
 import qprobe
 import qprobe_code_gen.__main__ as command
@@ -52,6 +51,7 @@ EVALUATION: dict[str, Any] = {
     "draws": 33,
     "bootstrap": 777,
 }
+Configured = Callable[..., dict[str, Any]]
 SAMPLER: dict[str, Any] = {"n": 5, "temperature": 0.33, "top_p": 0.44, "max_new_tokens": 17, "batch_rows": 21}
 
 
@@ -59,12 +59,17 @@ def words(group: str, values: dict[str, Any]) -> list[str]:
     return [f"{group}.{key}={value}" for key, value in values.items()]
 
 
-def composed(experiment: str, *more: str) -> dict[str, Any]:
-    said = ["++sampler.api.model=m"] if experiment.startswith(("table2", "table4")) else []
-    with initialize_config_module("qprobe_code_gen.conf", version_base="1.3"):
-        config = OmegaConf.to_container(compose("config", [f"experiment={experiment}", *said, *more]), resolve=True)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+@pytest.fixture
+def configured(composed: Callable[..., dict[str, Any]]) -> Configured:
+    """The configuration of an experiment with further words."""
+
+    def configure(experiment: str, *more: str) -> dict[str, Any]:
+        api = ["++sampler.api.model=m"] if experiment.startswith(("table2", "table4")) else []
+        chosen = experiment not in ("mbpp", "humaneval", "gsm8k") or any(word.startswith("model=") for word in more)
+        name = [] if chosen else ["model.name=m"]
+        return composed([f"experiment={experiment}", *api, *name, *more])
+
+    return configure
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -79,53 +84,55 @@ def test_every_key_of_a_probe_and_its_evaluation_is_looked_at() -> None:
     assert set(PROBE) == {entry.name for entry in dataclasses.fields(TrainingSettings)}
     assert set(EVALUATION) == {entry.name for entry in dataclasses.fields(EvaluationSettings)}
     for choice in ("linear", "mlp"):
-        assert set(yaml.safe_load((CORE / "probe" / f"{choice}.yaml").read_text())) == set(PROBE)
+        assert set(composition.composed("run", [f"probe={choice}"])["probe"]) == set(PROBE)
     assert set(yaml.safe_load((CORE / "evaluation" / "default.yaml").read_text())) == set(EVALUATION)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: str) -> None:
+def test_what_is_said_of_probes_evaluation_and_layer_is_what_runs(experiment: str, configured: Configured) -> None:
     said = [*words("probe", PROBE), *words("evaluation", EVALUATION), "layer=best"]
     for procedure in ("ours", "paper", "both"):
-        ours, theirs = composition.procedures(composed(experiment, f"procedure={procedure}", *said))
+        ours, papers = composition.procedures(configured(experiment, f"procedure={procedure}", *said))
         assert of(ours) == (PROBE, EVALUATION), procedure
         assert ours.layer == "best"
-        assert (theirs is not None) == (procedure == "both")
-    assert theirs is not None
+        assert (papers is not None) == (procedure == "both")
+    assert papers is not None
     # What the paper's procedure says is its own; the rest is the experiment's.
     published = yaml.safe_load((CORE / "on_top" / "published.yaml").read_text())
-    training, settings = of(theirs)
+    training, settings = of(papers)
     assert training == PROBE | published["probe"]
     assert settings == EVALUATION | published["evaluation"] | {"curve_shares": [], "curve_prompts": []}
     # And what is said of it runs in its place, and not in ours.
     own = {key: PROBE[key] for key in published["probe"]}
-    beside = composed(experiment, "procedure=both", *words("authors.probe", own), "authors.evaluation.beta=0.7")
-    ours, theirs = composition.procedures(beside)
-    assert theirs is not None
-    assert {key: of(theirs)[0][key] for key in own} == own
-    assert theirs.settings.beta == 0.7
-    alone, _ = composition.procedures(composed(experiment, "procedure=ours"))
+    both = configured(experiment, "procedure=both", *words("authors.probe", own), "authors.evaluation.beta=0.7")
+    ours, papers = composition.procedures(both)
+    assert papers is not None
+    assert {key: of(papers)[0][key] for key in own} == own
+    assert papers.settings.beta == 0.7
+    alone, _ = composition.procedures(configured(experiment, "procedure=ours"))
     assert of(ours) == of(alone)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str) -> None:
-    chosen = composed(experiment, "model=embedded")["model"]
-    assert chosen == yaml.safe_load((CORE / "model" / "embedded.yaml").read_text())
-    assert composed(experiment, "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
+def test_the_model_that_is_chosen_is_the_one_that_runs(experiment: str, configured: Configured) -> None:
+    chosen = configured(experiment, "model=embedded")["model"]
+    assert chosen == yaml.safe_load((CORE / "model" / "hub.yaml").read_text()) | {"name": "embedded"}
+    assert configured(experiment, "model=hub", "model.name=own")["model"] == chosen | {"name": "own"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("choice", ["probe=linear", "probe=mlp"])
-def test_a_choice_of_a_group_leaves_the_words_beside_it_in_force(experiment: str, choice: str) -> None:
+def test_a_choice_of_a_group_leaves_the_other_words_in_force(
+    experiment: str, choice: str, configured: Configured
+) -> None:
     # No experiment says hidden widths on top of a choice that the user makes.
-    assert composed(experiment, choice)["probe"]["hidden"] == ([] if choice == "probe=linear" else [256])
+    assert configured(experiment, choice)["probe"]["hidden"] == ([] if choice == "probe=linear" else [256])
     if experiment.startswith("recorded"):  # what was recorded has its law, and other words on it are refused
         with pytest.raises(ConfigCompositionException, match=r"Could not override 'sampler\.temperature'"):
-            composed(experiment, choice, "sampler.temperature=0.33")
-        assert composed(experiment, choice, *words("probe", PROBE))["probe"] == PROBE
+            configured(experiment, choice, "sampler.temperature=0.33")
+        assert configured(experiment, choice, *words("probe", PROBE))["probe"] == PROBE
         return
-    config = composed(experiment, choice, *words("probe", PROBE), *words("sampler", SAMPLER))
+    config = configured(experiment, choice, *words("probe", PROBE), *words("sampler", SAMPLER))
     assert config["probe"] == PROBE
     assert {key: config["sampler"][key] for key in SAMPLER} == SAMPLER
     ends = composition.back_ends({**config, "model": {**config["model"], "name": "m"}}, stop=())

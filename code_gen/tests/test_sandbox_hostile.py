@@ -8,7 +8,6 @@ are skipped where that layer is absent.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -234,12 +233,11 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    os.environ["QPROBE_SECRET"] = "of the parent"
-    with Executor(workers=2, limits=LIMITS, cache=False) as executor:
-        yield executor
-    del os.environ["QPROBE_SECRET"]
+@pytest.fixture(scope="module", autouse=True)
+def _secret() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPROBE_SECRET", "of the parent")
+        yield
 
 
 def children(pid: int) -> list[int]:

@@ -6,20 +6,17 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qprobe_code_gen.problems import Problem, humaneval, mbpp
+from qprobe_code_gen.programs import Problem, humaneval, mbpp
 from qprobe_code_gen.sandbox import Execution, Executor, ExecutorError, Limits, Program, Reference, Verdict
 from qprobe_code_gen.sandbox.plan import Plan, plan
 
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=2, cache=False, limits=Limits(cpu_seconds=2.0, wall_seconds=8.0)) as executor:
-        yield executor
+LIMITS = Limits(cpu_seconds=2.0, wall_seconds=8.0)
 
 
 def judged(executor: Executor, code: str, tests: str, solution: str = "", header: str = "") -> Execution:
@@ -259,54 +256,54 @@ def test_all_others_are_judged_apart(tests: str) -> None:
     assert plan(tests, "", None).reason == ""
 
 
-def way_of(problem: Problem) -> str:
-    return plan(problem.tests, "", Reference(problem.header, problem.solution)).reason
+def way_of(problem: Problem) -> Plan:
+    return plan(problem.tests, "", Reference(problem.header, problem.solution))
 
 
 def test_every_problem_of_humaneval_is_judged_apart_by_its_entry_point() -> None:
     for problem in humaneval.load().problems:
-        found = plan(problem.tests, "", Reference(problem.header, problem.solution))
+        found = way_of(problem)
         assert (found.reason, found.calls, found.values) == ("", (problem.entry_point,), ()), problem.task_id
 
 
 def test_three_problems_of_mbpp_need_one_process() -> None:
     problems = [p for name in mbpp.SPLITS for p in mbpp.load(name).problems]
-    reasons = {problem.task_id: way_of(problem) for problem in problems}
+    reasons = {problem.task_id: way_of(problem).reason for problem in problems}
     assert {name for name, reason in reasons.items() if reason} == {"MBPP/367", "MBPP/601", "MBPP/927"}
 
 
-def below(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *below(int(child))]
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
-def test_a_judge_that_is_killed_from_outside_is_a_fault_and_no_verdict() -> None:
+@pytest.fixture
+def waiting(descendants: Callable[[int], list[int]]) -> Iterator[tuple[Iterator[Any], list[int]]]:
+    """The results of a run whose tests wait, and the processes: at the end program's slot, program, judge's slot, judge."""
     tests = "import time\nf()\ntime.sleep(3600)"
     with Executor(workers=1, cache=False, limits=Limits(cpu_seconds=5, wall_seconds=3600)) as executor:
         results = executor.run([Program("def f(): pass", "f()"), Program("def f(): pass", tests)])
         next(results)
         time.sleep(0.5)
-        candidate_slot, candidate, judge_slot, judge = below(executor.pid)[-4:]
-        assert len({candidate_slot, candidate, judge_slot, judge}) == 4
-        os.kill(judge, signal.SIGKILL)
-        with pytest.raises(ExecutorError, match="judge"):
-            next(results)
+        yield results, descendants(executor.pid)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
-def test_judge_and_zygote_cannot_be_looked_into() -> None:
-    tests = "import time\nf()\ntime.sleep(3600)"
-    with Executor(workers=1, cache=False, limits=Limits(cpu_seconds=5, wall_seconds=3600)) as executor:
-        results = executor.run([Program("def f(): pass", "f()"), Program("def f(): pass", tests)])
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
+
+
+@NEEDS_PROC
+def test_a_judge_that_is_killed_from_outside_is_a_fault_and_no_verdict(
+    waiting: tuple[Iterator[Any], list[int]],
+) -> None:
+    results, everything = waiting
+    assert len(set(everything[-4:])) == 4
+    os.kill(everything[-1], signal.SIGKILL)
+    with pytest.raises(ExecutorError, match="judge"):
         next(results)
-        time.sleep(0.5)
-        everything = below(executor.pid)
-        judge_slot, judge = everything[-2:]
-        zygote = next(pid for pid in everything if not below(pid))
-        for pid in (zygote, judge_slot, judge):
-            # The memory of a process that cannot be dumped belongs to root, whatever id the process has.
-            assert Path(f"/proc/{pid}/mem").stat().st_uid == 0
+
+
+@NEEDS_PROC
+def test_judge_and_zygote_cannot_be_looked_into(
+    waiting: tuple[Iterator[Any], list[int]], descendants: Callable[[int], list[int]]
+) -> None:
+    _, everything = waiting
+    judge_slot, judge = everything[-2:]
+    zygote = next(pid for pid in everything if not descendants(pid))
+    for pid in (zygote, judge_slot, judge):
+        # The memory of a process that cannot be dumped belongs to root, whatever id the process has.
+        assert Path(f"/proc/{pid}/mem").stat().st_uid == 0

@@ -144,7 +144,7 @@ def test_a_layer_that_is_refused_later_is_a_sentence_after_a_while(monkeypatch: 
         "def refuse(*arguments):\n    raise OSError('refused for this test')\nlayers.Isolation.confine = refuse\nmain()\n"
     )
     monkeypatch.setattr(executor, "BOOTSTRAP", executor.BOOTSTRAP.replace("main()\n", broken))
-    with Executor(workers=2) as odd, pytest.raises(ExecutorError, match=r"held before is refused now.*for this test"):
+    with Executor(workers=2) as odd, pytest.raises(ExecutorError, match="refused for this test"):
         odd.check()
 
 

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 from qprobe import store
-from qprobe.models.language_model import ModelSpec
 
 
-def command(model: ModelSpec, folder: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "qprobe_code_gen", *more, "experiment=demo", "limit=10", f"paths.runs={folder}"),
-        *("model=hub", f"model.name={model.name}", "model.dtype=float32", "model.device=cpu", "embedder.layers=[2]"),
-        *("sampler.n=2", "sampler.max_new_tokens=20", "sampler.batch_rows=2"),
-        *("probe.steps=5", "evaluation.seeds=2", "evaluation.bootstrap=100"),
-    ]
+def command(tiny: list[str], folder: Path, *more: str) -> list[str]:
+    own = ["experiment=demo", "limit=10", "sampler.n=2", "sampler.max_new_tokens=20", "sampler.batch_rows=2"]
+    return [sys.executable, "-m", "qprobe_code_gen", *more, *own, *tiny, f"paths.runs={folder}"]
 
 
 def jobs() -> dict[int, str]:
@@ -39,11 +34,11 @@ def jobs() -> dict[int, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the jobs' processes in /proc")
 def test_four_shards_of_which_one_is_killed_and_run_again_make_every_row_once(
-    tiny_code_model: ModelSpec, tmp_path: Path
+    tiny_words: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra `slurm` is not installed")
     shards = command(
-        tiny_code_model,
+        tiny_words,
         tmp_path,
         *("--multirun", "hydra/launcher=submitit_local", "shard=1/4,2/4,3/4,4/4"),
         f"hydra.sweep.dir={tmp_path / 'jobs'}",
@@ -64,7 +59,7 @@ def test_four_shards_of_which_one_is_killed_and_run_again_make_every_row_once(
     assert not (run / "probes").exists()
     assert len(list(run.rglob("part-*.parquet"))) > parts
     last = subprocess.run(
-        command(tiny_code_model, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        command(tiny_words, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
     assert last.returncode == 0, last.stderr[-3000:]
     assert "sample sample" not in last.stderr  # nothing was left to sample

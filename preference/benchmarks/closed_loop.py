@@ -123,10 +123,10 @@ def outcome(
     groups = world.groups[candidates]
     against = world.utility[references[np.searchsorted(prompts, groups)]]
     chance = 1 / (1 + np.exp(against - world.utility[candidates]))
-    law = Judgements.of(chance, groups).probe_law(scores[candidates], k, 0.0)
+    law = Judgements(chance, groups).probe_law(scores[candidates], k, 0.0)
     expected = float(law @ chance) / len(prompts)
     rates = [
-        win_rate(Judgements.of((rng.random(len(chance)) < chance).astype(float), groups), law, draws=500, seed=judge)
+        win_rate(Judgements((rng.random(len(chance)) < chance).astype(float), groups), law, draws=500, seed=judge)
         for judge in range(judges)
     ]
     covered = np.mean([r.rate.low <= expected <= r.rate.high for r in rates])

@@ -15,13 +15,13 @@ from qprobe.cli import composition
 from qprobe.cli.command import Experiments
 from qprobe.pipeline import needs
 from qprobe.pipeline.closing import closing_words
-from qprobe.pipeline.pipeline import SHARDED, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import SHARDED
 from qprobe.settings import check_keys
-from qprobe_preference import comparison, outcome, policy, sets
-from qprobe_preference.dataset import prompt_style
-from qprobe_preference.splits import PairLabel, pairs_split
+from qprobe_preference import comparison, dataset, outcome, policy, splits
+from qprobe_preference.comparison import Variant
 
-KEYS = composition.KEYS | {"name", "title", "paths", "dataset", "compare", "policy", "judge"}
+_KEYS = composition.KEYS | {"name", "title", "paths", "dataset", "compare", "policy", "judge"}
 
 
 def make_pipeline(config: dict[str, Any]) -> Pipeline:
@@ -29,73 +29,55 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
 
     Raises:
         ValueError: an unknown key, or a value that cannot be; before any work.
-        OSError: pairs that cannot be read, or had from the hub.
+        OSError: pairs that cannot be read, or that the hub does not give.
     """
-    check_keys(config, KEYS, "the configuration")
+    check_keys(config, _KEYS, "the configuration")
     ends = composition.back_ends(config, stop=())
     if ends.greedy is not None:
-        raise ValueError(
-            "sampler.greedy is true, but the answers of pairs are there already: say sampler.greedy=false."
-        )
-    style = prompt_style(config)
-    training, test = sets.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
+        raise ValueError("sampler.greedy is true, but the answers of pairs are recorded: say sampler.greedy=false.")
+    style = dataset.prompt_style(config)
+    training, test = dataset.load(config["dataset"], config["seed"], ends.sampler, ends.embedder, style)
     for pairs in [test] if training is None else [training, test]:
-        print(f"{pairs.name}: {pairs.counted_words()} {pairs.dropped_words()}")
-    limit = config["dataset"]["limit"]
-    return composition.pipeline(
-        config,
-        run=policy.folder_of_run(config),
-        title=config["title"] + ("" if limit is None else f", first {limit} pairs"),
-        tests=[pairs_split(test, style)],
-        training_split=None if training is None else pairs_split(training, style),
-        reward=PairLabel(),
-        stop=(),
-        use={"prompts": style} | {name: config[name] for name in ("model", "sampler", "embedder")},
-    )
+        print(f"{pairs.name}: {pairs.summary()}")
+    return splits.pipeline(config, splits.pairs_split(test, style), training, style)
 
 
 def run(config: dict[str, Any]) -> None:
     """Make the pipeline of a configuration, execute its stages, print what came out."""
-    names = config["stages"]
+    variants = comparison.variants(config)
+    first, later = ([name for name in config["stages"] if (name in SHARDED) == sharded] for sharded in (True, False))
     if "policy" in config:
-        run_policy(config)
+        _run_policy(config, variants, first, later)
         return
-    variants = comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"])
+    make = functools.partial(make_pipeline, config)
     if not variants:
-        pipeline = composition.execute(functools.partial(make_pipeline, config), config)
-        if "report" in names:
+        pipeline = composition.execute(make, config)
+        if "report" in later:
             print(closing_words(pipeline))
         return
-    first = {**config, "stages": [name for name in names if name in SHARDED]}
-    pipeline = composition.execute(functools.partial(make_pipeline, config), first)
-    if pipeline.shard[1] == 1 and (later := [name for name in names if name not in SHARDED]):
+    pipeline = composition.execute(make, {**config, "stages": first})
+    if pipeline.shard[1] == 1 and later:
         comparison.execute(pipeline, variants, later)
         if "report" in later:
             print(comparison.write(pipeline, variants))
 
 
-def run_policy(config: dict[str, Any]) -> None:
-    """Run a policy experiment: the core's stages, what other policies and judges add, the win rates."""
-    check_keys(config, KEYS, "the configuration")
-    names, variants = (
-        config["stages"],
-        comparison.variants(config["compare"], config["layer"], config["probe"]["hidden"]),
-    )
+def _run_policy(config: dict[str, Any], variants: list[Variant], first: list[str], later: list[str]) -> None:
+    """The stages of the core, what other policies and judges add, the win rates."""
+    check_keys(config, _KEYS, "the configuration")
     try:
         experiment = policy.load(config)
     except OSError as error:
         asked = config["policy"]["prompts"]
         raise OSError(f"{error} {needs.expected(asked, config['sampler'])}" if asked else str(error)) from error
     pipeline = experiment.pipeline
-    first = {**config, "stages": [name for name in names if name in SHARDED]}
     # A cluster's workers make the pipeline anew; this process has it already.
     local = config["runner"]["backend"] == "local"
     make = (lambda: pipeline) if local else functools.partial(policy.make_pipeline, config)
-    composition.execute(make, first, policy.needs(experiment))
+    composition.execute(make, {**config, "stages": first}, policy.needs(experiment))
     if pipeline.shard[1] > 1:
         return
-    outcome.make(experiment, names)
-    later = [name for name in names if name not in SHARDED]
+    outcome.make(experiment, first)
     if variants:
         comparison.execute(pipeline, variants, later)
     else:
@@ -107,9 +89,9 @@ def run_policy(config: dict[str, Any]) -> None:
 COMMAND = Experiments(
     name="qprobe-preference",
     package="qprobe_preference.conf",
-    does="Q-probes on preference pairs: probes of a language model's hidden states learn which of two answers is preferred,\n"
-    "and are measured on pairs that they did not see. As a policy they choose among answers of the model, and a judge\n"
-    "counts the wins.",
+    does="Q-probes on preference pairs: probes of a language model's hidden states are trained to say which of two answers is\n"
+    "preferred, and measured on pairs that they did not see. As a policy they choose among answers of the model, and a\n"
+    "judge counts the wins.",
     examples=[
         (
             "qprobe-preference experiment=hh_local dataset.path=harmless-base-test.jsonl.gz dataset.limit=40",
@@ -125,7 +107,7 @@ COMMAND = Experiments(
         ),
     ],
     run=run,
-    folder=policy.folder_of_run,
+    folder=splits.folder_of_run,
     check=composition.procedures,
 )
 

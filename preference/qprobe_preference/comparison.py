@@ -9,16 +9,17 @@ from typing import Any
 
 from qprobe.evaluation import comparisons
 from qprobe.files import write_whole
-from qprobe.pipeline.pipeline import BEST, Pipeline
-from qprobe.probe.metrics import Interval
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.setup import BEST
+from qprobe.probe.intervals import Interval
 from qprobe.report.results import Results, Row
-from qprobe.settings import check_keys
+from qprobe.settings import build
 
-HEAD = ("layer", "probe", "chosen by", "pair accuracy", "95 % interval", "pairs", "seeds")
+_HEAD = ("layer", "probe", "chosen by", "pair accuracy", "95 % interval", "pairs", "seeds")
 
-PROBE = "Q-probe "
-# Rows that say nothing of pairs: of two answers one is chosen at random, or by its label.
-UNTOLD = ("pass@1", "greedy", "skyline")
+_PROBE = "Q-probe "
+# Rows that say nothing about pairs: of two answers one is chosen at random, or by its label.
+_EMPTY = ("pass@1", "greedy", "skyline")
 
 
 @dataclass(frozen=True)
@@ -34,51 +35,43 @@ class Variant:
         if self.hidden is not None:
             training = dataclasses.replace(training, hidden=self.hidden)
         one = dataclasses.replace(pipeline, training=training, layer=self.layer or pipeline.layer)
-        if one.layer != BEST:
-            one.layer = one.probe_layer
+        one.layer = BEST if one.layer == BEST else one.probe_layer
         layer = one.layer if isinstance(one.layer, str) else f"{one.layer:02d}"
         shape = "-".join(map(str, training.hidden)) or "linear"
         one.outputs = pipeline.run / "compared" / f"layer={layer}.{shape}"
         return one
 
 
-def layer_words(pipeline: Pipeline) -> str:
-    """Which layer a variant's probes read, in words."""
-    return "best layer" if pipeline.layer == BEST else f"layer {pipeline.layer}"
+@dataclass(frozen=True)
+class _Compare:
+    """The configuration's part `compare`."""
+
+    layers: list[int]
+    hidden: list[list[int]]
 
 
-def variants(compare: Mapping[str, Any], layer: int | str | None = None, hidden: Sequence[int] = ()) -> list[Variant]:
+def variants(config: Mapping[str, Any]) -> list[Variant]:
     """What a configuration's part `compare` asks for; none where it asks for nothing.
 
-    Args:
-        layer, hidden: what the configuration says of the probe by itself, where it says something.
-
     Raises:
-        ValueError: an unknown key, values that are no layers or widths, or a probe that would not be among those compared.
+        ValueError: an unknown key, values that are no layers or widths, or a `layer` or `probe.hidden` of the configuration that
+            would not be among those compared.
     """
-    check_keys(compare, {"layers", "hidden"}, "compare")
-    layers, shapes = compare["layers"], compare["hidden"]
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError(f"compare.layers is {layers!r}: a list of layers, such as [12,24], or [].")
-    if not isinstance(shapes, list) or not all(isinstance(widths, list) for widths in shapes):
-        raise ValueError(f"compare.hidden is {shapes!r}: a list of lists of widths, such as [[],[256]], or [].")
-    if layers and layer is not None and layer not in layers:
-        raise ValueError(
-            f"layer is {layer}, but compare.layers asks for {layers}: say compare.layers=[{layer}], or compare.layers=[] for "
-            "`layer` alone."
-        )
-    if shapes and hidden and list(hidden) not in shapes:
-        raise ValueError(
-            f"probe.hidden is {list(hidden)}, but compare.hidden asks for {shapes}: say compare.hidden=[{list(hidden)}], or "
-            "compare.hidden=[] for `probe.hidden` alone."
-        )
-    if not layers and not shapes:
+    compare = build(_Compare, config["compare"], "compare")
+    layer, hidden = config["layer"], config["probe"]["hidden"]
+    for key, value, many, asked in (
+        ("layer", layer, "compare.layers", compare.layers if layer is not None else []),
+        ("probe.hidden", hidden, "compare.hidden", compare.hidden if hidden else []),
+    ):
+        if asked and value not in asked:
+            raise ValueError(
+                f"{key} is {value}, but {many} asks for {asked}: say {many}=[{value}], or {many}=[] for `{key}` alone."
+            )
+    if not compare.layers and not compare.hidden:
         return []
-    return [
-        Variant(layer, None if widths is None else tuple(widths))
-        for layer in layers or [None]
-        for widths in shapes or [None]
-    ]
+    layers: list[int | None] = [*compare.layers] or [None]
+    shapes: list[tuple[int, ...] | None] = [tuple(widths) for widths in compare.hidden] or [None]
+    return [Variant(own, shape) for own in layers for shape in shapes]
 
 
 def execute(pipeline: Pipeline, wanted: Sequence[Variant], names: Sequence[str]) -> None:
@@ -97,8 +90,8 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
         lines += [
             f"{split.name}, share of the pairs whose chosen answer scores higher, ties half; a coin gives .5.",
             "",
-            _row(HEAD),
-            _row(["---"] * len(HEAD)),
+            _row(_HEAD),
+            _row(["---"] * len(_HEAD)),
         ]
         results = {}
         for variant in wanted:
@@ -106,9 +99,9 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
             shape = f"MLP {list(one.training.hidden)}" if one.training.hidden else "linear"
             results[one.layer, shape] = one.results(split)
         for (layer, shape), found in results.items():
-            lines += [_cells(layer, shape, row) for row in found.rows if row.method.startswith(PROBE)]
+            lines += [_cells(layer, shape, row) for row in found.rows if row.method.startswith(_PROBE)]
         # Lengths and likelihoods are the same at every layer; random directions and shuffled labels are shown at the last.
-        lines += [_cells("", "control", row) for row in found.rows if not row.method.startswith((PROBE, *UNTOLD))]
+        lines += [_cells("", "control", row) for row in found.rows if not row.method.startswith((_PROBE, *_EMPTY))]
         lines += ["", *_against_controls(results)]
         lines += ["", "The best of several rows is flattered by having been chosen among them.", ""]
     text = "\n".join(lines)
@@ -120,7 +113,7 @@ def write(pipeline: Pipeline, wanted: Sequence[Variant]) -> str:
 def _cells(layer: object, shape: str, row: Row) -> str:
     # A pair is one good and one bad answer: the AUC within it is its accuracy, whatever the temperature.
     value, low, high = (f"{x:.3f}" if x is not None else "not run" for x in (row.auc, row.auc_low, row.auc_high))
-    return _row([layer, shape, row.method.removeprefix(PROBE), value, f"[{low}, {high}]", row.prompts, row.seeds])
+    return _row([layer, shape, row.method.removeprefix(_PROBE), value, f"[{low}, {high}]", row.prompts, row.seeds])
 
 
 def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
@@ -129,19 +122,14 @@ def _against_controls(results: Mapping[tuple[Any, str], Results]) -> list[str]:
         return ["No control was run (evaluation.controls): nothing says whether a probe is worth its training."]
     lines = []
     for (layer, shape), found in results.items():
-        for row in (row for row in found.rows if row.method.startswith(PROBE)):
-            where = f"- Layer {layer}, {shape}: {row.method}"
+        for row in (row for row in found.rows if row.method.startswith(_PROBE)):
+            where, control = f"- Layer {layer}, {shape}: {row.method}", f"the best control, {found.best_control}"
             if row.over_control is None or row.over_control_low is None or row.over_control_high is None:
-                lines.append(
-                    f"{where} cannot be compared with the best control, {found.best_control}: there are too few pairs."
-                )
+                lines.append(f"{where} cannot be compared with {control}: there are too few pairs.")
                 continue
             gain = Interval(row.over_control, row.over_control_low, row.over_control_high)
             if not comparisons.beaten(gain):
-                words = comparisons.in_words(gain)
-                lines.append(
-                    f"{where} does not beat the best control, {found.best_control}: it earns {words} against it."
-                )
+                lines.append(f"{where} does not beat {control}: it earns {comparisons.in_words(gain)} against it.")
     return lines or ["Every probe beats the best control: the paired interval of the difference lies above 0."]
 
 

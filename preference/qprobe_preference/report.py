@@ -14,10 +14,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 from qprobe.report import Band
 from qprobe.report.tables import NOT_RUN, Block, latex_page, markdown_page, text_page, write_formats
-from qprobe_preference.winrates import Agreement, WinRate
+from qprobe_preference.winrates import WinRate
 
 _DASH = "-"
 # fmt: off
@@ -59,7 +59,6 @@ class WinTable:
         setting: judge, what the answers were judged against, what was trained on what.
         name: of the files, and the label in LaTeX.
         methods: the rows, in the order of printing.
-        unit: of lengths, such as "tokens".
         notes: sentences that belong under the table.
     """
 
@@ -67,7 +66,6 @@ class WinTable:
     setting: str
     name: str
     methods: list[Method]
-    unit: str = "tokens"
     notes: tuple[str, ...] = ()
 
 
@@ -76,53 +74,34 @@ def to_text(table: WinTable) -> str:
     return text_page(_head(table), _blocks(table), _foot(table))
 
 
-def to_markdown(table: WinTable) -> str:
-    """Set the table as Markdown (GitHub's tables)."""
-    return markdown_page(_head(table), _blocks(table), _foot(table))
-
-
-def to_latex(table: WinTable) -> str:
-    """Set the table as a LaTeX `table` for the package booktabs, labelled `tab:<name>`."""
-    return latex_page(_head(table), _blocks(table), _foot(table), table.name)
-
-
 def to_csv(table: WinTable) -> str:
     """Write one line a method: fractions in full precision (the paper's value in per cent, as printed), empty if unknown."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV)
-    for m in table.methods:
-        r = m.result
-        numbers: list[float | int | None] = [m.k, m.beta]
-        if r is None:
-            numbers += [None] * (len(_CSV) - 5)
-        else:
-            numbers += [r.rate.value, *_ends(r.rate), *_ends(r.wilson)]
-            numbers += [m.difference.value if m.difference else None, *_ends(m.difference)]
-            numbers += [
-                r.wins,
-                r.ties,
-                r.losses,
-                sum(r.undecided.values()),
-                len(r.prompts),
-                r.length,
-                r.reference_length,
-            ]
-            numbers += [r.length_controlled.value if r.length_controlled else None, *_ends(r.length_controlled)]
-        numbers.append(m.paper)
-        status = NOT_RUN if r is None else "run"
-        writer.writerow([m.name, status, *("" if number is None else number for number in numbers)])
+    writer = csv.DictWriter(out, _CSV, lineterminator="\n")
+    writer.writeheader()
+    for method in table.methods:
+        found: dict[str, object] = {"method": method.name, "k": method.k, "beta": method.beta, "paper": method.paper}
+        result = method.result
+        found["status"] = NOT_RUN if result is None else "run"
+        if result is not None:
+            found |= {name: getattr(result, name) for name in ("wins", "ties", "losses", "length", "reference_length")}
+            found |= {"undecided": sum(result.undecided.values()), "prompts": len(result.prompts)}
+            found |= {"rate": result.rate.value, **_ends("", result.rate), **_ends("wilson_", result.wilson)}
+            for name, interval in (("difference", method.difference), ("length_controlled", result.length_controlled)):
+                found |= {name: None if interval is None else interval.value, **_ends(f"{name}_", interval)}
+        writer.writerow(found)
     return out.getvalue()
 
 
 def write_tables(table: WinTable, folder: Path) -> list[Path]:
-    """Write FOLDER/NAME.md, .tex, .csv and .txt; returns the four paths.
+    """Write FOLDER/NAME.md, .tex (a `table` for the package booktabs, labelled `tab:NAME`), .csv and .txt; returns the paths.
 
     Raises:
         OSError: if a file cannot be written; that file is then as it was before.
     """
-    texts = {"md": to_markdown(table), "tex": to_latex(table), "csv": to_csv(table), "txt": to_text(table)}
-    return write_formats(texts, folder, table.name)
+    page = _head(table), _blocks(table), _foot(table)
+    texts = {"md": markdown_page(*page), "tex": latex_page(*page, table.name)}
+    return write_formats(texts | {"csv": to_csv(table), "txt": text_page(*page)}, folder, table.name)
 
 
 def write_figures(
@@ -149,38 +128,19 @@ def write_figures(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from qprobe.report.figures import bands, write_figure  # matplotlib is heavy, and tables do without it
+    from qprobe.report.drawing import bands, write_figure  # matplotlib is heavy, and tables do without it
 
     firsts = [line.value[0] for line in against_k.values() if ks[0] == 1 and line.value[0] is not None]
     base = ("base", 100 * firsts[0]) if firsts else None
     paths = []
-    for name, xs, series, xlabel in (
-        ("win_rate_against_k", ks, against_k, "candidates $k$"),
-        ("win_rate_against_share", shares, depths, "share of the pairs (%)"),
-    ):
+    by_k = ("win_rate_against_k", ks, against_k, "candidates $k$")
+    by_share = ("win_rate_against_share", shares, depths, "share of the pairs (%)")
+    for name, xs, series, xlabel in (by_k, by_share):
         if series:
             lines = {method: _per_cent(line) for method, line in series.items()}
             figure = bands(title, xs, lines, xlabel=xlabel, ylabel="win rate (%)", base=base)
             paths += write_figure(figure, folder, name)
     return paths
-
-
-def agreement_note(first: str, second: str, found: Agreement) -> str:
-    """One sentence on how far two judges agree, for the notes under a table.
-
-    Args:
-        first, second: the judges' names.
-        found: of their verdicts.
-    """
-    kappa = "undefined, both gave one verdict throughout"
-    if found.kappa is not None:
-        ends = [f"{end:.2f}" for end in (found.kappa.low, found.kappa.high)]
-        kappa = f"{found.kappa.value:.2f} [{ends[0]}, {ends[1]}]"
-    left_out = f"; {found.left_out:,} left out, without a verdict" if found.left_out else ""
-    if found.itself:
-        left_out += f"; {found.itself:,} left out, of an answer with itself"
-    agreed = f"{found.agreed:.1%} of {found.table.sum():,} comparisons"
-    return f"{first} and {second} agree on {agreed}, Cohen's kappa {kappa}{left_out}."
 
 
 def _head(table: WinTable) -> list[str]:
@@ -199,40 +159,39 @@ def _foot(table: WinTable) -> list[str]:
     if any(r.length is not None for r in results):
         notes.append(
             "Length-controlled: the rate that a logistic regression on tanh of the standardised difference in length predicts "
-            f"for answers of the same length; lengths are means in {table.unit}."
+            "for answers of the same length; lengths are means in characters."
         )
     for m in table.methods:
         if m.result is not None and m.result.undecided:
-            low, high = m.result.undecided_range
-            notes.append(
-                f"{m.name}: {_reasons(m.result)} count half; all lost or all won would give "
-                f"{100 * low:.1f} or {100 * high:.1f}."
-            )
+            counts = ", ".join(f"{_count(n)} {why.replace('_', ' ')}" for why, n in m.result.undecided.items())
+            low, high = (f"{100 * end:.1f}" for end in m.result.undecided_range)
+            notes.append(f"{m.name}: {counts} count half; all lost or all won would give {low} or {high}.")
     return [*notes, *table.notes]
 
 
 def _blocks(table: WinTable) -> list[Block]:
-    methods = table.methods
-    single = any(m.result is not None and m.result.wilson is not None for m in methods)
+    methods, results = table.methods, [m.result for m in table.methods if m.result is not None]
+    single = any(r.wilson is not None for r in results)
     published = any(m.paper is not None for m in methods)
+    undecided = any(r.undecided for r in results)
+    lengths = any(r.length is not None for r in results)
     reached = Block(
         header=["method", "k", "beta", "win rate %", "difference", *["Wilson"] * single, *["paper"] * published],
         right=[False, True, True, False, False, *[False] * single, *[True] * published],
         rows=[],
     )
-    meaning = Block(["method", "wins / ties / losses"], [False, False], [])
-    undecided = any(m.result is not None and m.result.undecided for m in methods)
-    lengths = any(m.result is not None and m.result.length is not None for m in methods)
-    meaning.header.extend(["undecided"] * undecided + ["length", "judged against", "length-controlled %"] * lengths)
-    meaning.right.extend([True] * undecided + [True, True, False] * lengths)
+    named = ["length", "judged against", "length-controlled %"]
+    meaning = Block(
+        header=["method", "wins / ties / losses", *["undecided"] * undecided, *named * lengths],
+        right=[False, False, *[True] * undecided, *[True, True, False] * lengths],
+        rows=[],
+    )
     for m in methods:
         r = m.result
         row = [m.name, str(m.k), _DASH if m.beta is None else f"{m.beta:.3g}", _rate(r.rate if r else None)]
         row.append(_DASH if r is not None and m.difference is None else _rate(m.difference, signed=True))
-        if single:
-            row.append(_DASH if r is None or r.wilson is None else _brackets(r.wilson))
-        if published:
-            row.append(_DASH if m.paper is None else f"{m.paper:.2f}")
+        row += [_DASH if r is None or r.wilson is None else _brackets(r.wilson)] * single
+        row += [_DASH if m.paper is None else f"{m.paper:.2f}"] * published
         reached.rows.append(row)
         if r is None:
             continue
@@ -242,7 +201,7 @@ def _blocks(table: WinTable) -> list[Block]:
             row += [_DASH if length is None else f"{length:.1f}" for length in (r.length, r.reference_length)]
             row.append(_DASH if r.length_controlled is None else _rate(r.length_controlled))
         meaning.rows.append(row)
-    return [reached, meaning] if meaning.rows else [reached]
+    return [reached, meaning] if results else [reached]
 
 
 def _rate(interval: Interval | None, signed: bool = False) -> str:
@@ -262,18 +221,12 @@ def _count(number: float) -> str:
     return f"{number:.0f}" if abs(number - round(number)) < 1e-6 else f"{number:.1f}"
 
 
-def _reasons(result: WinRate) -> str:
-    return ", ".join(f"{_count(number)} {reason.replace('_', ' ')}" for reason, number in result.undecided.items())
-
-
-def _ends(interval: Interval | None) -> list[float | None]:
-    if interval is None:
-        return [None, None]
-    return [end if math.isfinite(end) else None for end in (interval.low, interval.high)]
+def _ends(prefix: str, interval: Interval | None) -> dict[str, float]:
+    ends = {} if interval is None else {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
+    return {name: end for name, end in ends.items() if math.isfinite(end)}
 
 
 def _per_cent(line: Band) -> Band:
-    value, low, high = (
-        [None if entry is None else 100 * entry for entry in side] for side in (line.value, line.low, line.high)
-    )
+    sides = ([None if x is None else 100 * x for x in side] for side in (line.value, line.low, line.high))
+    value, low, high = sides
     return Band(value=value, low=low, high=high)

@@ -1,12 +1,15 @@
-"""From pairs to the core's splits: pairs to train and measure probes on, and the prompts that a policy is asked."""
+"""From pairs to the core's splits and pipeline: pairs to train and measure probes on, and the prompts that a policy answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from qprobe.run.stages import RewardBatch, RewardRow, Split
-from qprobe_preference.pairs import Pair, PairSet
+from qprobe.cli import composition
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.run.pools import RewardBatch, RewardRow, Split
+from qprobe_preference.pairs import PairSet
 
 
 class PairLabel:
@@ -22,10 +25,7 @@ class PairLabel:
 
     def __call__(self, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
         for batch in batches:
-            yield (
-                batch,
-                [RewardRow(0.0, "rejected") if sample else RewardRow(1.0, "chosen") for _, sample, _ in batch.rows],
-            )
+            yield batch, [RewardRow(0.0, "rejected") if s else RewardRow(1.0, "chosen") for _, s, _ in batch.rows]
 
 
 def pairs_split(pairs: PairSet, style: str) -> Split:
@@ -44,22 +44,46 @@ def pairs_split(pairs: PairSet, style: str) -> Split:
     )
 
 
-def prompts_split(pairs: PairSet, style: str, limit: int | None = None) -> Split:
+def prompts_split(pairs: PairSet, style: str) -> Split:
     """The prompts of the pairs, each once, for a policy to answer; a task id is that of the prompt's first pair.
 
     Args:
         style: of conversations, `chat` or `text`.
-        limit: the first so many; None takes all.
     """
-    first = first_pairs(pairs)[:limit]
+    first = [pair for pair in pairs.pairs if pair.pair_id.endswith(".000")]
     return Split(
         f"{pairs.name}-prompts",
         [pair.as_prompt(style) for pair in first],
-        {"pairs": pairs.identity(), "prompts": style, "limit": limit},
+        {"pairs": pairs.identity(), "prompts": style, "limit": None},  # as tables of before have it
         clusters={pair.pair_id: pair.cluster for pair in first},
     )
 
 
-def first_pairs(pairs: PairSet) -> list[Pair]:
-    """The first pair of every prompt: it holds the prompt's task id in `prompts_split` and a chosen answer."""
-    return [pair for pair in pairs.pairs if pair.pair_id.endswith(".000")]
+def folder_of_run(config: dict[str, Any]) -> Path:
+    """Where the run of a configuration is: a quick look at forty pairs must not meet the tables of all of them."""
+    run, limit = Path(config["paths"]["run"]), config["dataset"]["limit"]
+    return run if limit is None else run.with_name(f"{run.name}-limit{limit}")
+
+
+def pipeline(
+    config: dict[str, Any], tested: Split, training: PairSet | None, style: str, stop: Sequence[str] = ()
+) -> Pipeline:
+    """The core's pipeline of a configuration.
+
+    Args:
+        tested: what is reported on.
+        training: pairs to train on; None cross-validates over what is tested.
+        style: of conversations, `chat` or `text`.
+        stop: texts that end a completion.
+    """
+    limit = config["dataset"]["limit"]
+    return composition.pipeline(
+        config,
+        run=folder_of_run(config),
+        title=config["title"] + ("" if limit is None else f", first {limit} pairs"),
+        tests=[tested],
+        training_split=None if training is None else pairs_split(training, style),
+        reward=PairLabel(),
+        stop=stop,
+        use={"prompts": style} | {name: config[name] for name in ("model", "sampler", "embedder")},
+    )

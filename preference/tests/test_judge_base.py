@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from qprobe.prompts import Prompt
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, RewardBatch, RewardRow
 from qprobe_preference.judges import AgainstReference, Comparison, Judgement, tally
 from qprobe_preference.judges.base import ScoreRule, folder_name
 
@@ -62,9 +62,6 @@ def pool(fakes: ModuleType, tmp_path: Path) -> Pool:
     return made
 
 
-# ------------------------------------------------------------------------------------------------ scores
-
-
 @pytest.mark.parametrize(
     ("first", "second", "win", "verdict"), [(2, 1, 1.0, "win"), (1, 2, 0.0, "loss"), (1, 1 + 1e-7, 0.5, "tie")]
 )
@@ -83,29 +80,26 @@ def test_a_soft_win_is_the_sigmoid_of_the_scaled_difference() -> None:
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_raised_and_no_loss(score: float) -> None:
-    with pytest.raises(RuntimeError, match=r"The scores of two answers to t are 1\.0 and (nan|inf)"):
+    with pytest.raises(RuntimeError, match="answers to t"):
         ScoreRule().judgement(PAIR, 1.0, score)
 
 
 @pytest.mark.parametrize("values", [{"beta": 0.0}, {"beta": math.inf}, {"tie": -1.0}, {"tie": math.nan}])
 def test_a_rule_that_cannot_be_is_a_sentence(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"judge\.beta=.* must be above 0 and judge\.tie="):
+    with pytest.raises(ValueError, match=r"judge\.beta"):
         ScoreRule(**values)  # type: ignore[arg-type]
 
 
 def test_a_judgement_is_a_probability() -> None:
     for win in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"a probability lies in \[0, 1\]"):
+        with pytest.raises(ValueError, match="probability"):
             Judgement(win, "win")
-
-
-# ------------------------------------------------------------------------------------------------ against references
 
 
 def test_a_candidates_reward_is_its_win_against_its_prompts_reference(pool: Pool, fakes: ModuleType) -> None:
     judge = ByNumber()
     stage = reference_stage(fakes, judge)
-    stages.reward(pool, stage, progress=False)
+    rewarding.reward(pool, stage, progress=False)
     joined = join(pool, stage)
     numbers = [int(text.removeprefix("answer ")) for text in joined.completions]
     assert joined.rewards.tolist() == [(n > 50) + 0.5 * (n == 50) for n in numbers]
@@ -121,35 +115,25 @@ def test_a_candidates_reward_is_its_win_against_its_prompts_reference(pool: Pool
 def test_a_judge_that_fails_leaves_what_was_finished_and_no_zero(pool: Pool, fakes: ModuleType) -> None:
     away = ByNumber(fails_on=3)
     with pytest.raises(RuntimeError, match="The judge is away"):
-        stages.reward(pool, reference_stage(fakes, away), progress=False)
+        rewarding.reward(pool, reference_stage(fakes, away), progress=False)
     assert away.closed == 1
     assert pool.rewards(reference_stage(fakes)).read().num_rows == 24
     judge = ByNumber()
-    stages.reward(pool, reference_stage(fakes, judge), progress=False)
+    rewarding.reward(pool, reference_stage(fakes, judge), progress=False)
     assert [len(batch) for batch in judge.seen] == [12, 4]
     assert join(pool, reference_stage(fakes)).rewards.shape == (40,)
 
 
-def test_conversations_reach_the_judge_as_messages(fakes: ModuleType) -> None:
+def test_conversations_reach_the_judge_as_messages_with_the_opening_of_both_answers() -> None:
     messages = ({"role": "user", "content": "Hi"},)
-    judge = ByNumber()
-    stage = AgainstReference(judge, [Prompt("c", messages=messages)], {"c": "answer 1"})
-    list(stage([RewardBatch(("c",), [("c", 0, "answer 2")])]))
-    assert judge.seen == [[Comparison("c", messages, "answer 2", "answer 1")]]
-
-
-def test_an_opening_belongs_to_both_answers(fakes: ModuleType) -> None:
-    opened = Prompt("o", messages=({"role": "user", "content": "Hi"},), opening="Sure:\n")
+    opened, closed = (Prompt("o", messages=messages, opening=opening) for opening in ("Sure:\n", ""))
     judge = ByNumber()
     stage = AgainstReference(judge, [opened], {"o": "answer 1"})
     list(stage([RewardBatch(("o",), [("o", 0, "answer 2")])]))
-    (comparison,) = judge.seen[0]
-    assert comparison.shown == ("Sure:\nanswer 2", "Sure:\nanswer 1")
-    closed = Prompt("o", messages=({"role": "user", "content": "Hi"},))
+    assert judge.seen == [[Comparison("o", messages, "answer 2", "answer 1", "Sure:\n")]]
+    assert judge.seen[0][0].shown == ("Sure:\nanswer 2", "Sure:\nanswer 1")
     assert stage.identity() != AgainstReference(judge, [closed], {"o": "answer 1"}).identity()
-
-
-def test_white_space_around_an_answer_is_not_shown() -> None:
+    # White space around an answer is not shown.
     assert Comparison("t", "Hi", " one\n two\n\n", "\tthree").shown == ("one\n two", "three")
 
 
@@ -168,7 +152,7 @@ def test_the_identity_knows_judge_prompts_and_references(fakes: ModuleType) -> N
 
 
 def test_what_cannot_be_judged_is_said_at_once(fakes: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"9 of 10 prompts have no reference answer \(the first: t-001\)"):
+    with pytest.raises(ValueError, match="t-001"):
         AgainstReference(ByNumber(), fakes.prompts(10), {"t-000": "answer 1"})
     with pytest.raises(ValueError, match="The judge cannot be had"):
         reference_stage(fakes).check()
@@ -190,21 +174,18 @@ def test_what_is_no_verdict_is_counted_and_told(fakes: ModuleType, capsys: pytes
     assert "1 flagged" in said
 
 
-# ------------------------------------------------------------------------------------------------ what is compared
-
-
 @pytest.mark.parametrize(
-    ("prompt", "first", "sentence"),
+    ("prompt", "first"),
     [
-        ("", "a", "The prompt t is empty"),
-        ((), "a", "The prompt t is empty"),
-        (({"role": "user", "content": [{"type": "image_url"}]},), "a", "whose content is no text"),
-        (({"content": "Hi"},), "a", "a message without a role"),
-        ("Hi", None, "An answer to the prompt t is no text"),
+        ("", "a"),
+        ((), "a"),
+        (({"role": "user", "content": [{"type": "image_url"}]},), "a"),
+        (({"content": "Hi"},), "a"),
+        ("Hi", None),
     ],
 )
-def test_what_is_no_text_is_a_sentence(prompt: Any, first: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_what_is_no_text_is_refused(prompt: Any, first: Any) -> None:
+    with pytest.raises(ValueError, match="The prompt t "):
         Comparison("t", prompt, first, "b")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
-import qprobe_preference
 from qprobe.models.language_model import ModelSpec
 from qprobe_preference.judges import Comparison, Judgement, configured
 from qprobe_preference.judges.reward_model import RewardModelJudge
 
-CONFIG = Path(qprobe_preference.__file__).parent / "conf" / "judge" / "reward_model.yaml"
 CHAT = ({"role": "user", "content": "What is the sum?"},)
 ANSWERS = ["", "a", "the letters", "first + second of the word", "of the word is the number of the letters"]
 Make = Callable[..., ModelSpec]
@@ -29,7 +26,7 @@ Make = Callable[..., ModelSpec]
 def make_decoder(tiny_model: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Save a tiny Llama that gives scores, with the tokenizer of the tiny model."""
 
-    def make(labels: int = 1, pad: int | None = 1, safe: bool = True, **changes: Any) -> ModelSpec:
+    def make(labels: int = 1, pad: int | None = 1, safe: bool = True) -> ModelSpec:
         from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
         folder = tmp_path_factory.mktemp("reward")
@@ -44,10 +41,7 @@ def make_decoder(tiny_model: ModelSpec, tmp_path_factory: pytest.TempPathFactory
             config.architectures = ["LlamaForSequenceClassification"]
             config.save_pretrained(folder)
             torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model.name)
-        for name, value in changes.items():
-            setattr(tokenizer, name, value)
-        tokenizer.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_model.name).save_pretrained(folder)
         return ModelSpec(str(folder), dtype="float32", device="cpu")
 
     return make
@@ -60,18 +54,9 @@ def encoder(tiny_model: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> 
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     folder = tmp_path_factory.mktemp("reward-bert")
-    config = BertConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-        pad_token_id=1,
-        num_labels=2,
-        id2label={0: "bad", 1: "good"},
-    )
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.25, "pad_token_id": 1}
+    config = BertConfig(**sizes, **shape, num_labels=2, id2label={0: "bad", 1: "good"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         BertForSequenceClassification(config).save_pretrained(folder)
@@ -174,64 +159,48 @@ def test_equal_answers_tie_and_what_exceeds_the_context_is_counted(make_decoder:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ what fails is a sentence
-
-
-def test_weights_that_are_no_safetensors_are_refused(make_decoder: Make) -> None:
-    with pytest.raises(
-        OSError, match=r"could not be had \(.*safetensors.*\): it must be a \*ForSequenceClassification"
-    ):
-        RewardModelJudge(make_decoder(safe=False)).check()
-
-
-def test_a_language_model_is_no_reward_model(tiny_model: ModelSpec) -> None:
-    with pytest.raises(
-        OSError, match=r"it lacks 1 weights, score\.weight among them, so it was not trained to give scores"
-    ):
-        RewardModelJudge(tiny_model).check()
-
-
-def test_a_model_that_is_not_there_is_a_sentence() -> None:
-    with pytest.raises(OSError, match=r"The reward model 'no/such-model' could not be had"):
-        RewardModelJudge(ModelSpec("no/such-model")).check()
+@pytest.mark.parametrize(
+    ("fault", "word"), [("pickle", "safetensors"), ("language model", "score.weight"), ("none", "no/such")]
+)
+def test_what_is_no_reward_model_is_refused(fault: str, word: str, make_decoder: Make, tiny_model: ModelSpec) -> None:
+    specs = {"language model": tiny_model, "none": ModelSpec("no/such-model")}
+    spec = specs[fault] if fault in specs else make_decoder(safe=False)
+    with pytest.raises(OSError, match=re.escape(word)):
+        RewardModelJudge(spec).check()
 
 
 def test_code_of_a_repository_is_not_run(make_decoder: Make) -> None:
     spec = make_decoder()
     config = Path(spec.name) / "config.json"
-    values = json.loads(config.read_text())
-    values |= {
-        "model_type": "mine",
-        "auto_map": {"AutoModelForSequenceClassification": "code.Mine", "AutoConfig": "code.C"},
-    }
-    config.write_text(json.dumps(values))
+    own = {"AutoModelForSequenceClassification": "code.Mine", "AutoConfig": "code.C"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mine", "auto_map": own}))
     (Path(spec.name) / "code.py").write_text(f"open({str(Path(spec.name) / 'ran')!r}, 'w')\n")
-    with pytest.raises(OSError, match="could not be had"):
+    with pytest.raises(OSError, match="reward model"):
         RewardModelJudge(spec).check()
     assert not (Path(spec.name) / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("labels", "changes", "sentence"),
+    ("labels", "changes", "key"),
     [
-        (2, {}, r"has 2 outputs \(0: LABEL_0, 1: LABEL_1\): say which one is the score with judge\.logit"),
-        (2, {"logit": 2}, r"judge\.logit is 2: .* has the outputs 0 to 1"),
+        (2, {}, r"judge\.logit"),
+        (2, {"logit": 2}, r"judge\.logit is 2"),
         (2, {"logit": 0, "minus": -1}, r"judge\.minus is -1"),
-        (2, {"logit": 0, "minus": 0}, r"name two outputs"),
-        (1, {"minus": 0}, r"name two outputs"),
-        (1, {"tokens_per_pass": 0}, r"judge\.tokens_per_pass is 0: 1 or more"),
+        (2, {"logit": 0, "minus": 0}, r"judge\.minus=0"),
+        (1, {"minus": 0}, r"judge\.minus=0"),
+        (1, {"tokens_per_pass": 0}, r"judge\.tokens_per_pass"),
     ],
 )
-def test_outputs_that_are_not_there_are_a_sentence(
-    make_decoder: Make, labels: int, changes: dict[str, int], sentence: str
+def test_outputs_that_are_not_there_are_refused(
+    make_decoder: Make, labels: int, changes: dict[str, int], key: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=key):
         RewardModelJudge(make_decoder(labels=labels), **changes).check()  # type: ignore[arg-type]
 
 
 def test_a_gguf_file_is_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match="a reward model is a hub id or a folder with safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         RewardModelJudge(ModelSpec(str(tmp_path / "m.gguf")))
 
 
@@ -248,12 +217,12 @@ def test_the_identity_knows_weights_and_outputs(make_decoder: Make) -> None:
     assert RewardModelJudge(one, tokens_per_pass=9).identity() == identities[0]
 
 
-def test_the_shipped_configuration_wants_a_name(make_decoder: Make, tmp_path: Path) -> None:
-    config: Any = OmegaConf.load(CONFIG)
-    with pytest.raises(MissingMandatoryValue, match=r"model\.name"):
-        OmegaConf.to_container(config, throw_on_missing=True)
-    config.model.name = make_decoder().name
-    values: Any = OmegaConf.to_container(config)
+def test_the_shipped_configuration_runs_with_a_name(
+    make_decoder: Make, tmp_path: Path, judge_config: Callable[..., dict[str, Any]]
+) -> None:
+    values = judge_config("reward_model")
+    assert values["model"]["name"] == "???"
+    values["model"]["name"] = make_decoder().name
     judge = configured(values, tmp_path)
     judge.check()
     assert judge.name.startswith("judge-reward-model-reward")

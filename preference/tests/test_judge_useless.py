@@ -12,16 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 import qprobe_preference.__main__ as command
 from qprobe.models import openai_client
-from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import ApiError
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe_preference.judges import AgainstReference, Comparison, configured
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -126,7 +123,7 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     bad = {f"r {prompt.task_id}" for prompt in pool.split.prompts[:2]}
     answers(server, lambda a, b: a in bad or b in bad, body_of(name))
     first = stage(fakes, server, pool)
-    stages.reward(pool, first, progress=False)
+    rewarding.reward(pool, first, progress=False)
     assert "4 of 24 replies of judge-tiny on" in capsys.readouterr().err
     assert list(join(pool, first).verdicts).count("unparsed") == 2
     assert len(kept(pool.run / "judge")) == 20
@@ -134,13 +131,13 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     state = pool.rewards(first).state
     # The same command, nothing repaired: only these four are asked for, and nothing that was made of the rewards is outdated.
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 8  # each twice, by judge.retries or api.retries
     assert pool.rewards(first).state == state
     # The same command against the repaired server.
     answers(server, lambda *_: False, None)
     server.requests.clear()
-    stages.reward(pool, again := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, again := stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 4
     assert set(join(pool, again).verdicts) <= {"win", "loss", "tie"}
     assert len(kept(pool.run / "judge")) == 24
@@ -148,7 +145,7 @@ def test_a_reply_of_no_use_is_not_kept_and_the_same_command_asks_again(
     capsys.readouterr()
     # And once more: nothing is left.
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert not server.requests
     assert "replies" not in capsys.readouterr().err
 
@@ -160,17 +157,17 @@ def test_a_run_whose_replies_mostly_fail_ends_and_goes_on_when_repaired(
     """9 of 12, as a new user saw it."""
     bad = {f"r {prompt.task_id}" for prompt in pool.split.prompts[:9]}
     answers(server, lambda a, b: a in bad or b in bad, body_of(name))
-    with pytest.raises(RuntimeError, match=r"18 of 24 replies.*Most could not|10 replies in a row failed for good"):
-        stages.reward(pool, stage(fakes, server, pool), progress=False)
+    with pytest.raises(RuntimeError, match=r"18 of 24 replies|10 replies in a row"):
+        rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     answers(server, lambda *_: False, None)
-    stages.reward(pool, again := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, again := stage(fakes, server, pool), progress=False)
     assert set(join(pool, again).verdicts) <= {"win", "loss", "tie"}
 
 
 def test_a_broken_server_ends_a_run_early(server: Any, tmp_path: Path) -> None:
     answers(server, lambda *_: True, choice(None))
     pairs = [Comparison(f"t-{n}", "Hi", f"one {n}", f"two {n}") for n in range(500)]
-    with pytest.raises(ApiError, match=r"10 replies in a row failed for good; the last: .*null"):
+    with pytest.raises(ApiError, match="10 replies in a row"):
         judge(server, tmp_path).compare(pairs)
     assert len(server.requests) < 40
     assert not kept(tmp_path)
@@ -182,18 +179,18 @@ def test_few_replies_without_a_verdict_are_borne_in_silence(
     """Two of 24 are less than a tenth: the verdict counts half, and nobody is disturbed; but they are counted."""
     bad = {f"r {pool.split.prompts[0].task_id}"}
     answers(server, lambda a, b: a in bad or b in bad, choice("hm"))
-    stages.reward(pool, own := stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, own := stage(fakes, server, pool), progress=False)
     said = capsys.readouterr().err
     assert "could not be read" not in said
     assert "Of 12 judgements by judge-tiny: 1 unparsed." in said
-    assert stages.unread_words(pool, own) is None
+    assert rewarding.unread_words(pool, own) is None
 
 
 def test_failures_that_an_older_version_kept_are_asked_for_again(
     server: Any, fakes: ModuleType, pool: Pool, tmp_path: Path
 ) -> None:
     answers(server, lambda *_: False, None)
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     for path in (pool.run / "judge").glob("replies-*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().split("\n") if line]
         lost = [[key, {"letter": None, "share": None, "asked": 3, "text": "", "why": "unparsed"}] for key, _ in lines]
@@ -201,7 +198,7 @@ def test_failures_that_an_older_version_kept_are_asked_for_again(
     for part in pool.rewards(stage(fakes, server, pool)).parts():
         part.unlink()
     server.requests.clear()
-    stages.reward(pool, stage(fakes, server, pool), progress=False)
+    rewarding.reward(pool, stage(fakes, server, pool), progress=False)
     assert len(server.requests) == 24
 
 
@@ -214,23 +211,17 @@ def test_a_reply_of_one_line_is_whole_though_it_reached_its_length(server: Any, 
 
 
 def test_a_policy_run_says_it_before_its_tables_and_is_whole_when_repaired(
-    server: Any, tiny_code_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Any,
+    composed: Callable[..., Json],
+    policy_words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    start = "\n\nHuman: Is {0} a colour?\n\nAssistant:"
-    words = ["red", "blue", "green", "gold", "grey", "pink", "black", "white", "brown", "plum"]
-    rows = [{"chosen": f"{start.format(w)} {w}!", "rejected": f"{start.format(w)} no {w}"} for w in words]
-    (tmp_path / "hh.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    overrides = [
-        *("experiment=hh_policy", "model=hub", f"model.name={tiny_code_model.name}", "model.dtype=float32"),
-        *("model.device=cpu", f"paths.runs={tmp_path}", "embedder.layers=[2]", "sampler.n=3", "policy.prompts=4"),
-        *("sampler.max_new_tokens=4", "probe.steps=5", "probe.chunks_per_batch=4", "evaluation.k=3"),
-        *("evaluation.seeds=2", "evaluation.bootstrap=100", "evaluation.draws=10", "policy.label_pairs=0"),
-        *("dataset.test_share=0.5", "dataset.max_tokens=200", f"dataset.path={tmp_path / 'hh.jsonl'}"),
+    config = composed(
+        *("experiment=hh_policy", *policy_words, "policy.label_pairs=0", "compare.hidden=[]", "dataset.test_share=0.5"),
         *("judge=openai", "judge.api.model=tiny", f"judge.api.base_url={server.url}", "judge.api.concurrency=1"),
-        *("policy.policies=[]", "judge.api.retries=0", "sampler.greedy=false", "compare.hidden=[]"),
-    ]
-    with initialize_config_module("qprobe_preference.conf", version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+        "judge.api.retries=0",
+    )
     calls = {"made": 0}
 
     def every_fifth(path: str, body: Json) -> Json:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-import qprobe_preference
 from qprobe import models
 from qprobe.models import openai_client
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_preference.judges import AgainstReference, Comparison, configured, tally
 from qprobe_preference.judges.openai import OpenAIJudge
 
@@ -33,7 +31,6 @@ pytestmark = [
 ]
 
 SPEC = ModelSpec("embedded", dtype="float32", device="cpu")
-CONFIG = Path(qprobe_preference.__file__).parent / "conf" / "judge" / "openai.yaml"
 # A model of this size seldom ends with a verdict of itself; the server holds it to the form, the letter is its own.
 FORM = {"structured_outputs": {"choice": ["Verdict: A", "Verdict: B"]}}
 QUESTIONS = {
@@ -52,14 +49,17 @@ def server(vllm_server: ModuleType) -> Iterator[Any]:
     started.close()
 
 
-def judge(server: Any, folder: Path, **changes: Any) -> OpenAIJudge:
-    """The shipped configuration, held to the form of a verdict."""
-    values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(CONFIG), {"api": {"model": "served"}}))
-    values |= {"extra_body": FORM, "max_tokens": 8} | changes
-    values["api"] |= {"base_url": server.url, "timeout": 60.0, "concurrency": 4}
-    made = configured(values, folder)
-    assert isinstance(made, OpenAIJudge)
-    return made
+@pytest.fixture
+def judge(server: Any, tmp_path: Path, judge_config: Callable[..., dict[str, Any]]) -> Callable[..., OpenAIJudge]:
+    """Makes the judge of the shipped configuration, held to the form of a verdict."""
+
+    def make(**changes: Any) -> OpenAIJudge:
+        api = {"model": "served", "base_url": server.url, "timeout": 60.0, "concurrency": 4}
+        made = configured(judge_config("openai", api, **{"extra_body": FORM, "max_tokens": 8} | changes), tmp_path)
+        assert isinstance(made, OpenAIJudge)
+        return made
+
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def comparisons() -> list[Comparison]:
 def share_of_a(made: OpenAIJudge, comparison: Comparison, swapped: bool) -> float:
     """P(A) / (P(A) + P(B)) by transformers: the request's messages, and the verdict up to its letter."""
     tokenizer = models.load(SPEC).tokenizer
-    messages = made.messages(comparison, swapped)
+    messages = made.form.messages(comparison, swapped)
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     replies = [tokenizer(f"Verdict: {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"]
     assert replies[0][:-1] == replies[1][:-1]
@@ -86,10 +86,10 @@ def share_of_a(made: OpenAIJudge, comparison: Comparison, swapped: bool) -> floa
 
 
 def test_soft_win_rates_are_what_the_models_weights_say(
-    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judge: Callable[..., OpenAIJudge], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secrets, "token_hex", lambda size: "5f" * size)  # the sign of a request, else drawn anew
-    made = judge(server, tmp_path, soft=True)
+    made = judge(soft=True)
     for comparison, judgement in zip(comparisons(), made.compare(comparisons()), strict=True):
         plain, swapped = (share_of_a(made, comparison, order) for order in (False, True))
         assert judgement.win == pytest.approx((plain + 1 - swapped) / 2, abs=2e-3), comparison.task_id
@@ -98,7 +98,7 @@ def test_soft_win_rates_are_what_the_models_weights_say(
 
 
 def test_as_a_reward_stage_every_candidate_gets_a_verdict_and_a_second_run_asks_nothing(
-    server: Any, tmp_path: Path
+    judge: Callable[..., OpenAIJudge],
 ) -> None:
     prompts = [
         Prompt(name, messages=({"role": "user", "content": question},)) for name, (question, _, _) in QUESTIONS.items()
@@ -107,7 +107,7 @@ def test_as_a_reward_stage_every_candidate_gets_a_verdict_and_a_second_run_asks_
     keys = [(name, sample, answer) for name, own in QUESTIONS.items() for sample, answer in enumerate(own[1:])]
 
     def judged() -> tuple[list[Any], dict[str, int]]:
-        made = judge(server, tmp_path)
+        made = judge()
         ((_, rows),) = AgainstReference(made, prompts, references)([RewardBatch(keys=tuple(QUESTIONS), rows=keys)])
         return rows, dict(made.client.usage())
 
@@ -122,17 +122,17 @@ def test_as_a_reward_stage_every_candidate_gets_a_verdict_and_a_second_run_asks_
     assert spent == usage  # of the shared client: not one call more
 
 
-def test_a_reply_without_a_verdict_is_asked_for_again_and_counted(server: Any, tmp_path: Path) -> None:
+def test_a_reply_without_a_verdict_is_asked_for_again_and_counted(judge: Callable[..., OpenAIJudge]) -> None:
     only = comparisons()[:1]
     # One token is no verdict, whatever the model says.
-    (judgement,) = judge(server, tmp_path, extra_body={}, max_tokens=1, retries=1).compare(only)
+    (judgement,) = judge(extra_body={}, max_tokens=1, retries=1).compare(only)
     assert (judgement.win, judgement.verdict) == (0.5, "unparsed")
     assert '"asked": [2, 2]' in judgement.detail
 
 
-def test_a_conversation_beyond_the_servers_context_is_said_and_not_lost(server: Any, tmp_path: Path) -> None:
+def test_a_conversation_beyond_the_servers_context_is_said_and_not_lost(judge: Callable[..., OpenAIJudge]) -> None:
     long = Comparison("long", "word " * 3000, "yes", "no")
     short = comparisons()[0]
-    found = judge(server, tmp_path).compare([long, short])
+    found = judge().compare([long, short])
     assert (found[0].win, found[0].verdict) == (0.5, "too_long")
     assert found[1].verdict in ("win", "loss", "tie")

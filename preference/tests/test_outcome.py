@@ -5,125 +5,34 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score
 
 from qprobe.evaluation.scoring import Scored
-from qprobe.evaluation.sweep import EvaluationSettings
-from qprobe.pipeline.pipeline import Pipeline
-from qprobe.probe.training import TrainingSettings
-from qprobe.prompts import Prompt
 from qprobe.run import joined
-from qprobe.run.stages import Split
 from qprobe_preference import comparison, outcome, winrates
 from qprobe_preference.comparison import Variant
-from qprobe_preference.judges.base import AgainstReference, Comparison, Judgement
-from qprobe_preference.pairs.base import Found, collect
-from qprobe_preference.policy import Experiment, PolicySettings, Truth
-from qprobe_preference.splits import PairLabel, pairs_split
+from qprobe_preference.judges.base import Comparison, Judgement
+from qprobe_preference.policy import Experiment
 
 STAGES = ["sample", "reward", "embed"]
-TRAINING = TrainingSettings(steps=60, learning_rate=0.05, minimum_mixed=2, held_out=0.3, check_every=5)
-SETTINGS = EvaluationSettings(
-    losses=("bradley_terry",), seeds=2, controls=(), curve_shares=(), k=4, beta=0.0, draws=50, bootstrap=2000
-)
-REFERENCE = 60  # a candidate "answer 61" beats it, "answer 60" ties
+REFERENCE = 60  # what the planted experiments judge against: "answer 61" beats it, "answer 60" ties
 
 Make = Callable[..., Experiment]
-
-
-def number(text: str) -> int:
-    return int(text.removeprefix("answer "))
-
-
-class Larger:
-    """A judge that prefers the larger number."""
-
-    name = "larger"
-
-    def identity(self) -> dict[str, Any]:
-        return {"judge": "larger"}
-
-    def check(self) -> None:
-        pass
-
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
-        found = []
-        for one in comparisons:
-            sign = np.sign(number(one.first) - number(one.second))
-            found.append(Judgement((1 + sign) / 2, {1: "win", 0: "tie", -1: "loss"}[int(sign)]))
-        return found
-
-
-class Silent(Larger):
-    """It gives no verdict but where nothing needs to be said."""
-
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
-        return [Judgement(0.5, "tie" if one.first == one.second else "unparsed") for one in comparisons]
-
-
-@pytest.fixture
-def make(fakes: ModuleType, tmp_path: Path) -> Make:
-    """Experiments whose layer 1 says how good an answer is; layer 2, the highest, is noise."""
-
-    class Layered(fakes.Embedder):  # type: ignore[misc, name-defined]
-        def embed(self, prompts: Sequence[Any], completions: Sequence[Any]) -> dict[int, torch.Tensor]:
-            states: dict[int, torch.Tensor] = super().embed(prompts, completions)
-            states[2][:, 0] = states[2][:, 2]
-            return states
-
-    def made(
-        clusters: dict[str, str] | None = None, judge: Any = None, first: bool = False, **changes: Any
-    ) -> Experiment:
-        """`first`: candidates are judged against their prompt's first one, and have true labels beside the judge."""
-        rng = np.random.default_rng(3)
-        lots = [rng.permutation(100)[:2] for _ in range(40)]
-        found = [
-            Found(f"task {i:03d}: ", f"answer {max(lot):02d}", f"answer {min(lot):02d}") for i, lot in enumerate(lots)
-        ]
-        pairs = collect("pairs", found, {})
-        asked = [Prompt(f"t-{n:03d}", text=f"task {n:03d}: ") for n in range(100, 130)]
-        against, recorded = {p.task_id: f"answer {REFERENCE}" for p in asked}, None
-        truth = None
-        if first:
-            recorded = {p.task_id: [f"answer {n:02d}" for n in rng.integers(40, 60, 4)] for p in asked}
-            against = {key: own[0] for key, own in recorded.items()}
-            labels = {key: rng.integers(0, 2, 4).astype(float).tolist() for key in against}
-            truth = Truth(labels, {key: own[0] for key, own in labels.items()}, greedy=False)
-        reward = AgainstReference(judge or Larger(), asked, against)
-        tested = Split("asked", asked, {"asked": 30}, recorded=recorded, reward=reward, clusters=clusters)
-        values: dict[str, Any] = {
-            "tests": [tested],
-            "training_split": pairs_split(pairs, "text"),
-            "reward": PairLabel(),
-            "sampler": fakes.Sampler(4),
-            "greedy": None,
-            "embedder": Layered((1, 2)),
-            "layer": "best",
-            "training": TRAINING,
-            "settings": SETTINGS,
-        }
-        pipeline: Pipeline = fakes.pipeline(tmp_path / "run", **values | changes)
-        config = {"seed": 0, "judge": {"backend": "larger"}, "model": {"name": "numbers"}}
-        settings = PolicySettings(prompts=None)
-        return Experiment(config, settings, pipeline, pairs, "text", reward, "the reference", truth)
-
-    return made
 
 
 def answers(experiment: Experiment) -> list[list[int]]:
     """The candidates of every prompt, as numbers."""
     pool = joined.join(experiment.pipeline.test_pools[0], experiment.reward)
     texts = np.array(pool.completions)
-    return [[number(text) for text in texts[pool.groups == group]] for group in range(len(pool.task_ids))]
+    return [
+        [int(text.removeprefix("answer ")) for text in texts[pool.groups == group]]
+        for group in range(len(pool.task_ids))
+    ]
 
 
 def rows(experiment: Experiment) -> dict[str, dict[str, str]]:
@@ -137,9 +46,9 @@ def won(answer: float) -> float:
 
 @pytest.mark.parametrize("variants", [[], [Variant(None, ())]])
 def test_win_rates_of_probes_that_choose_their_layer_are_those_of_the_layer_that_carries_the_signal(
-    make: Make, variants: list[Variant]
+    planted: Make, variants: list[Variant]
 ) -> None:
-    experiment = make()
+    experiment = planted()
     experiment.pipeline.execute(STAGES)
     if variants:
         comparison.execute(experiment.pipeline, variants, ["train", "evaluate"])
@@ -154,27 +63,16 @@ def test_win_rates_of_probes_that_choose_their_layer_are_those_of_the_layer_that
     assert "One example" in printed
 
 
-def test_a_comparison_of_probes_that_choose_their_layer_says_so(make: Make) -> None:
-    experiment = make()
-    one = Variant(None, ()).of(experiment.pipeline)
-    assert (one.layer, one.probe_layers) == ("best", [1, 2])
-    assert one.outputs is not None
-    assert one.outputs.name == "layer=best.linear"
-    plain = dataclasses.replace(experiment.pipeline, layer=None)
-    assert Variant(None, ()).of(plain).layer == 2
-    assert Variant(1, (8,)).of(experiment.pipeline).probe_layers == [1]
-
-
-def test_a_row_at_beta_0_is_the_argmax_and_mixed_temperatures_have_a_row_of_their_own(make: Make) -> None:
+def test_a_row_at_beta_0_is_the_argmax_and_mixed_temperatures_have_a_row_of_their_own(planted: Make) -> None:
     """Two probes of three chose 0: their median is 0, and the policy of all three is not the argmax."""
-    experiment = make()
+    experiment = planted()
     experiment.pipeline.execute(["sample", "reward"])
     pool = joined.join(experiment.pipeline.test_pools[0], experiment.reward)
-    numbers = np.array([number(text) for text in pool.completions]) / 100
+    numbers = np.array([int(text.removeprefix("answer ")) for text in pool.completions]) / 100
     beta = np.zeros((3, 30))
     beta[2] = 0.5
     scores = Scored(np.stack([numbers] * 3).astype(np.float32), beta, [])
-    experiment.pipeline.settings = dataclasses.replace(SETTINGS, beta=None)
+    experiment.pipeline.settings = dataclasses.replace(experiment.pipeline.settings, beta=None)
     judged = outcome.judgements(experiment, pool)
     base = winrates.win_rate(judged, judged.base_law())
     found = outcome._choices(experiment.pipeline, judged, base, {"Q linear": scores}, {"Q-probe": 50.1})
@@ -196,38 +94,8 @@ def test_a_row_at_beta_0_is_the_argmax_and_mixed_temperatures_have_a_row_of_thei
     assert [(row.name, row.beta) for row in rows_at[:2]] == [("Q linear", 0.0), ("Q linear", 0.1)]
 
 
-@pytest.mark.parametrize(
-    ("controls", "layer", "sentence"),
-    [
-        ((), 1, "No control was run (evaluation.controls)"),
-        (("length",), 1, "Every probe beats the best control"),
-        (
-            ("length",),
-            2,
-            "Layer 2, linear: Q-probe L_QP does not beat the best control, longest (characters): it earns ",
-        ),
-    ],
-)
-def test_what_is_said_of_controls_follows_from_the_intervals(
-    controls: tuple[str, ...], layer: int, sentence: str, make: Make
-) -> None:
-    settings = dataclasses.replace(SETTINGS, controls=controls, k=2, folds=3)
-    experiment = make(settings=settings, layer=layer)
-    pairs = experiment.pipeline.training_split
-    assert pairs is not None
-    pipeline = dataclasses.replace(
-        experiment.pipeline, tests=[pairs], training_split=None, sampler=experiment.pipeline.sampler
-    )
-    pipeline.execute(STAGES)
-    variants = [Variant(layer, ())]
-    comparison.execute(pipeline, variants, ["train", "evaluate"])
-    said = comparison.write(pipeline, variants)
-    assert sentence in said
-    assert sum(word in said for word in ("No control was", "Every probe beats", "does not beat")) == 1
-
-
-def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(make: Make) -> None:
-    experiment = make(first=True)
+def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(planted: Make) -> None:
+    experiment = planted(first=True)
     experiment.pipeline.execute(STAGES)
     printed = outcome.write(experiment, [])
     truth, judged, true = experiment.truth, [], []
@@ -247,18 +115,22 @@ def test_two_judges_are_not_said_to_agree_on_an_answer_against_itself(make: Make
     assert f"{itself} left out, of an answer with itself" in words
 
 
-def test_a_judge_without_a_verdict_agrees_with_nobody(make: Make) -> None:
-    experiment = make(first=True, judge=Silent())
+def test_a_judge_without_a_verdict_agrees_with_nobody(planted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(comparisons: Sequence[Comparison]) -> list[Judgement]:
+        return [Judgement(0.5, "tie" if one.first == one.second else "unparsed") for one in comparisons]
+
+    experiment = planted(first=True)
+    monkeypatch.setattr(experiment.reward.judge, "compare", silent)
     experiment.pipeline.execute(STAGES)
     words = " ".join(outcome.write(experiment, []).split())
     assert "agree on" not in words
-    assert "nothing is known of their agreement" in words
+    assert "no agreement is known" in words
 
 
-def test_win_rates_resample_the_clusters_of_the_tested_prompts(make: Make) -> None:
+def test_win_rates_resample_the_clusters_of_the_tested_prompts(planted: Make) -> None:
     """Ten conversations of three prompts each: half the width of an interval is t times the error of ten means."""
     of_prompt = {f"t-{n:03d}": f"tree {n % 10}" for n in range(100, 130)}
-    experiment = make(clusters=of_prompt)
+    experiment = planted(clusters=of_prompt)
     experiment.pipeline.execute(STAGES)
     outcome.write(experiment, [])
     base = np.array([np.mean([won(answer) for answer in own]) for own in answers(experiment)])

@@ -32,11 +32,11 @@ def test_what_is_of_no_use_is_counted_by_its_reason(found: Any, reason: str) -> 
     pairs = collect("set", [Found(ASK, "good", "bad"), found], {})
     assert [(p.chosen, p.rejected) for p in pairs.pairs] == [("good", "bad")]
     assert pairs.dropped == {reason: 1}
-    assert pairs.dropped_words() == f"Dropped: {reason} 1."
+    assert pairs.summary().endswith(f" Dropped: {reason} 1.")
 
 
 def test_a_set_without_a_pair_is_a_sentence_with_the_counts() -> None:
-    with pytest.raises(ValueError, match=r"set has no pair that can be used\. Dropped: low_ratio 2\."):
+    with pytest.raises(ValueError, match="low_ratio 2"):
         collect("set", ["low_ratio", "low_ratio"], {})
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
+from qprobe.run.pools import Pool, Split
 from qprobe.run.rewards import RecordedReward
-from qprobe.run.stages import Pool, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
 from qprobe_preference.pairs import Found, run_folder
@@ -30,7 +30,7 @@ def run(sampler: HFSampler, tmp_path: Path) -> Path:
     prompts = [Prompt(key, text=f"def {key}():") for key in "abcd"] + [Prompt("e", messages=ASK, opening="def e")]
     pool = Pool(tmp_path, Split("tasks", prompts, {}, TEXTS), "sample", sampler, 0, batch_rows=6)
     stages.sample(pool, progress=False)
-    stages.reward(pool, RecordedReward(REWARDS), progress=False)
+    rewarding.reward(pool, RecordedReward(REWARDS), progress=False)
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_what_passes_is_a_setting(run: Path, sampler: HFSampler) -> None:
 
 def test_what_is_not_there_is_a_sentence(run: Path, sampler: HFSampler) -> None:
     render = lambda p: sampler.render(p)[0]  # noqa: E731
-    with pytest.raises(ValueError, match=r"completions has no folder tasks\.other: it has tasks\.sample"):
+    with pytest.raises(ValueError, match=r"tasks\.other"):
         list(run_folder.pairs(run, "tasks.other", render))
     with pytest.raises(ValueError, match=r"has no folder judge: it has imported"):
         list(run_folder.pairs(run, "tasks.sample", render, reward="judge"))

@@ -56,11 +56,11 @@ def test_shared_prompts_leave_the_training_pairs_with_their_clusters_and_are_cou
 
 
 def test_sides_without_a_pair_are_sentences() -> None:
-    with pytest.raises(ValueError, match=r"test_share is 0\.5: of the 1 prompts of set one side gets none"):
+    with pytest.raises(ValueError, match="test_share"):
         split.train_and_test(pairs_of([(0, 0), (0, 0)]), 0.5)
-    with pytest.raises(ValueError, match="Every prompt of set is among those of set"):
+    with pytest.raises(ValueError, match="nothing is left to train on"):
         split.without_shared(pairs_of([(0, 0)]), pairs_of([(0, 0)]))
-    with pytest.raises(ValueError, match=r"share of set is 1\.5"):
+    with pytest.raises(ValueError, match="train_share"):
         split.share_of(pairs_of([(0, 0)]), 1.5)
 
 
@@ -97,7 +97,7 @@ def test_a_dialogue_never_lies_on_both_sides_with_its_later_turns() -> None:
         longer = f"{start} Well.\n\nHuman: And then?\n\nAssistant:"
         rows += [Row("", {"chosen": f"{text} yes", "rejected": f"{text} no"}) for text in (start, longer)]
     pairs = collect("hh", hh.pairs(rows), {})
-    assert pairs.counted_words() == "60 pairs of 60 prompts, which make 30 clusters."
+    assert pairs.summary() == "60 pairs of 60 prompts, which make 30 clusters. None was dropped."
     train, test = split.train_and_test(pairs, 0.5, seed=0)
     sides = [{pair.prompt[0]["content"] for pair in side.pairs} for side in (train, test)]  # type: ignore[index]
     assert [len(side) for side in sides] == [15, 15]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from scipy import stats
 
 import qprobe_preference.__main__ as command
@@ -29,27 +29,28 @@ WORDS = (
 )
 
 
-def lot(*parts: object) -> int:
+def drawn(*parts: object) -> int:
     return int(hashlib.sha256(repr(parts).encode()).hexdigest(), 16)
 
 
 @pytest.mark.parametrize("word", ["layer=best", "compare.layers=[1,2]"])
 def test_the_accuracy_on_pairs_is_how_often_the_larger_signal_was_chosen(
     word: str,
+    composed: Callable[..., dict[str, Any]],
     fakes: ModuleType,
     tiny_model: ModelSpec,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Thirty prompts with one to five pairs; four labels in five follow the numbers, equal numbers are told by nobody."""
+    """Thirty prompts with one to five pairs; four labels in five follow the numbers, nothing tells equal numbers apart."""
     monkeypatch.setitem(composition.SAMPLERS, "hf", fakes.PlantedSampler)
     monkeypatch.setitem(composition.EMBEDDERS, "hf", fakes.PlantedEmbedder)
     rows, right, prompts = [], [], []
     for prompt in range(30):
         for pair in range(1 + prompt % 5):
-            high, low = sorted((lot(prompt, pair, side) % 90 + 10 for side in range(2)), reverse=True)
-            follows = lot("label", prompt, pair) % 5 > 0
+            high, low = sorted((drawn(prompt, pair, side) % 90 + 10 for side in range(2)), reverse=True)
+            follows = drawn("label", prompt, pair) % 5 > 0
             chosen, rejected = (high, low) if follows else (low, high)
             tied = pair == 3
             rows.append(
@@ -64,11 +65,9 @@ def test_the_accuracy_on_pairs_is_how_often_the_larger_signal_was_chosen(
             prompts.append(prompt)
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with initialize_config_module("qprobe_preference.conf", version_base="1.3"):
-        words = [*WORDS, word, f"dataset.path={path}", f"model.name={tiny_model.name}", f"paths.runs={tmp_path}"]
-        config = OmegaConf.to_container(compose("config", words), resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    command.run({str(key): value for key, value in config.items()})
+    command.run(
+        composed(*WORDS, word, f"dataset.path={path}", f"model.name={tiny_model.name}", f"paths.runs={tmp_path}")
+    )
     printed = capsys.readouterr().out
     accuracy = np.mean(right)
     assert 0.6 < accuracy < 0.95

@@ -3,10 +3,10 @@
 import numpy as np
 
 from qprobe.probe.metrics import best_of_k
-from qprobe.run.stages import RewardBatch
+from qprobe.run.pools import RewardBatch
 from qprobe_preference.pairs import Found, PairSet
 from qprobe_preference.pairs.base import collect
-from qprobe_preference.splits import PairLabel, first_pairs, pairs_split, prompts_split
+from qprobe_preference.splits import PairLabel, pairs_split, prompts_split
 
 TALK = ({"role": "user", "content": "Why?"},)
 
@@ -49,5 +49,3 @@ def test_a_policy_is_asked_every_prompt_once() -> None:
     assert [p.task_id for p in split.prompts] == ["000000.000", "000001.000"]
     assert split.recorded is None
     assert split.reward is None
-    assert [p.chosen for p in first_pairs(pairs())] == ["a", "c"]
-    assert len(prompts_split(pairs(), "chat", limit=1).prompts) == 1

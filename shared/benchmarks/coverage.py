@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from qprobe.probe.metrics import tails
+from qprobe.probe.intervals import tails
 
 DRAWS = 1500
 KINDS = ("rates", "gains", "sparse gains", "one choice", "wins of clusters")

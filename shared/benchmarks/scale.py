@@ -30,12 +30,12 @@ import numpy as np
 import pyarrow as pa
 
 from qprobe import store
-from qprobe.evaluation.measure import EvaluationSettings
+from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.training import TrainingSettings
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 
 PROMPTS = {"train": 464, "mbpp": 500, "humaneval": 164}
 SAMPLES = 200

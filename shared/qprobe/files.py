@@ -56,7 +56,7 @@ def read_unpacked(path: Path) -> bytes:
         raise FileNotFoundError(f"There is no file {path}{' but a folder' if path.is_dir() else ''}: check the name.")
     else:
         raw = path.read_bytes()
-    for kind, (start, unpack) in PACKED.items():
+    for kind, (start, unpack) in _PACKED.items():
         if raw.startswith(start):
             try:
                 return unpack(raw)
@@ -89,7 +89,7 @@ def _unzstd(raw: bytes) -> bytes:
 
 
 # How packed files begin.
-PACKED: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+_PACKED: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     "gzip": (b"\x1f\x8b", gzip.decompress),
     "bzip2": (b"BZh", bz2.decompress),
     "Zstandard": (b"\x28\xb5\x2f\xfd", _unzstd),

@@ -21,7 +21,7 @@ class Prompt:
             assistant's own, they are the beginning of the answer, which is continued: they become the `opening`, where none is
             given.
         text: plain text, continued as it stands.
-        opening: the beginning of the answer, put into the model's mouth (conversations only).
+        opening: the beginning of the answer, which the model continues (conversations only).
     """
 
     task_id: str

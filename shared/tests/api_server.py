@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
@@ -68,10 +69,9 @@ class Server:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                headers = {name.lower(): value for name, value in self.headers.items()}
                 with owner._lock:
-                    owner.requests.append(
-                        (self.path, {name.lower(): value for name, value in self.headers.items()}, body)
-                    )
+                    owner.requests.append((self.path, headers, body))
                     fault = owner.faults.popleft() if owner.faults else owner.always
                     owner.busy += 1
                     owner.busiest = max(owner.busy, owner.busiest)
@@ -140,6 +140,11 @@ class Server:
         values = {"model": MODEL, "base_url": self.url, "timeout": 20.0, "concurrency": 4, "retries": 3}
         return ApiSettings(**values | changes)
 
+    def divided(self, changes: Json) -> tuple[ApiSettings, Json]:
+        """Settings of the API with those changes that are its own, and the other changes."""
+        own = {name: value for name, value in changes.items() if name in ApiSettings.__dataclass_fields__}
+        return self.settings(**own), {name: value for name, value in changes.items() if name not in own}
+
     def answer(self, path: str, body: Json) -> Json:
         if body["model"] != MODEL:
             raise Refusal(404, f"The model `{body['model']}` does not exist", code="model_not_found")
@@ -200,7 +205,7 @@ class Server:
         with torch.inference_mode():
             scores = language_model.model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
         values = [float(scores[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]
-        byte_of = {c: b for b, c in _byte_letters().items()}
+        byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
         special = {1: list(b"<eos>"), 0: [], 2: [], 3: [], 4: []}  # only the end is spelled: it stands behind the text
         letters = language_model.tokenizer.convert_ids_to_tokens
         spelled = [special[i] if i in special else [byte_of[c] for c in letters(i)] for i in ids]
@@ -224,10 +229,3 @@ class Server:
             values = values[:, : body["dimensions"]]
         data = [{"index": i, "embedding": row.tolist()} for i, row in enumerate(values)]
         return {"model": MODEL, "data": data[::-1], "usage": {"prompt_tokens": sum(map(len, rows))}}
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letter that byte-level tokenizers write for every byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from qprobe import baselines
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, RewardBatch, RewardRow, Split
+from qprobe.run.pools import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import Completion, SamplingSettings
 
 WIDTH = 6
@@ -213,16 +213,16 @@ class Reward:
 
 
 class Ranker(baselines.Ranker):
-    """Scores a candidate by its goodness times what it learnt, the best reward of the lessons. Learning may fail half-way."""
+    """Scores a candidate by its goodness times what it was trained to, the best reward. Training may fail half-way."""
 
     name = "goodness"
     method = "Goodness"
 
-    def __init__(self, *, learns: bool = True, fails: bool = False, seconds: float = 0.0) -> None:
-        self.learns = learns
+    def __init__(self, *, trains: bool = True, fails: bool = False, seconds: float = 0.0) -> None:
+        self.trains = trains
         self.fails = fails
         self.seconds = seconds
-        self.learnt = 0
+        self.trained = 0
         self.checked = 0
         self.calls: list[int] = []  # prompts in each batch
 
@@ -232,16 +232,16 @@ class Ranker(baselines.Ranker):
     def check(self) -> None:
         self.checked += 1
 
-    def learn(self, lessons: baselines.Lessons, folder: Path) -> None:
-        self.learnt += 1
-        (folder / "weight").write_text(str(max(lesson.reward for lesson in lessons.read())))
+    def train(self, data: baselines.TrainingData, folder: Path) -> None:
+        self.trained += 1
+        (folder / "weight").write_text(str(max(row.reward for row in data.read())))
         if self.fails:
             raise RuntimeError("out of memory")
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
     ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
-        weight = float((folder / "weight").read_text()) if self.learns else 1.0
+        weight = float((folder / "weight").read_text()) if self.trains else 1.0
         for batch in batches:
             self.calls.append(len(batch.keys))
             time.sleep(self.seconds)

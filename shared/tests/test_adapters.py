@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,27 +96,12 @@ def test_a_gguf_file_takes_an_adapter(tmp_path: Path) -> None:
         assert torch.allclose(found, adapted(ids).logits, atol=1e-2)
 
 
-def _bin_only(folder: Path) -> None:
-    (folder / adapters.WEIGHTS_FILE).rename(folder / "adapter_model.bin")
-
-
 def _other_kind(folder: Path) -> None:
     path = folder / adapters.CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "PROMPT_TUNING"}))
 
 
-def _cut(folder: Path) -> None:
-    path = folder / adapters.WEIGHTS_FILE
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def _no_json(folder: Path) -> None:
-    (folder / adapters.CONFIG_FILE).write_text("{")
-
-
-def _other_base(folder: Path) -> None:
-    base = {"name": "another", "revision": None, "content": "0123"}
-    adapters.write_base(folder, base, {})
+ANOTHER = {"name": "another", "revision": None, "content": "0123"}
 
 
 def _renamed(folder: Path) -> None:
@@ -126,23 +112,23 @@ def _renamed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("harm", "word"),
     [
-        (lambda folder: (folder / adapters.CONFIG_FILE).unlink(), "no folder with an adapter_config.json is there"),
-        (_bin_only, r"has no adapter_model.safetensors \(a .bin file can hide a program"),
-        (_other_kind, "is of the kind PROMPT_TUNING: only LoRA can be merged"),
-        (_cut, "does not fit the model"),
-        (_no_json, "is no JSON"),
-        (_other_base, "was trained on the model 'another', not on"),
-        (_renamed, "of its weights have no counterpart"),
+        (lambda folder: (folder / adapters.CONFIG_FILE).unlink(), "adapter_config"),
+        (lambda folder: (folder / adapters.WEIGHTS_FILE).rename(folder / "adapter_model.bin"), "bin file"),
+        (_other_kind, "PROMPT_TUNING"),
+        (lambda folder: os.truncate(folder / adapters.WEIGHTS_FILE, 100), "fit"),
+        (lambda folder: (folder / adapters.CONFIG_FILE).write_text("{"), "JSON"),
+        (lambda folder: adapters.write_base(folder, ANOTHER, {}), "another"),
+        (_renamed, "counterpart"),
     ],
 )
 def test_what_is_no_adapter_of_the_model_is_a_sentence(
-    tiny_model: ModelSpec, tmp_path: Path, harm: Callable[[Path], None], message: str
+    tiny_model: ModelSpec, tmp_path: Path, harm: Callable[[Path], None], word: str
 ) -> None:
     make_adapter(tiny_model, tmp_path / "a")
     harm(tmp_path / "a")
-    with pytest.raises((OSError, ValueError), match=message) as raised:
+    with pytest.raises((OSError, ValueError), match=word) as raised:
         models.load(with_adapter(tiny_model, tmp_path / "a"))
     assert "\n" not in str(raised.value)
 
@@ -151,7 +137,7 @@ def test_an_adapter_of_a_wider_model_is_a_sentence(
     tiny_model: ModelSpec, make_model: Callable[..., ModelSpec], tmp_path: Path
 ) -> None:
     make_adapter(make_model(hidden_size=64), tmp_path / "a")
-    with pytest.raises(ValueError, match="does not fit the model") as raised:
+    with pytest.raises(ValueError, match="fit") as raised:
         models.load(with_adapter(tiny_model, tmp_path / "a"))
     assert "\n" not in str(raised.value)
 
@@ -161,5 +147,5 @@ def test_a_missing_package_is_a_sentence(
 ) -> None:
     make_adapter(tiny_model, tmp_path / "a")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=r"install it with `pip install 'qprobe\[lora\]'`"):
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
         models.load(with_adapter(tiny_model, tmp_path / "a"))

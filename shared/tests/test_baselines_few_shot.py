@@ -1,4 +1,4 @@
-"""Few-shot on successes: which are shown, how they are put, and how many there is room for."""
+"""Few-shot on successes: which are shown, how they are put, and how many a prompt can have."""
 
 import dataclasses
 from pathlib import Path
@@ -6,38 +6,38 @@ from types import ModuleType
 
 import pytest
 
-from qprobe.baselines.base import Lesson
+from qprobe.baselines.base import TrainingRow
 from qprobe.baselines.few_shot import FewShot, FewShotSettings, Shot, successes, with_shots
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 
 
-def lesson(task: str, completion: str, reward: float) -> Lesson:
-    return Lesson(Prompt(task, text=f"{task}: "), f"{task}: ", [1], completion, None, reward)
+def row(task: str, completion: str, reward: float) -> TrainingRow:
+    return TrainingRow(Prompt(task, text=f"{task}: "), f"{task}: ", [1], completion, None, reward)
 
 
 def test_the_prompts_that_earned_most_are_shown_with_their_best_completion() -> None:
     rewards = {"a": [0.0, 0.5], "b": [1.0, 0.0], "c": [0.2, 0.9], "d": [0.1, 0.1]}
-    lessons = [lesson(task, f"{task}{n}", r) for task, row in rewards.items() for n, r in enumerate(row)]
-    chosen = successes(lessons, FewShotSettings(shots=2, success=0.5))
+    rows = [row(task, f"{task}{n}", r) for task, own in rewards.items() for n, r in enumerate(own)]
+    chosen = successes(rows, FewShotSettings(shots=2, success=0.5))
     assert [shot.completion for shot in chosen] == ["b0", "c1"]
 
 
-def test_among_equals_a_seeded_lot_decides() -> None:
-    lessons = [lesson(f"t{task}", f"{sample}", 1.0) for task in range(30) for sample in range(4)]
-    first = successes(lessons, FewShotSettings(shots=5, seed=1))
-    assert first == successes(lessons, FewShotSettings(shots=5, seed=1))
-    assert first != successes(lessons, FewShotSettings(shots=5, seed=2))
+def test_among_equals_the_seed_decides() -> None:
+    rows = [row(f"t{task}", f"{sample}", 1.0) for task in range(30) for sample in range(4)]
+    first = successes(rows, FewShotSettings(shots=5, seed=1))
+    assert first == successes(rows, FewShotSettings(shots=5, seed=1))
+    assert first != successes(rows, FewShotSettings(shots=5, seed=2))
     assert len({shot.prompt.task_id for shot in first}) == 5
-    assert len({shot.completion for shot in successes(lessons, FewShotSettings(shots=30))}) == 4
+    assert len({shot.completion for shot in successes(rows, FewShotSettings(shots=30))}) == 4
 
 
-def test_too_few_successes_are_said_and_none_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(successes([lesson("a", "x", 1.0), lesson("b", "y", 0.0)], FewShotSettings())) == 1
-    assert "only 1 training prompts have a success" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="There is no success to show: none of 1 training completions earned 1"):
-        successes([lesson("a", "x", 0.5)], FewShotSettings())
-    with pytest.raises(ValueError, match="shots is 0: at least 1"):
+def test_too_few_successes_are_said_and_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(successes([row("a", "x", 1.0), row("b", "y", 0.0)], FewShotSettings())) == 1
+    assert "only 1 training prompts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no success"):
+        successes([row("a", "x", 0.5)], FewShotSettings())
+    with pytest.raises(ValueError, match="shots"):
         FewShotSettings(shots=0)
 
 
@@ -67,20 +67,19 @@ def test_a_conversation_is_preceded_by_turns_whose_fences_are_closed() -> None:
     assert put.opening == "```python\n"
 
 
-def test_a_prompt_without_room_gets_fewer_shots(
+def test_a_prompt_that_would_be_too_long_gets_fewer_shots(
     fakes: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     greedy = fakes.Sampler(1, temperature=0.0)
     shots = [Shot(Prompt("t-900", text="task 900: "), f"answer {n}") for n in (10, 20)]
     # "task 900: answer 10", an empty line, the other block, an empty line, "task 000: "
-    for room, count in ((52, 2), (51, 1), (31, 1), (30, 0)):
-        few = FewShot(greedy, FewShotSettings(shots=2), lambda room=room: room)
+    for longest, count in ((52, 2), (51, 1), (31, 1), (30, 0)):
+        few = FewShot(greedy, FewShotSettings(shots=2), lambda longest=longest: longest)
         pool = few._split(fakes.split("test", 1), shots)
-        assert pool.prompts[0].text.count("answer") == count, room
-        assert ("room for fewer shots" in capsys.readouterr().out) == (count < 2)
-    assert (
-        "answer 20" in FewShot(greedy, FewShotSettings(), lambda: 40)._split(fakes.split("t", 1), shots).prompts[0].text
-    )
+        assert pool.prompts[0].text.count("answer") == count, longest
+        assert ("fewer shots" in capsys.readouterr().out) == (count < 2)
+    few = FewShot(greedy, FewShotSettings(), lambda: 40)
+    assert "answer 20" in few._split(fakes.split("t", 1), shots).prompts[0].text
 
 
 def test_its_pool_asks_other_prompts_under_the_same_names(fakes: ModuleType, tmp_path: Path) -> None:

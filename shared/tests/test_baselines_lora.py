@@ -1,4 +1,4 @@
-"""Adapters are trained as written: losses by hand, toy tasks learnt, a killed training goes on as if it had not been."""
+"""Adapters are trained as written: losses by hand, toy tasks, a killed training goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from qprobe import models
-from qprobe.baselines import lora, objectives
-from qprobe.baselines.finetune_rm import RewardModel
-from qprobe.baselines.lora import LoRASettings, fine_tune, train_reward_model
+from qprobe.baselines import objectives
+from qprobe.baselines.finetune_rm import RewardModel, train_reward_model
+from qprobe.baselines.lora import LoRASettings, Training
 from qprobe.baselines.objectives import Example
+from qprobe.baselines.sft import fine_tune
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 
@@ -59,7 +61,7 @@ def test_the_loss_of_a_reward_model_begins_at_the_mean_of_the_rewards(
     assert trained.train_loss == pytest.approx([-mean * math.log(mean) - (1 - mean) * math.log(1 - mean)], abs=1e-6)
 
 
-def test_what_was_taught_becomes_likelier_than_what_was_not(
+def test_what_was_trained_on_becomes_likelier_than_what_was_not(
     tiny_model: ModelSpec, random_ids: Ids, tmp_path: Path
 ) -> None:
     prompts = random_ids([4] * 8, seed=3)
@@ -89,11 +91,7 @@ def test_a_reward_model_tells_unseen_completions_apart(tiny_model: ModelSpec, ra
     )
     assert all(len(scores) == 2 for scores in found)  # an empty one is judged too
     scores = [of_prompt[0] for of_prompt in found]
-    better = [
-        [s for s, row in zip(scores, rows[40:], strict=True) if bool(row.target) == kind] for kind in (True, False)
-    ]
-    right = [a > b for a in better[0] for b in better[1]]
-    assert sum(right) > 0.9 * len(right)
+    assert roc_auc_score([row.target for row in rows[40:]], scores) > 0.9
 
 
 def test_the_logit_is_that_of_the_last_token_whatever_the_padding(
@@ -134,7 +132,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert len(straight.held_out_loss) == len(straight.train_loss) >= 2
     assert straight.kept_epoch == 1 + straight.held_out_loss.index(min(straight.held_out_loss))
 
-    made, step = 0, lora._Training._step
+    made, step = 0, Training._step
 
     def killed(self: Any, *arguments: Any) -> float:
         nonlocal made
@@ -143,11 +141,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(lora._Training, "_step", killed)
+    monkeypatch.setattr(Training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train_reward_model(tiny_model, rows, settings, tmp_path / "killed", seed=4, progress=False)
     assert not (tmp_path / "killed").exists()
-    monkeypatch.setattr(lora._Training, "_step", step)
+    monkeypatch.setattr(Training, "_step", step)
     torch.rand(3)  # the process's own random numbers play no part
     again = train_reward_model(tiny_model, rows, settings, tmp_path / "killed", seed=4, progress=False)
     assert dataclasses.replace(again, folder=straight.folder) == straight
@@ -164,14 +162,14 @@ def test_a_finished_adapter_is_found_again_and_never_mistaken(
     trained = fine_tune(tiny_model, rows, QUICK, tmp_path / "adapter", progress=False)
     monkeypatch.setattr(models.load, "__wrapped__", lambda spec: pytest.fail("trained again"))
     assert fine_tune(tiny_model, rows, QUICK, tmp_path / "adapter", progress=False) == trained
-    with pytest.raises(ValueError, match="made from other completions, settings or another model"):
+    with pytest.raises(ValueError, match="other completions"):
         fine_tune(tiny_model, rows[:3], QUICK, tmp_path / "adapter", progress=False)
 
 
 def test_easy_prompts_are_capped_and_drawn_anew(tiny_model: ModelSpec, tmp_path: Path) -> None:
     rows = [Example("easy", [9], [i]) for i in range(20, 40)] + [Example("hard", [8], [50])]
     settings = dataclasses.replace(QUICK, per_prompt=3)
-    training = lora._Training(tiny_model, rows, settings, tmp_path / "x", 0, False, 0)
+    training = Training(tiny_model, rows, settings, tmp_path / "x")
     epochs = [training._of_epoch(rows, epoch) for epoch in (1, 2, 1)]
     assert [sum(row.prompt == "easy" for row in epoch) for epoch in epochs] == [3, 3, 3]
     assert all(sum(row.prompt == "hard" for row in epoch) == 1 for epoch in epochs)
@@ -188,33 +186,34 @@ def test_what_is_left_out_is_counted(tiny_model: ModelSpec, random_ids: Ids, tmp
     assert said["base"] == tiny_model.identity()
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        ((), "rewards of the training completions are missing"),
-        ((0.0, 0.0), "nothing to tell apart: the rewards of the training completions are all 0"),
-        ((0.0, 2.0), "rewards from 0 to 1, and there is one of 2.0"),
-    ],
-)
-def test_rewards_that_teach_nothing_are_a_sentence(
-    tiny_model: ModelSpec, tmp_path: Path, targets: Sequence[float], message: str
+@pytest.mark.parametrize(("targets", "word"), [((), "missing"), ((0.0, 0.0), "all 0"), ((0.0, 2.0), "2.0")])
+def test_rewards_that_nothing_can_be_trained_on(
+    tiny_model: ModelSpec, tmp_path: Path, targets: Sequence[float], word: str
 ) -> None:
     rows = [Example(str(i), [5], [6], target=target) for i, target in enumerate(targets)]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=word):
         train_reward_model(tiny_model, rows, QUICK, tmp_path / "rm", progress=False)
 
 
-def test_no_success_and_nothing_short_enough_are_sentences(tiny_model: ModelSpec, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no successes to learn from"):
-        fine_tune(tiny_model, [Example("a", [5], [])], QUICK, tmp_path / "x", progress=False)
-    row, short = Example("a", [5, 6], [7, 8]), dataclasses.replace(QUICK, max_tokens=4)
-    with pytest.raises(ValueError, match="All 1 completions to learn from are longer than 4 tokens"):
-        fine_tune(tiny_model, [row], short, tmp_path / "x", progress=False)
-    nowhere = dataclasses.replace(QUICK, target_modules=("nowhere",))
-    with pytest.raises(ValueError, match=r"target_modules \['nowhere'\] cannot be adapted"):
-        fine_tune(tiny_model, [row], nowhere, tmp_path / "x", progress=False)
-    with pytest.raises(ValueError, match="rank is 0"):
-        LoRASettings(rank=0)
+@pytest.mark.parametrize(
+    ("example", "changes", "word"),
+    [
+        (Example("a", [5], []), {}, "successes"),
+        (Example("a", [5, 6], [7, 8]), {"max_tokens": 4}, "max_tokens"),
+        (Example("a", [5, 6], [7, 8]), {"target_modules": ("nowhere",)}, "target_modules"),
+    ],
+)
+def test_what_cannot_be_trained(
+    tiny_model: ModelSpec, tmp_path: Path, example: Example, changes: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ValueError, match=word):
+        fine_tune(tiny_model, [example], dataclasses.replace(QUICK, **changes), tmp_path / "x", progress=False)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", 0.0), ("dropout", 1.0), ("held_out", -0.1)])
+def test_settings_that_cannot_be_name_their_key(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=key):
+        LoRASettings(**{key: value})  # type: ignore[arg-type]
 
 
 def test_too_little_memory_halves_the_rows_at_once(
@@ -236,7 +235,7 @@ def test_too_little_memory_halves_the_rows_at_once(
 
     monkeypatch.setattr(objectives.Imitation, "loss", short)
     halved = fine_tune(tiny_model, rows, settings, tmp_path / "halved", progress=False)
-    assert "ran out of memory on cpu; going on with 4 or fewer" in capsys.readouterr().out
+    assert "ran out of memory on cpu" in capsys.readouterr().out
     one, two = _weights(whole.folder), _weights(halved.folder)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     monkeypatch.undo()
@@ -248,5 +247,5 @@ def test_too_little_memory_halves_the_rows_at_once(
     assert any(not torch.equal(one[name], three[name]) for name in one)
     fits = 0
     monkeypatch.setattr(objectives.Imitation, "loss", short)
-    with pytest.raises(RuntimeError, match=r"a single row with a prompt of .* does not fit the memory of cpu"):
+    with pytest.raises(RuntimeError, match="single row"):
         fine_tune(tiny_model, rows, settings, tmp_path / "none", progress=False)

@@ -10,7 +10,7 @@ from qprobe import models
 from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, RewardBatch, Split
+from qprobe.run.pools import Pool, RewardBatch, Split
 
 TEMPLATE = "Q: {problem}\nA: {candidate}\nRight?"
 PROMPTS = [Prompt("a", text="2 + 2 = "), Prompt("b", messages=({"role": "user", "content": "Sum?"},), opening="```\nx")]
@@ -43,7 +43,7 @@ def score(judge: PromptRM, fakes: ModuleType, folder: Path) -> list[float]:
 
 
 def test_scores_are_those_of_a_plain_forward_pass(tiny_model: ModelSpec, fakes: ModuleType, tmp_path: Path) -> None:
-    judge = PromptRM(tiny_model, PromptRMSettings(TEMPLATE, "Yes", "Not so"))
+    judge = PromptRM(tiny_model, PromptRMSettings(TEMPLATE, good="Yes", bad="Not so"))
     put = [f"<|bos|><|user|>{text}<|end|>\n<|assistant|>\n" for text in ASKED]
     expected = [plain(tiny_model, text, "Yes") - plain(tiny_model, text, "Not so") for text in put]
     assert score(judge, fakes, tmp_path) == pytest.approx(expected, abs=1e-4)
@@ -68,22 +68,20 @@ def test_a_problem_that_is_too_long_is_cut_from_its_beginning_and_a_candidate_ne
     text = tokenizer.tokenizer.decode(ids)
     assert "line 99\n\nA: the candidate\nRight?" in text
     assert "line 0\n" not in text
-    with pytest.raises(
-        ValueError, match=r"A candidate of a makes a prompt of \d+ tokens .* which reads 192: name a judge"
-    ):
+    with pytest.raises(ValueError, match="reads 192"):
         judge.ask(Prompt("a", text="?"), "long " * 100)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "word"),
     [
-        ({"template": "no places"}, r"template must hold \{problem\} and then \{candidate\}"),
-        ({"template": "{candidate} {problem}"}, "must hold"),
-        ({"template": "{problem} {candidate} {candidate}"}, "must hold"),
-        ({"bad": "Yes"}, "give two that differ"),
-        ({"good": " "}, "neither empty"),
+        ({"template": "no places"}, "template"),
+        ({"template": "{candidate} {problem}"}, "template"),
+        ({"template": "{problem} {candidate} {candidate}"}, "template"),
+        ({"bad": "Yes"}, "differ"),
+        ({"good": " "}, "empty"),
     ],
 )
-def test_what_cannot_be_asked_is_a_sentence(changes: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_asked(changes: dict[str, str], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         PromptRMSettings(**{"template": TEMPLATE, **changes})

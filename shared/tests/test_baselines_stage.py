@@ -1,4 +1,4 @@
-"""The baselines of a pipeline on fakes: rows, what is learnt once, what is refused, and what changes nothing."""
+"""The baselines of a pipeline on fakes: rows, what is trained once, what is refused, and what changes nothing."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.inspection import inspect
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 from qprobe.report.results import Results, Row
 from qprobe.store.table import StoreError
@@ -26,7 +27,7 @@ Make = Callable[..., Pipeline]
 
 @pytest.fixture
 def make(fakes: ModuleType, tmp_path: Path) -> Make:
-    """Pipelines over one run folder: 12 prompts to learn from, 8 to be tested on, 4 samples each, both sorts of baseline."""
+    """Pipelines over one run folder: 12 prompts to train on, 8 to be tested on, 4 samples each, both sorts of baseline."""
 
     def made(**changes: Any) -> Pipeline:
         greedy = fakes.Sampler(1, temperature=0.0)
@@ -63,9 +64,12 @@ def files(run: Path, *kinds: str) -> dict[Path, tuple[int, bytes]]:
     }
 
 
-def test_rivals_stand_beside_greedy_and_rankers_among_the_controls(make: Make, fakes: ModuleType) -> None:
+def test_rivals_follow_greedy_and_rankers_are_among_the_controls(make: Make, fakes: ModuleType) -> None:
     pipeline = make()
     pipeline.execute(WORK)
+    remarks = {state.path: state.remark for state in inspect(pipeline.run)}
+    assert remarks["rewards/test.sample/goodness"] == "a baseline's scores"
+    assert remarks["rewards/test.few_shot/passes"].startswith("mean reward")
     table = rows(pipeline)
     assert list(table) == [
         *("pass@1", "greedy", FEW_SHOT, "longest (tokens)", "shortest (tokens)", GOODNESS),
@@ -90,23 +94,13 @@ def test_rivals_stand_beside_greedy_and_rankers_among_the_controls(make: Make, f
             assert int(task.removeprefix("task ")) < 12
 
 
-def test_inspect_calls_scores_no_rewards(make: Make) -> None:
-    pipeline = make()
-    pipeline.execute(WORK)
-    remarks = {state.path: state.remark for state in inspect(pipeline.run)}
-    assert remarks["rewards/test.sample/goodness"] == "a baseline's scores"
-    assert remarks["rewards/test.few_shot/passes"].startswith("mean reward")
-
-
 def test_what_was_not_run_is_a_row_that_says_so_until_it_is_run(make: Make) -> None:
     make().execute([name for name in WORK if name != "baselines"])
     assert rows(make())[FEW_SHOT] == Row(method=FEW_SHOT)
     assert rows(make())[GOODNESS].value is None
     later = make()
     later.execute(["baselines"])
-    with pytest.raises(
-        FileNotFoundError, match="made with other settings or other tables: run the stage evaluate first"
-    ):
+    with pytest.raises(FileNotFoundError, match="evaluate"):
         results(later)
     later.execute(["evaluate"])
     assert rows(later)[FEW_SHOT].value is not None
@@ -134,7 +128,7 @@ def test_probes_and_their_rows_are_the_same_with_and_without_baselines(make: Mak
     assert probes == {path.relative_to(full.run): content for path, (_, content) in files(full.run, "probes").items()}
 
 
-def test_a_second_run_learns_draws_and_scores_nothing(make: Make, fakes: ModuleType) -> None:
+def test_a_second_run_trains_draws_and_scores_nothing(make: Make, fakes: ModuleType) -> None:
     make().execute(WORK)
     run = make().run
     before = files(run, "baselines", "prompts", "completions", "rewards", "results")
@@ -143,7 +137,7 @@ def test_a_second_run_learns_draws_and_scores_nothing(make: Make, fakes: ModuleT
     few, ranker = again.baselines
     assert isinstance(few, FewShot)
     assert isinstance(ranker, fakes.Ranker)
-    assert (ranker.learnt, ranker.calls, ranker.checked) == (0, [], 1)  # type: ignore[attr-defined]
+    assert (ranker.trained, ranker.calls, ranker.checked) == (0, [], 1)  # type: ignore[attr-defined]
     assert few.sampler.calls == []  # type: ignore[attr-defined]
     assert files(run, "baselines", "prompts", "completions", "rewards", "results") == before
 
@@ -156,44 +150,40 @@ def test_a_killed_baseline_goes_on_where_it_was(make: Make, fakes: ModuleType, t
     torn = make(baselines=[few, fakes.Ranker(fails=True)])
     with pytest.raises(RuntimeError, match="out of memory"):
         torn.execute(WORK)
-    assert (torn.run / "baselines" / "goodness" / "weight").exists()  # and yet it was not learnt
+    assert (torn.run / "baselines" / "goodness" / "weight").exists()  # and yet it was not trained
     done = files(torn.run, "baselines/few_shot", "completions/test.few_shot", "rewards/test.few_shot")
     scoring = make()
     (torn.run / "rewards" / "test.few_shot" / "passes").joinpath("manifest.json").unlink(missing_ok=False)
     for path in (torn.run / "rewards" / "test.few_shot").rglob("part-*"):
         path.unlink()
     scoring.execute(WORK)
-    assert scoring.baselines[1].learnt == 1  # type: ignore[attr-defined]
+    assert scoring.baselines[1].trained == 1  # type: ignore[attr-defined]
     assert results(scoring) == results(whole)
     kept = files(torn.run, "baselines/few_shot", "completions/test.few_shot")
     assert all(done[path] == value for path, value in kept.items())
 
 
-def test_without_a_training_split_only_what_learns_nothing_has_a_row(make: Make, fakes: ModuleType) -> None:
-    with pytest.raises(
-        ValueError, match="The baselines few_shot, goodness learn from a training split and there is none"
-    ):
+def test_without_a_training_split_only_what_is_not_trained_has_a_row(make: Make, fakes: ModuleType) -> None:
+    with pytest.raises(ValueError, match="few_shot, goodness need a training split"):
         make(training_split=None)
-    crossed = make(training_split=None, baselines=[fakes.Ranker(learns=False)])
+    crossed = make(training_split=None, baselines=[fakes.Ranker(trains=False)])
     crossed.execute(WORK)
     assert rows(crossed)[GOODNESS].auc == 1
     assert not (crossed.run / "baselines").exists()
 
 
-def test_what_cannot_be_is_a_sentence(make: Make, fakes: ModuleType) -> None:
-    with pytest.raises(ValueError, match="The baselines are goodness, goodness: name each of them once"):
+def test_what_cannot_be_is_refused(make: Make, fakes: ModuleType) -> None:
+    with pytest.raises(ValueError, match="goodness, goodness"):
         make(baselines=[fakes.Ranker(), fakes.Ranker()])
     make().execute(["sample"])
-    with pytest.raises(
-        StoreError, match=r"The stage reward is missing 48 of 48 rows of training\.sample: run it first"
-    ):
+    with pytest.raises(StoreError, match=r"reward is missing 48 of 48 rows of training\.sample"):
         make().execute(["baselines"])
     next((make().run / "completions" / "test.sample").glob("part-*")).unlink()
-    with pytest.raises(StoreError, match=r"The stage sample is missing \d+ of 32 rows of test\.sample: run it first"):
-        make(baselines=[fakes.Ranker(learns=False)]).execute(["baselines"])
+    with pytest.raises(StoreError, match=r"sample is missing \d+ of 32 rows of test\.sample"):
+        make(baselines=[fakes.Ranker(trains=False)]).execute(["baselines"])
     make().execute(WORK)
     greedy = fakes.Sampler(1, temperature=0.0)
     other = make(baselines=[FewShot(greedy, FewShotSettings(shots=3), lambda: None)])
-    with pytest.raises(StoreError, match=r"baselines/few_shot was made from other inputs .*shots was 2, now 3"):
+    with pytest.raises(StoreError, match="shots was 2, now 3"):
         other.execute(["sample", "baselines"])
     assert other.sampler.calls == []  # type: ignore[attr-defined]

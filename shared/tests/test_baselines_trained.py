@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from qprobe import models
-from qprobe.baselines import Lessons
-from qprobe.baselines.lora import examples_of
+from qprobe.baselines import TrainingData
+from qprobe.baselines.objectives import examples_of
 from qprobe.cli import composition
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
-from qprobe.run.stages import RewardBatch, RewardRow, Split
+from qprobe.run.pools import RewardBatch, RewardRow, Split
 
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
@@ -95,15 +95,15 @@ def test_a_run_has_rows_of_what_was_trained_and_trains_once(
     pipeline = make()
     pipeline.execute(["sample", "reward", "embed", "baselines", "train", "evaluate"])
     said = capsys.readouterr().out
-    assert "SFT on successes: learnt from" in said
-    assert "Finetune RM: learnt from 32 completions of 8 prompts" in said
+    assert "SFT on successes: trained on" in said
+    assert "Finetune RM: trained on 32 completions of 8 prompts" in said
     results = pipeline.results(pipeline.tests[0])
     means = {row.method: row.value for row in results.rows}
     assert all(means[name] is not None for name in ROWS)
 
     # The scores are the head's, of the adapted model's last layer.
     pool = pipeline.test_pools[0]
-    (ranked,) = pipeline._beside().rankings(pool).values()
+    (ranked,) = pipeline.every_baseline().rankings(pool).values()
     assert ranked is not None
     assert ranked.shape == (1, 16)
     folder = tmp_path / "run" / "baselines" / "finetune_rm" / "adapter"
@@ -119,7 +119,7 @@ def test_a_run_has_rows_of_what_was_trained_and_trains_once(
     monkeypatch.setattr(models.load, "__wrapped__", lambda spec: pytest.fail("trained again"))
     again = make()
     again.execute(["sample", "reward", "embed", "baselines", "train", "evaluate"])
-    assert np.array_equal(ranked, next(iter(again._beside().rankings(again.test_pools[0]).values())))
+    assert np.array_equal(ranked, next(iter(again.every_baseline().rankings(again.test_pools[0]).values())))
 
 
 def test_examples_are_the_rows_of_the_tables(make: Make, tiny_model: ModelSpec) -> None:
@@ -127,34 +127,31 @@ def test_examples_are_the_rows_of_the_tables(make: Make, tiny_model: ModelSpec) 
     pipeline.execute(["sample", "reward"])
     pool = pipeline.training_pools[0]
     rows = pool.completions.read(pool.batches).to_pylist()
-    examples = examples_of(Lessons(pool, pipeline.reward), Likelihood(tiny_model))
+    examples = examples_of(TrainingData(pool, pipeline.reward), Likelihood(tiny_model))
     assert [example.completion_ids for example in examples] == [row["token_ids"] for row in rows]
     assert [example.ended for example in examples] == [row["finish_reason"] != "length" for row in rows]
     assert {example.target for example in examples} == {0.0, 1.0}
-    kept = examples_of(Lessons(pool, pipeline.reward), Likelihood(tiny_model), least=1.0)
+    kept = examples_of(TrainingData(pool, pipeline.reward), Likelihood(tiny_model), least=1.0)
     assert kept == [example for example in examples if example.target == 1]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [("[sft]", "no successes to learn from"), ("[finetune_rm]", "the training completions are all 0")],
-)
-def test_a_reward_that_nothing_earns_is_a_sentence(make: Make, names: str, message: str) -> None:
+@pytest.mark.parametrize(("names", "word"), [("[sft]", "successes"), ("[finetune_rm]", "all 0")])
+def test_a_reward_that_nothing_earns_is_said(make: Make, names: str, word: str) -> None:
     pipeline = make(letters="", names=names)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=word):
         pipeline.execute(["sample", "reward", "baselines"])
 
 
 def test_what_cannot_be_trained_is_said_before_any_work(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has the adapter .* already"):
+    with pytest.raises(ValueError, match=r"model\.adapter"):
         make("model.adapter=x").check(["baselines"])
-    with pytest.raises(ValueError, match="an API's model cannot be fine-tuned"):
+    with pytest.raises(ValueError, match=r"sft.*openai"):
         make("sampler=openai", "sampler.api.model=x")
-    with pytest.raises(ValueError, match=r"baselines.sft has no key ranks"):
+    with pytest.raises(ValueError, match="ranks"):
         make("+baselines.sft.ranks=3")
-    # A recording gives back the greedy completions of the model as it was: under the name of another policy they would mislead.
+    # A recording holds greedy completions of the model as it was: under the name of another policy they would mislead.
     (tmp_path / "recording.json").write_text("{}")
     for name in ("sft", "few_shot"):
-        with pytest.raises(ValueError, match=f"a recording holds no answers of {name}"):
+        with pytest.raises(ValueError, match=f"{name}.*recorded"):
             make("sampler=recorded", f"sampler.recording={tmp_path}", names=f"[{name}]")
     assert not (tmp_path / "run").exists()

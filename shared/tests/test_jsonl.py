@@ -53,37 +53,25 @@ OTHER = {"prompt": "other"}
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([OTHER, '{"prompt": "a"'], r"file.jsonl, line 2: this is no JSON \(.*\); write one JSON object a line"),
-        ([OTHER, "", "[1]"], "line 3: this is no JSON object"),
-        ([OTHER, {"text": "a"}], "line 2: it has neither prompt nor messages; give one of them"),
-        ([{"prompt": "a", "messages": []}], "line 1: it has both prompt and messages"),
-        ([{"prompt": 3}], "line 1: prompt is 3; give a text"),
-        ([{"prompt": " \n"}], "line 1: the prompt is empty"),
-        (['{"prompt": "a\\ud800"}'], "line 1: prompt holds half of a character"),
-        ([{"messages": []}], "line 1: messages is no conversation"),
-        ([{"messages": [{"role": "user"}]}], "line 1: messages is no conversation"),
-        ([{"messages": [{"role": "user", "content": 1}]}], "line 1: messages is no conversation"),
-        (
-            [OTHER, {"messages": [{"role": "wizard", "content": "a"}]}],
-            "line 2: the role of a message is 'wizard'; choose from system, developer, user, assistant, tool",
-        ),
-        (
-            [{"messages": [{"role": "usr", "content": "a"}]}],
-            r"line 1: the role of a message is 'usr' \(did you mean user",
-        ),
-        (
-            [{"messages": [{"role": "assistant", "content": "a"}]}],
-            "line 1: the conversation holds the assistant's words",
-        ),
-        ([{"prompt": "a", "task_id": ""}], "line 1: task_id is ''"),
-        ([{"prompt": "a", "task_id": True}], "line 1: task_id is True"),
-        (
-            [OTHER, {"prompt": "a", "task_id": "x"}, {"prompt": "b", "task_id": "x"}],
-            "line 3: the task_id 'x' .* line 2 too",
-        ),
-        ([OTHER, {"prompt": "a"}, {"prompt": "a"}], "line 3: the prompt is that of line 2 again"),
-        ([{"prompt": "a", "completion": "b"}], "line 1: the field 'completion' has the name"),
-        (["", " "], "has no prompts: give one JSON object a line"),
+        ([OTHER, '{"prompt": "a"'], "line 2: .*JSON"),
+        ([OTHER, "", "[1]"], "line 3: .*JSON"),
+        ([OTHER, {"text": "a"}], "line 2: .*neither"),
+        ([{"prompt": "a", "messages": []}], "line 1: .*both"),
+        ([{"prompt": 3}], "line 1: prompt"),
+        ([{"prompt": " \n"}], "line 1: .*empty"),
+        (['{"prompt": "a\\ud800"}'], "line 1: prompt"),
+        ([{"messages": []}], "line 1: messages"),
+        ([{"messages": [{"role": "user"}]}], "line 1: messages"),
+        ([{"messages": [{"role": "user", "content": 1}]}], "line 1: messages"),
+        ([OTHER, {"messages": [{"role": "wizard", "content": "a"}]}], "line 2: .*wizard"),
+        ([{"messages": [{"role": "usr", "content": "a"}]}], "line 1: .*did you mean user"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: .*assistant"),
+        ([{"prompt": "a", "task_id": ""}], "line 1: task_id"),
+        ([{"prompt": "a", "task_id": True}], "line 1: task_id"),
+        ([OTHER, {"prompt": "a", "task_id": "x"}, {"prompt": "b", "task_id": "x"}], "line 3: .*line 2"),
+        ([OTHER, {"prompt": "a"}, {"prompt": "a"}], "line 3: .*line 2"),
+        ([{"prompt": "a", "completion": "b"}], "line 1: .*completion"),
+        (["", " "], "no prompts"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_a_sentence_with_its_number(lines: list[Any], message: str, tmp_path: Path) -> None:
@@ -92,10 +80,10 @@ def test_a_line_that_is_no_prompt_is_a_sentence_with_its_number(lines: list[Any]
 
 
 def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*none.jsonl: check the name"):
+    with pytest.raises(FileNotFoundError, match="none"):
         jsonl.read_prompts(tmp_path / "none.jsonl", "prompts")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.jsonl is no UTF-8 text .* at byte 12"):
+    with pytest.raises(ValueError, match="byte 12"):
         jsonl.read_prompts(tmp_path / "latin.jsonl", "prompts")
 
 
@@ -103,8 +91,8 @@ def test_test_prompts_are_not_among_the_training_prompts(tmp_path: Path) -> None
     training = jsonl.read_prompts(written(tmp_path, OTHER, {"prompt": "a", "task_id": "x"}), "prompts")
     jsonl.check_apart(training, jsonl.read_prompts(written(tmp_path, {"prompt": "b"}), "test"))
     for line, message in [
-        ({"prompt": "a"}, "Line 1 of the test prompts is line 2 of the training prompts"),
-        ({"prompt": "b", "task_id": "x"}, "Line 1 of the test prompts has the task_id 'x' of line 2"),
+        ({"prompt": "a"}, "Line 1 .*line 2"),
+        ({"prompt": "b", "task_id": "x"}, "Line 1 .*line 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             jsonl.check_apart(training, jsonl.read_prompts(written(tmp_path, line), "test"))
@@ -150,26 +138,20 @@ def test_a_prompt_with_a_single_candidate_is_left_out_and_told(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"prompt": "p", "reward": 1}], "line 1: it has no completion; every candidate has both"),
-        ([candidate("1"), {"prompt": "p"}], "line 2: it has no completion and no reward"),
-        ([{"completion": "c", "reward": 1}], "line 1: it has neither prompt nor messages"),
-        ([candidate("1", float("nan"))], "line 1: the reward is nan; give a finite number"),
-        ([candidate("1", float("-inf"))], "line 1: the reward is -inf"),
-        (['{"prompt": "p", "completion": "c", "reward": 1' + 400 * "0" + "}"], "line 1: the reward is 1000"),
-        ([candidate("1", "good")], "line 1: the reward is 'good'"),
-        ([candidate("1", None)], "line 1: the reward is None"),
-        ([{"prompt": "p", "completion": None, "reward": 1}], "line 1: completion is None; give a text"),
-        (["{", candidate("1")], "line 1: this is no JSON"),
-        (
-            [candidate("1", task_id="a"), candidate("2", task_id="b")],
-            "line 2: its prompt has the task_id 'a' at line 1 and 'b'",
-        ),
-        (
-            [candidate("1", task_id="a"), candidate("2", 1, "q", task_id="a")],
-            "line 2: .* stands for another prompt at line 1",
-        ),
-        ([], "has no candidates: give one JSON object a line"),
-        ([candidate("1"), candidate("2", 1, "q")], "has a single candidate of every prompt"),
+        ([{"prompt": "p", "reward": 1}], "line 1: .*completion"),
+        ([candidate("1"), {"prompt": "p"}], "line 2: .*completion and no reward"),
+        ([{"completion": "c", "reward": 1}], "line 1: .*neither"),
+        ([candidate("1", float("nan"))], "line 1: .*nan"),
+        ([candidate("1", float("-inf"))], "line 1: .*-inf"),
+        (['{"prompt": "p", "completion": "c", "reward": 1' + 400 * "0" + "}"], "line 1: .*1000"),
+        ([candidate("1", "good")], "line 1: .*good"),
+        ([candidate("1", None)], "line 1: .*None"),
+        ([{"prompt": "p", "completion": None, "reward": 1}], "line 1: completion"),
+        (["{", candidate("1")], "line 1: .*JSON"),
+        ([candidate("1", task_id="a"), candidate("2", task_id="b")], "line 2: .*line 1"),
+        ([candidate("1", task_id="a"), candidate("2", 1, "q", task_id="a")], "line 2: .*line 1"),
+        ([], "no candidates"),
+        ([candidate("1"), candidate("2", 1, "q")], "single candidate"),
     ],
 )
 def test_a_line_that_is_no_candidate_is_a_sentence_with_its_number(

@@ -50,17 +50,11 @@ def test_a_sampled_completion_has_the_likelihood_that_its_sampler_gave(tiny_mode
 
 
 @pytest.mark.parametrize(
-    ("prompts", "completions", "message"),
-    [
-        ([[1, 2]], [], "1 prompts but completions of 0"),
-        ([[1, 2], []], [[[3]], [[4]]], "A prompt has no tokens"),
-        ([[1, 2]], [[[3, 10**6]]], r"A token id is outside of 0\.\."),
-    ],
+    ("prompts", "completions", "word"),
+    [([[1, 2]], [], "prompts"), ([[1, 2], []], [[[3]], [[4]]], "no tokens"), ([[1, 2]], [[[3, 10**6]]], "token id")],
 )
-def test_what_cannot_be_scored_is_a_sentence(
-    tiny_model: ModelSpec, prompts: Any, completions: Any, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_scored_is_a_sentence(tiny_model: ModelSpec, prompts: Any, completions: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         Likelihood(tiny_model).log_likelihood(prompts, completions)
 
 

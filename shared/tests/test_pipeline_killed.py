@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe import store
-from qprobe.pipeline.pipeline import STAGES
+from qprobe.pipeline.steps import STAGES
 
 # A process that has imported everything forks one child a run: a child is killed, and the next starts in milliseconds.
 SERVER = """
@@ -25,7 +25,8 @@ sys.path.insert(0, sys.argv[1])
 import fakes
 import qprobe.report.figures
 from qprobe.evaluation.sweep import EvaluationSettings
-from qprobe.pipeline.pipeline import STAGES, Pipeline
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import STAGES
 from qprobe.probe.training import TrainingSettings
 
 def work(run):
@@ -34,7 +35,7 @@ def work(run):
         run=run, title="Numbers", tests=[fakes.split("numbers", 30)], reward=fakes.Reward(seconds=0.01),
         sampler=fakes.Sampler(seconds=0.01), greedy=fakes.Sampler(1, temperature=0.0, seconds=0.01),
         embedder=fakes.Embedder((1, 2), seconds=0.01), batch_rows=4, progress=False,
-        baselines=[fakes.Ranker(learns=False, seconds=0.01)],
+        baselines=[fakes.Ranker(trains=False, seconds=0.01)],
         training=TrainingSettings(steps=150, learning_rate=0.05, minimum_mixed=2),
         settings=EvaluationSettings(seeds=2, folds=3, draws=50, bootstrap=2000),
     )

@@ -12,7 +12,7 @@ import torch
 from sklearn.base import clone
 
 from qprobe import QProbe
-from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.solvers import Rows, solve
 
 FEW = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -38,17 +39,32 @@ def test_earlier_words_of_the_assistant_are_part_of_the_conversation(tiny_model:
 
 @pytest.mark.parametrize("role", ["wizard", "USER", "bot", "", "human"])
 def test_words_of_nobody_that_a_template_knows_are_refused(role: str) -> None:
-    with pytest.raises(ValueError, match=r"the role of a message is .* choose from system"):
+    with pytest.raises(ValueError, match="role"):
         Prompt("a", messages=({"role": role, "content": "x"},))
 
 
 def test_a_conversation_needs_words_to_answer() -> None:
-    with pytest.raises(ValueError, match="the assistant's words only"):
+    with pytest.raises(ValueError, match="assistant"):
         Prompt("a", messages=(BEGUN,))
 
 
 def test_an_answer_begun_without_a_chat_template_is_refused_as_any_conversation(
     make_model: Callable[..., ModelSpec],
 ) -> None:
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match="chat template"):
         models.load_tokenizer(make_model(None)).render_prompt(Prompt("a", messages=(ASKED, BEGUN)))
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"task_id": "", "text": "a"}, "task_id"),
+        ({"task_id": "t"}, "either"),
+        ({"task_id": "t", "text": "a", "messages": (ASKED,)}, "either"),
+        ({"task_id": "t", "text": "a", "opening": "b"}, "opening"),
+        ({"task_id": "t", "text": ""}, "empty"),
+    ],
+)
+def test_a_prompt_that_says_nothing_or_too_much_is_refused(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Prompt(**values)

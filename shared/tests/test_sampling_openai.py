@@ -31,8 +31,8 @@ STOP = ("q\n", "e", "\n", "t", "(", "a", " ")
 
 
 def sampler(there: Any, settings: SamplingSettings, **changes: Any) -> OpenAISampler:
-    api = {name: changes.pop(name) for name in list(changes) if name in there.settings().__dataclass_fields__}
-    return OpenAISampler(None, settings, there.settings(**api), **changes)
+    api, own = there.divided(changes)
+    return OpenAISampler(None, settings, api, **own)
 
 
 def draw(one: Any, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
@@ -68,11 +68,7 @@ def test_completions_equal_the_local_sampler_for_equal_seeds(
     wanted = draw(HFSampler(tiny_model, settings), prompts, seeds)
     assert [[(c.text, c.seed) for c in row] for row in found] == [[(c.text, c.seed) for c in row] for row in wanted]
     assert [[c.finish_reason for c in row] for row in found] == [[c.finish_reason for c in row] for row in wanted]
-    assert (
-        {c.token_ids for row in found for c in row} == {None}
-        if False
-        else all(c.token_ids is None for row in found for c in row)
-    )
+    assert all(c.token_ids is None for row in found for c in row)
     paths = {path for path, _, _ in server.requests}
     assert paths == {"/v1/completions" if prompts is TEXTS else "/v1/chat/completions"}
     assert all(len(body.get("stop", [])) <= 4 for body in bodies(server))
@@ -138,7 +134,7 @@ def test_a_server_that_refuses_n_is_asked_one_by_one(
     found = draw(sampler(server, settings, concurrency=1), TEXTS[:2], SEEDS[:2])
     assert found == relabelled(draw(HFSampler(tiny_model, settings), TEXTS[:2], SEEDS[:2]), found)
     assert [body.get("n", 1) for body in bodies(server)] == [4] + [1] * 8
-    assert "refuses n: completions are asked for one by one." in capsys.readouterr().err
+    assert "refuses n" in capsys.readouterr().err
 
 
 def relabelled(wanted: list[list[Completion]], found: list[list[Completion]]) -> list[list[Completion]]:
@@ -149,22 +145,15 @@ def relabelled(wanted: list[list[Completion]], found: list[list[Completion]]) ->
     ]
 
 
-@pytest.mark.parametrize("given", [1, 3])
-def test_fewer_choices_than_asked_for_are_completed(server: Any, tiny_model: ModelSpec, given: int) -> None:
+@pytest.mark.parametrize("given", [1, 3, 8])
+def test_other_numbers_of_choices_than_asked_for_are_made_good(server: Any, tiny_model: ModelSpec, given: int) -> None:
     settings = SamplingSettings(n=4, max_new_tokens=6)
-    server.always = lambda answer: answer | {"choices": answer["choices"][:given]}
+    server.always = lambda answer: answer | {"choices": (answer["choices"] * 2)[:given]}
     found = draw(sampler(server, settings), TEXTS[:2], SEEDS[:2])
     assert found == relabelled(draw(HFSampler(tiny_model, settings), TEXTS[:2], SEEDS[:2]), found)
     # A server that does not look at n is not asked for several again.
     asked = sorted((body.get("n", 1) for body in bodies(server)), reverse=True)
-    assert asked == ([4, 4] + [1] * 6 if given == 1 else [4, 4, 1, 1])
-
-
-def test_more_choices_than_asked_for_are_left_away(server: Any, tiny_model: ModelSpec) -> None:
-    settings = SamplingSettings(n=2, max_new_tokens=6)
-    server.always = lambda answer: answer | {"choices": answer["choices"] * 3}
-    found = draw(sampler(server, settings), TEXTS[:1], [[7, 8]])
-    assert [len(row) for row in found] == [2]
+    assert asked == {1: [4, 4] + [1] * 6, 3: [4, 4, 1, 1], 8: [4, 4]}[given]
 
 
 @pytest.mark.parametrize("name", ["seed", "logprobs", "stop"])
@@ -188,15 +177,13 @@ def test_the_newer_name_of_the_longest_length_is_sent_where_it_is_asked_for(serv
     server.always = refusal(400, said, param="max_tokens")
     with pytest.raises(ApiError, match="max_completion_tokens"):
         draw(sampler(server, SamplingSettings(n=1, max_new_tokens=6)), CHATS[:1], [[7]])
-    assert [sorted(k for k in b if k.startswith("max")) for b in bodies(server)] == [
-        ["max_tokens"],
-        ["max_completion_tokens"],
-    ]
+    sent = [[name for name in body if name.startswith("max")] for body in bodies(server)]
+    assert sent == [["max_tokens"], ["max_completion_tokens"]]
 
 
 def test_top_k_is_never_left_away(server: Any, refusal: Any) -> None:
     server.always = refusal(400, "Unrecognized request argument supplied: top_k")
-    with pytest.raises(ApiError, match=r"refused a request \(400: Unrecognized request argument supplied: top_k\)"):
+    with pytest.raises(ApiError, match="top_k"):
         draw(sampler(server, SamplingSettings(n=1, top_k=5)), TEXTS[:1], [[7]])
     assert len(server.requests) == 1
 
@@ -279,37 +266,11 @@ def test_a_completion_that_ends_at_once_is_empty_and_stays_so(
 # ----------------------------------------------------------------------------------------- odd answers, odd prompts
 
 
-@pytest.mark.parametrize(
-    ("values", "text", "reason"),
-    [
-        ({"message": {"content": None}, "finish_reason": "content_filter"}, "", "content_filter"),
-        ({"message": {"content": "partly"}, "finish_reason": "content_filter"}, "partly", "content_filter"),
-        ({"message": {"content": None, "refusal": "I won't."}}, "", "refusal"),
-        ({"message": {"content": "a\ud800b"}, "finish_reason": "stop"}, "a\ufffdb", "stop"),
-        (
-            {"message": {"content": [{"type": "text", "text": "pa"}, {"text": "rt"}]}, "finish_reason": "stop"},
-            "part",
-            "stop",
-        ),
-        ({"message": {"content": "whole"}, "finish_reason": None}, "whole", "unknown"),
-    ],
-)
-def test_empty_filtered_and_odd_choices_are_recorded_as_such(
-    server: Any, values: dict[str, Any], text: str, reason: str
-) -> None:
-    server.always = change(**values)
-    ((completion,),) = draw(sampler(server, SamplingSettings(n=1, max_new_tokens=5)), CHATS[:1], [[1]])
-    assert (completion.text, completion.finish_reason, completion.token_ids) == (text, reason, None)
-    completion.text.encode()
-
-
 OPENED = Prompt("c9", messages=({"role": "user", "content": "Add."},), opening="```python\ndef add(")
 
 
 def test_an_opened_answer_is_refused_with_what_to_do(server: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"Prompt c9 opens the answer.*\(chat, zero_shot, few_shot\), or set sampler.opening"
-    ):
+    with pytest.raises(ValueError, match=r"sampler\.opening"):
         sampler(server, SamplingSettings()).render(OPENED)
 
 
@@ -341,25 +302,18 @@ def test_a_prompt_is_rendered_as_text_for_whoever_embeds_it(server: Any) -> None
 
 
 def test_token_ids_of_another_sampler_are_refused(server: Any) -> None:
-    with pytest.raises(ValueError, match=r"no request of this sampler.*what its render\(\) gave"):
+    with pytest.raises(ValueError, match="render"):
         sampler(server, SamplingSettings(n=1)).sample([[5, 299, 7]], [[1]])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"choices_per_call": 0}, "choices_per_call is 0"),
-        ({"stop_limit": -1}, "stop_limit is -1"),
-        ({"opening": "please"}, "opening is 'please': choose continue_final_message or prefix, or null"),
-    ],
-)
-def test_options_out_of_range_are_refused(server: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("changes", [{"choices_per_call": 0}, {"stop_limit": -1}, {"opening": "please"}])
+def test_options_out_of_range_are_refused_by_name(server: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
         sampler(server, SamplingSettings(), **changes)
 
 
 def test_an_unknown_key_of_the_api_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sampler\.api has no key api_key"):
+    with pytest.raises(ValueError, match="api_key"):
         OpenAISampler(None, SamplingSettings(), {"model": "m", "api_key": "sk"})
 
 
@@ -368,13 +322,8 @@ def test_identity_holds_what_decides_completions_and_no_key(server: Any, key: st
         return json.dumps(sampler(server, SamplingSettings(), **changes).identity())
 
     base = identity()
-    for changes in (
-        {"model": "m"},
-        {"opening": "prefix"},
-        {"extra_body": {"a": 1}},
-        {"server": "s"},
-        {"logprobs": False},
-    ):
+    decisive = {"model": "m", "opening": "prefix", "extra_body": {"a": 1}, "server": "s", "logprobs": False}
+    for changes in ({name: value} for name, value in decisive.items()):
         assert identity(**changes) != base
     for changes in ({"concurrency": 99}, {"max_calls": 3}, {"choices_per_call": 1}, {"timeout": 1.0}):
         assert identity(**changes) == base

@@ -73,39 +73,35 @@ def test_the_probes_own_temperature_is_used_unless_another_is_given(probe: QProb
     probe.beta_ = 0.05
     assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe).beta == 0.05
     assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe, beta=0).beta == 0
-    with pytest.raises(ValueError, match="beta is -1: a temperature is 0"):
+    with pytest.raises(ValueError, match="beta"):
         Policy(fakes.Sampler(), fakes.Embedder((2,)), probe, beta=-1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layers": (1,)}, r"The probe reads layer 2, but the embedder makes \[1\]"),
-        ({"layers": (2,), "tokenizer": "another"}, "This probe reads layer 2 of numbers .* embed with the probe's own"),
-    ],
+    ("changes", "word"), [({"layers": (1,)}, "layer 2"), ({"layers": (2,), "tokenizer": "another"}, "numbers")]
 )
 def test_another_source_is_refused_before_anything_is_drawn(
-    changes: dict[str, Any], message: str, probe: QProbe, fakes: ModuleType
+    changes: dict[str, Any], word: str, probe: QProbe, fakes: ModuleType
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=word):
         Policy(fakes.Sampler(), fakes.Embedder(**changes), probe)
 
 
 def test_a_probe_without_a_source_reads_the_only_layer(probe: QProbe, fakes: ModuleType) -> None:
     probe.source = None
     assert Policy(fakes.Sampler(), fakes.Embedder((2,)), probe).layer == 2
-    with pytest.raises(
-        ValueError, match=r"does not say which layer it reads, and the embedder makes \[1, 2\]: give one"
-    ):
+    with pytest.raises(ValueError, match="which layer"):
         Policy(fakes.Sampler(), fakes.Embedder((1, 2)), probe)
 
 
-def test_plain_text_is_put_as_in_training(probe: QProbe, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_text_is_rendered_as_in_training(
+    probe: QProbe, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Prompt] = []
     sampler = fakes.Sampler()
     render = sampler.render
     monkeypatch.setattr(sampler, "render", lambda prompt: seen.append(prompt) or render(prompt))
-    with pytest.raises(ValueError, match="does not say how plain text was put to the model: give Policy a style"):
+    with pytest.raises(ValueError, match="style"):
         Policy(sampler, fakes.Embedder((2,)), probe).answer("task 001: ")
     probe.use = {"prompts": "chat"}
     Policy(sampler, fakes.Embedder((2,)), probe).answer("task 001: ")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.probe.metrics import within_prompt_auc
+from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.solvers import Candidate, Rows, block_weightings, cross_fitted, solve
 from qprobe.probe.solvers.choice import BETA_SHARES, WithinPrompts, best_beta, choose
 

@@ -20,9 +20,9 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import ApiError
 from qprobe.pipeline import inspection
 from qprobe.prompts import Prompt
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, RewardRow, Split
+from qprobe.run.pools import Pool, RewardRow, Split
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.store.table import Table
@@ -57,7 +57,7 @@ def test_completions_from_an_api_are_embedded_by_a_local_model(
 
     pool, embedder, reward = make_pool(tmp_path, server, prompts), HFEmbedder(tiny_model, (4,)), Length()
     stages.sample(pool, progress=False)
-    stages.reward(pool, reward, progress=False)
+    rewarding.reward(pool, reward, progress=False)
     stages.embed(pool, embedder, progress=False)
     joined = join(pool, reward, embedder, 4)
     assert joined.rewards.tolist() == [float(len(text)) for text in joined.completions]

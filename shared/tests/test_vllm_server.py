@@ -28,7 +28,7 @@ from qprobe.models import openai_client
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import Pool, Split
+from qprobe.run.pools import Pool, Split
 from qprobe.sampling import SamplingSettings, sample_seeds
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
@@ -75,13 +75,13 @@ def test_greedy_completions_and_their_log_probabilities_are_those_of_transformer
         reference, sampler = HFSampler(model, law), OpenAISampler(None, law, server.settings())
         expected = reference.sample([reference.render(prompt)[1] for prompt in prompts], seeds)
         found = sampler.sample([sampler.render(prompt)[1] for prompt in prompts], seeds)
-        for (ours,), (theirs,) in zip(found, expected, strict=True):
-            assert (ours.finish_reason, ours.seed) == (theirs.finish_reason, theirs.seed)
+        for (ours,), (wanted,) in zip(found, expected, strict=True):
+            assert (ours.finish_reason, ours.seed) == (wanted.finish_reason, wanted.seed)
             # The server keeps to itself a last character that is not whole.
-            assert ours.text.rstrip("\ufffd") == theirs.text.rstrip("\ufffd")
-            if ours.text == theirs.text and not math.isnan(ours.logprob):
+            assert ours.text.rstrip("\ufffd") == wanted.text.rstrip("\ufffd")
+            if ours.text == wanted.text and not math.isnan(ours.logprob):
                 known += 1
-                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+                assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-3)
     assert known
 
 

@@ -99,12 +99,12 @@ class VLLMServer:
 
 
 class Proxy:
-    """Hands requests on to a server, except where the lot says otherwise.
+    """Hands requests on to a server, except where a random draw says otherwise.
 
     Args:
         url: of the server.
         share: of the requests that meet a fault, in [0, 1].
-        seed: of the lot.
+        seed: of the draws.
         delay: seconds of the fault "delay"; longer than the client waits.
 
     met: how often each fault was met.
@@ -115,7 +115,7 @@ class Proxy:
     def __init__(self, url: str, share: float, seed: int = 0, delay: float = 2.0) -> None:
         self.met: Counter[str] = Counter()
         self.passed = 0
-        lot, lock, behind, owner = random.Random(seed), threading.Lock(), url.split("/")[2], self
+        draws, lock, behind, owner = random.Random(seed), threading.Lock(), url.split("/")[2], self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -123,7 +123,7 @@ class Proxy:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 with lock:
-                    fault = lot.choice(owner.FAULTS) if lot.random() < share else ""
+                    fault = draws.choice(owner.FAULTS) if draws.random() < share else ""
                     owner.met[fault] += bool(fault)
                 try:
                     self._answer(fault, body)

@@ -80,8 +80,8 @@ def _execute(options: argparse.Namespace) -> int:
         if not programs:
             raise ValueError(f"{options.program} has no line: give programs")
     else:
-        tests = _source(options.tests) if options.tests else ""
-        programs = [Program(_source(options.program), tests, options.expression)]
+        tests = _text(options.tests) if options.tests else ""
+        programs = [Program(_text(options.program), tests, options.expression)]
     with Executor(
         workers=options.workers if many else 1, limits=limits, strict=options.strict, one_process=not options.apart
     ) as executor:
@@ -132,11 +132,7 @@ def _programs(path: Path) -> Iterator[Program]:
         yield Program(row["program"], row["tests"], reference=known if known != Reference() else None)
 
 
-def _source(path: Path) -> str:
-    return _text(path, "a Python source file")
-
-
-def _text(path: Path, what: str) -> str:
+def _text(path: Path, what: str = "a Python source file") -> str:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give {what}")
     try:

@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 from .verdicts import Execution, Limits, Program
 
-ENTRIES = 100_000
-LARGEST_OUTPUT = 1 << 14  # characters; longer ones are not kept
+_ENTRIES = 100_000
+_LARGEST_OUTPUT = 1 << 14  # characters; longer ones are not kept
 
 
 class Cache:
@@ -16,12 +16,10 @@ class Cache:
 
     Args:
         version: of the interpreter that executes.
-        entries: how many are kept, >= 0; with 0 none is.
     """
 
-    def __init__(self, version: str, entries: int = ENTRIES) -> None:
+    def __init__(self, version: str) -> None:
         self._version = version
-        self._entries = entries
         self._kept: OrderedDict[bytes, Execution] = OrderedDict()
 
     def key(self, program: Program, limits: Limits) -> bytes:
@@ -39,7 +37,7 @@ class Cache:
 
     def put(self, key: bytes, execution: Execution) -> None:
         """Keep an execution."""
-        if len(execution.output) + len(execution.value or "") <= LARGEST_OUTPUT:
+        if len(execution.output) + len(execution.value or "") <= _LARGEST_OUTPUT:
             self._kept[key] = execution
-        while len(self._kept) > self._entries:
+        while len(self._kept) > _ENTRIES:
             self._kept.popitem(last=False)

@@ -11,26 +11,13 @@ import builtins
 import sys
 from typing import Any, NoReturn
 
+from . import channel as asked
 from . import child
-from .channel import (
-    CALL,
-    ENDED,
-    EXHAUSTED,
-    FINISH,
-    FUNCTION,
-    NEXT,
-    PROGRAM,
-    RAISED,
-    RETURNED,
-    UNSENDABLE,
-    VALUE,
-    Answering,
-)
 from .codec import ITEMS, NAME_OF, Decoder, Encoder, Unsendable, contents, same
 
 globals()["__builtins__"] = dict(child.SHARED_BUILTINS)
-ENDING = (StopIteration, StopAsyncIteration, SystemExit, KeyboardInterrupt, GeneratorExit)
-BUILT_IN = frozenset(id(value) for value in vars(builtins).values() if isinstance(value, type))
+_ENDING = (StopIteration, StopAsyncIteration, SystemExit, KeyboardInterrupt, GeneratorExit)
+_BUILT_IN = frozenset(id(value) for value in vars(builtins).values() if isinstance(value, type))
 
 
 def run(fd: int) -> NoReturn:
@@ -40,25 +27,25 @@ def run(fd: int) -> NoReturn:
         fd: connected socket to the judge.
     """
     stdout = sys.stdout
-    channel = Answering(fd)
+    channel = asked.Answering(fd)
     answers = Answers()
     while (question := channel.question()) is not None:
         kind, payload = question
-        if kind == FINISH:
+        if kind == asked.FINISH:
             child.flush(stdout)
-            channel.answer(RETURNED, b"")
+            channel.answer(asked.RETURNED, b"")
             break
         try:
-            if kind == PROGRAM:
+            if kind == asked.PROGRAM:
                 code = child.compiled(Decoder((), None).decode(payload), child.PROGRAM)
                 exec(code, child.MODULE.__dict__)
-                answer = RETURNED, b""
+                answer = asked.RETURNED, b""
             else:
                 answer = answers.to(kind, payload)
         except child.Refused as refusal:
-            answer = ENDED, answers.plain(refusal.args)
+            answer = asked.ENDED, answers.plain(refusal.args)
         except BaseException as fault:
-            answer = ENDED, answers.plain(child.describe(fault))
+            answer = asked.ENDED, answers.plain(child.describe(fault))
         channel.answer(*answer)
     else:
         child.flush(stdout)
@@ -78,16 +65,16 @@ class Answers:
         before = [contents(value) for value in decoder.containers]
         own = {id(value): number for number, value in enumerate(decoder.containers)}
         try:
-            outcome, said = RETURNED, self._ask(kind, name, arguments, named)
+            outcome, said = asked.RETURNED, self._ask(kind, name, arguments, named)
         except BaseException as fault:
             bases = type.__dict__["__mro__"].__get__(type(fault))
-            if kind == NEXT and StopIteration in bases:
-                return EXHAUSTED, b""
-            if Exception not in bases or MemoryError in bases or any(base in bases for base in ENDING):
-                return ENDED, self.plain(child.describe(fault))
-            outcome, said = RAISED, self._raised(fault, bases)
-        if kind == VALUE and outcome == RETURNED and callable(said) and not isinstance(said, type):
-            return FUNCTION, b""
+            if kind == asked.NEXT and StopIteration in bases:
+                return asked.EXHAUSTED, b""
+            if Exception not in bases or MemoryError in bases or any(base in bases for base in _ENDING):
+                return asked.ENDED, self.plain(child.describe(fault))
+            outcome, said = asked.RAISED, self._raised(fault, bases)
+        if kind == asked.VALUE and outcome == asked.RETURNED and callable(said) and not isinstance(said, type):
+            return asked.FUNCTION, b""
         changes = []
         for number, value in enumerate(decoder.containers):
             if before[number] is not None and not same(before[number], after := contents(value)):
@@ -96,19 +83,19 @@ class Answers:
         try:
             return outcome, encoder.encode([said, changes])
         except Unsendable as fault:
-            return UNSENDABLE, self.plain([str(fault)])
+            return asked.UNSENDABLE, self.plain([str(fault)])
 
     def _ask(self, kind: int, name: Any, arguments: Any, named: Any) -> Any:
-        if kind == CALL:
-            return look_up(name)(*arguments, **named)
-        if kind == NEXT:
+        if kind == asked.CALL:
+            return _look_up(name)(*arguments, **named)
+        if kind == asked.NEXT:
             return next(self.iterators[name])
-        assert kind == VALUE
-        return look_up(name)
+        assert kind == asked.VALUE
+        return _look_up(name)
 
     def _raised(self, fault: BaseException, bases: tuple[type, ...]) -> list[Any]:
         """What is said of an exception: its nearest built-in class, arguments where they are plain, text, detail, verdict."""
-        nearest = next(base for base in bases if id(base) in BUILT_IN)
+        nearest = next(base for base in bases if id(base) in _BUILT_IN)
         verdict, detail = child.describe(fault)
         arguments = BaseException.__dict__["args"].__get__(fault)
         try:
@@ -131,7 +118,7 @@ class Answers:
         return Encoder({}, self._refuse).encode(list(said))
 
 
-def look_up(name: str) -> Any:
+def _look_up(name: str) -> Any:
     """What a name stands for in the program's module.
 
     Raises:

@@ -16,8 +16,8 @@ from .codec import BYTES
 
 HEADER = struct.Struct("<QIB")  # number of the question, bytes that follow, kind
 PIECE = 1 << 16
-FITS = 1 << 15  # bytes that an empty socket takes at once
-NUMBERS = 32  # random numbers that are drawn at once
+_FITS = 1 << 15  # bytes that an empty socket takes at once
+_NUMBERS = 32  # random numbers that are drawn at once
 
 # Questions.
 PROGRAM, CALL, NEXT, VALUE, FINISH = range(5)
@@ -52,12 +52,12 @@ class Asking:
             Gone, Unasked: see there.
         """
         if not self._numbers:
-            self._numbers = [number for (number,) in struct.iter_unpack("<Q", os.urandom(8 * NUMBERS))]
+            self._numbers = [number for (number,) in struct.iter_unpack("<Q", os.urandom(8 * _NUMBERS))]
         self._number = self._numbers.pop()
         data = HEADER.pack(self._number, len(payload), kind) + payload
         try:
             # The last question has been read, for it was answered: this one finds an empty buffer.
-            sent = os.write(self._fd, data) if len(data) <= FITS else 0
+            sent = os.write(self._fd, data) if len(data) <= _FITS else 0
             if sent < len(data):
                 self._ask_at_length(memoryview(data)[sent:])
         except OSError:

@@ -22,7 +22,7 @@ globals()["__builtins__"] = dict(SHARED_BUILTINS)  # what the functions below us
 
 PROGRAM, HEADER, TESTS, EXPRESSION = "<program>", "<header>", "<tests>", "<expression>"
 PLACES = {PROGRAM: "the program", HEADER: "the problem's header", TESTS: "the tests", EXPRESSION: "the expression"}
-RECURSION_LIMIT = 1000  # CPython's default
+_RECURSION_LIMIT = 1000  # CPython's default
 FRAMES = (
     5  # from the slot's life to a program's first line, `exec` itself among them; a test compares with plain CPython
 )
@@ -49,7 +49,7 @@ def run_in_one_process(request: dict[str, str], token: bytes, result_fd: int, va
     stdout = sys.stdout
     verdict, detail, value = "error", "", b""
     try:
-        verdict, detail, value = judge_together(request, value_bytes)
+        verdict, detail, value = _judge_together(request, value_bytes)
     except BaseException as fault:  # out of memory while reporting: what happened is still known
         verdict = "out_of_memory" if type(fault) is MemoryError else "error"
         detail = "the harness could not describe the exception"
@@ -98,7 +98,7 @@ def compiled(source: str, name: str) -> types.CodeType:
         raise Refused("syntax_error", f"{type(fault).__name__}{line} of {PLACES[name]}") from None
 
 
-def judge_together(request: dict[str, str], value_bytes: int) -> tuple[str, str, bytes]:
+def _judge_together(request: dict[str, str], value_bytes: int) -> tuple[str, str, bytes]:
     """Verdict, detail and value of a program that returns or raises, with its tests in its own process."""
     try:
         code, tests = compiled(request["code"], PROGRAM), compiled(request["tests"], TESTS)
@@ -167,7 +167,7 @@ def allow_recursion(frames: int) -> None:
     while frame is not None:
         count += 1
         frame = frame.f_back
-    sys.setrecursionlimit(RECURSION_LIMIT + count + frames)
+    sys.setrecursionlimit(_RECURSION_LIMIT + count + frames)
 
 
 def clean(detail: str) -> bytes:

@@ -15,7 +15,6 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from . import hidden, wire
@@ -24,9 +23,9 @@ from .kernel import LINUX
 from .plan import Plan, plan
 from .verdicts import Execution, ExecutorError, Layer, Limits, Program, Verdict
 
-START_SECONDS = 60.0  # a cold disk and a busy machine included
-SILENCE = 12.0  # times the wall limit: two that wait for a busy machine, one after the other
-GRACE_SECONDS = 60.0  # beyond the wall limit, before a silent zygote counts as hung
+_START_SECONDS = 60.0  # a cold disk and a busy machine included
+_SILENCE = 12.0  # times the wall limit: two that wait for a busy machine, one after the other
+_GRACE_SECONDS = 60.0  # beyond the wall limit, before a silent zygote counts as hung
 
 # The zygote imports its own files under their own names, but not the packages around them, which cost memory in every child.
 BOOTSTRAP = """
@@ -48,8 +47,6 @@ class Executor:
         workers: programs at the same time, >= 1.
         limits: what a program may use unless it brings its own limits.
         strict: refuse to start when a layer of isolation is missing.
-        preload: modules that the zygote imports before it forks: faster for programs that import them, a little slower for
-            all others.
         cache: execute the same program (code, tests, expression, limits) only once. Turn it off to measure time, or for
             programs that are meant to end differently each time.
         one_process: execute programs together with tests that need more of them than their functions' results (their own
@@ -64,7 +61,6 @@ class Executor:
         workers: int = 2,
         limits: Limits | None = None,
         strict: bool = False,
-        preload: Iterable[str] = (),
         cache: bool = True,
         one_process: bool = True,
     ) -> None:
@@ -77,9 +73,9 @@ class Executor:
         self._owner = os.getpid()
         self._next_ident = 0
         self._inbox = wire.Inbox()
-        self._start(list(preload))
+        self._start()
         try:
-            hello = self._receive(START_SECONDS)
+            hello = self._receive(_START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -95,18 +91,17 @@ class Executor:
             self.close()
             raise ExecutorError(
                 f"strict isolation was asked for and this machine lacks: {'; '.join(missing)}. "
-                "Give it, or run with strict=False and accept what is lost."
+                "Install it, or take strict=False and do without."
             )
 
-    def _start(self, preload: list[str]) -> None:
-        ours, theirs = map(above_standard, socket.socketpair())
+    def _start(self) -> None:
+        own, zygotes = map(_above_standard, socket.socketpair())
         parent = fcntl.fcntl(os.pidfd_open(os.getpid()), fcntl.F_DUPFD_CLOEXEC, 3) if LINUX else None
         packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
         settings = {
-            "channel": theirs.fileno(),
+            "channel": zygotes.fileno(),
             "parent": parent,
             "workers": self.workers,
-            "preload": preload,
             "packages": packages,
             "temporary": tempfile.gettempdir(),
             "answers": hidden.caches(),
@@ -129,25 +124,22 @@ class Executor:
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
             stderr=self._errors,
-            pass_fds=[fd for fd in (theirs.fileno(), parent) if fd is not None],
+            pass_fds=[fd for fd in (zygotes.fileno(), parent) if fd is not None],
             start_new_session=True,  # Ctrl-C is for the executor, which then ends the zygote in order
             cwd="/",
         )
-        theirs.close()
+        zygotes.close()
         if parent is not None:
             os.close(parent)
-        self._channel = ours
+        self._channel = own
         self._scratch: list[str] = []  # folders of programs, known when the zygote has started
-        self._finalizer = weakref.finalize(
-            self, _shut_down, self._zygote, ours, self._errors, self._owner, self._scratch
-        )
+        end = (self._zygote, own, self._errors, self._owner, self._scratch)
+        self._finalizer = weakref.finalize(self, _shut_down, *end)
 
     def __enter__(self) -> Executor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -210,9 +202,8 @@ class Executor:
         raise ExecutorError("the zygote gave no answer")
 
     def _stream(self, programs: Iterator[Program]) -> Iterator[tuple[int, Execution]]:
-        asked: dict[
-            int, tuple[bytes, str]
-        ] = {}  # number of a request -> key of its program, why it is not judged apart
+        # Number of a request -> key of its program, why it is not judged apart.
+        asked: dict[int, tuple[bytes, str]] = {}
         waiting: dict[bytes, list[int]] = {}  # key of a program -> indices that wait for it
         longest = 0.0
         # The least keeps every worker busy while this process does something else; several are sent at a time, so that the
@@ -243,7 +234,7 @@ class Executor:
                         asked[self._send_program(program, limits, way)] = key, way.reason
                 if not asked:
                     return
-                answer = self._receive(SILENCE * longest + GRACE_SECONDS)
+                answer = self._receive(_SILENCE * longest + _GRACE_SECONDS)
                 key, reason = asked.pop(answer["id"])
                 execution = self._read(answer, reason)
                 if self._use_cache and answer["settled"]:
@@ -281,14 +272,7 @@ class Executor:
                 "request": json.dumps(request),  # read by the process that it is for, and by none between
                 "expression": bool(program.expression),
                 "together": bool(way.reason),
-                "limits": {
-                    "cpu_seconds": limits.cpu_seconds,
-                    "wall_seconds": limits.wall,
-                    "memory_mib": limits.memory_mib,
-                    "output_kib": limits.output_kib,
-                    "processes": limits.processes,
-                    "disk_mib": limits.disk_mib,
-                },
+                "limits": vars(limits) | {"wall_seconds": limits.wall},
             }
         )
         return ident
@@ -309,7 +293,7 @@ class Executor:
             return
         with contextlib.suppress(ExecutorError):
             self._send({"cancel": True})
-            while "cancelled" not in self._receive(GRACE_SECONDS):
+            while "cancelled" not in self._receive(_GRACE_SECONDS):
                 pass
 
     def _check_usable(self) -> None:
@@ -349,7 +333,7 @@ class Executor:
         return ExecutorError(f"the executor's zygote failed ({why})" + (f"; it said:\n{said}" if said else ""))
 
 
-def above_standard(end: socket.socket) -> socket.socket:
+def _above_standard(end: socket.socket) -> socket.socket:
     """The same socket under a number that none of the three standard streams has, though they may be closed."""
     fd = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
     end.close()

@@ -18,14 +18,14 @@ from . import hidden, kernel
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-COPIED = ("/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types")
+_COPIED = ("/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types")
 WRITTEN = {
     "/etc/passwd": "root:x:0:0:root:/tmp:/bin/false\nnobody:x:65534:65534:nobody:/tmp:/bin/false\n",
     "/etc/group": "root:x:0:\nnogroup:x:65534:\n",
     "/etc/hosts": "127.0.0.1 localhost\n",
 }
-LINKED = {"/dev/shm": "/tmp", "/var/tmp": "/tmp"}
-STAGE = "/packages"  # where folders under /tmp wait: the child's own /tmp covers their place
+_LINKED = {"/dev/shm": "/tmp", "/var/tmp": "/tmp"}
+_STAGE = "/packages"  # where folders under /tmp wait: the child's own /tmp covers their place
 
 
 def interpreter_folders() -> list[str]:
@@ -50,12 +50,16 @@ def virtual_environment() -> str:
 
 def outermost(paths: list[str]) -> list[str]:
     """The existing folders among `paths` that lie in no other of them and not in the system's."""
-    kept: list[str] = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
+    kept = _system_folders()
     system = len(kept)
     for path in sorted({os.path.abspath(p) for p in paths if os.path.isdir(p)}, key=len):
         if path != "/" and not any(path == other or path.startswith(other + "/") for other in kept):
             kept.append(path)
     return kept[system:]
+
+
+def _system_folders() -> list[str]:
+    return [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
 
 
 class Tree:
@@ -69,7 +73,7 @@ class Tree:
     def __init__(self, folders: list[str], answers: list[str]) -> None:
         self.folders = folders
         self.staged: set[str] = set()
-        self.visible = [*(path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)), *folders]
+        self.visible = [*_system_folders(), *folders]
         self.hidden = hidden.found(self.visible, answers)
 
     def build(self) -> None:
@@ -79,14 +83,14 @@ class Tree:
             OSError: the kernel refused; the namespace may be half built, so try it in a process that can be thrown away.
         """
         top = next(path for path in ("/tmp", "/mnt", "/var/tmp") if os.path.isdir(path))
-        contents = {path: read(path) for path in (*COPIED, virtual_environment()) if os.path.isfile(path)}
+        contents = {path: read(path) for path in (*_COPIED, virtual_environment()) if os.path.isfile(path)}
         sources = {path: os.open(path, os.O_PATH) for path in self._bound()}
         links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         kernel.mount("qprobe", top, "tmpfs", kernel.MS_NOSUID, "size=4m,mode=0755")
 
         def place(path: str) -> str:
-            return top + (STAGE if path.startswith("/tmp/") else "") + path
+            return top + (_STAGE if path.startswith("/tmp/") else "") + path
 
         for path, fd in sources.items():
             target = place(path)
@@ -104,7 +108,7 @@ class Tree:
                 kernel.mount("hidden", place(path), "tmpfs", kernel.MS_NOSUID, "size=4k,mode=0000")
             elif os.path.isfile(place(path)):
                 kernel.mount(top + "/dev/null", place(path), None, kernel.MS_BIND)
-        for path, link in {**links, **LINKED}.items():
+        for path, link in {**links, **_LINKED}.items():
             os.makedirs(os.path.dirname(top + path), exist_ok=True)
             os.symlink(link, top + path)
         for path, data in {**contents, **{path: text.encode() for path, text in WRITTEN.items()}}.items():
@@ -133,7 +137,7 @@ class Tree:
         kernel.mount("program", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
         for name in self.staged:
             os.mkdir(f"/tmp/{name}")
-            kernel.mount(f"{STAGE}/tmp/{name}", f"/tmp/{name}", None, kernel.MS_BIND | kernel.MS_REC)
+            kernel.mount(f"{_STAGE}/tmp/{name}", f"/tmp/{name}", None, kernel.MS_BIND | kernel.MS_REC)
         os.chdir("/tmp")
 
 

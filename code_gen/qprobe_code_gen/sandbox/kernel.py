@@ -18,9 +18,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS =
 
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MS_NOSUID, MS_NODEV = 0x2, 0x4
-MNT_DETACH = 2
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 0x1, 0x2
+_MNT_DETACH = 2
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 0x1, 0x2
 
 # Numbers that differ between the two machines this knows; those from 424 on are the same everywhere.
 _NUMBERS = {
@@ -107,13 +107,13 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 def detach(target: str) -> None:
     """Take a mount out of the tree; who holds a descriptor in it keeps it."""
-    _checked(_function("umount2")(os.fsencode(target), ctypes.c_int(MNT_DETACH)), f"umount {target}")
+    _checked(_function("umount2")(os.fsencode(target), ctypes.c_int(_MNT_DETACH)), f"umount {target}")
 
 
 def make_read_only(target: str) -> None:
     """Make every mount at and below `target` read-only and without set-user-id (Linux 5.12)."""
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
-    syscall("mount_setattr", AT_FDCWD, os.fsencode(target), AT_RECURSIVE, attributes, len(attributes))
+    attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
+    syscall("mount_setattr", _AT_FDCWD, os.fsencode(target), _AT_RECURSIVE, attributes, len(attributes))
 
 
 def drop_capabilities() -> None:

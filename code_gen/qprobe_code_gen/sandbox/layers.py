@@ -42,15 +42,15 @@ STOPS = {
     "bounded output": "endless output",
     "empty environment": "reading secrets from environment variables",
 }
-OWN_NAMESPACES = {
+_OWN_NAMESPACES = {
     "mount namespace": kernel.CLONE_NEWNS,
     "ipc namespace": kernel.CLONE_NEWIPC,
     "network namespace": kernel.CLONE_NEWNET,
 }
-EVERYWHERE = ("resource limits", "bounded output", "empty environment")  # what needs no Linux
-NOBODY = 65534
-OPEN_FILES = 256
-RESERVE = 32 << 20  # bytes of address space that a program which ran out of memory gets back to report it
+_EVERYWHERE = ("resource limits", "bounded output", "empty environment")  # what needs no Linux
+_NOBODY = 65534
+_OPEN_FILES = 256
+_RESERVE = 32 << 20  # bytes of address space that a program which ran out of memory gets back to report it
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Isolation:
     def prepare(self) -> None:
         """Put the shared layers on this process and find out which of the others work."""
         if not kernel.LINUX:
-            self.problems = {name: f"needs Linux, this is {sys.platform}" for name in STOPS if name not in EVERYWHERE}
+            self.problems = {name: f"needs Linux, this is {sys.platform}" for name in STOPS if name not in _EVERYWHERE}
         else:
             self._prepare_linux()
         if not self.active("mount namespace"):
@@ -174,8 +174,8 @@ class Isolation:
 
     def _become_nobody(self) -> None:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         # A change of id makes a process undumpable, and then its own entries in /proc belong to root.
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         with open(os.__file__, "rb"):
@@ -251,7 +251,7 @@ class Isolation:
         """Fork a child; 0 in the child, which is the first process of its own pid namespace.
 
         Raises:
-            OSError: the kernel has no room for another process.
+            OSError: no further process can be started.
         """
         if not self.active("pid namespace"):
             return os.fork()
@@ -275,7 +275,7 @@ class Isolation:
             OSError: a layer that worked before is refused now: the harness has failed, not the program.
         """
         own = 0
-        for layer, flag in OWN_NAMESPACES.items():
+        for layer, flag in _OWN_NAMESPACES.items():
             own |= flag if self.active(layer) else 0
         if own:
             kernel.unshare(own)
@@ -349,10 +349,10 @@ class Isolation:
     def _limit(self, bounds: Bounds) -> None:
         lower(resource.RLIMIT_CORE, 0, 0)
         lower(resource.RLIMIT_FSIZE, bounds.disk_mib << 20, bounds.disk_mib << 20)
-        lower(resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
+        lower(resource.RLIMIT_NOFILE, _OPEN_FILES, _OPEN_FILES)
         if kernel.LINUX:
             memory = bounds.memory_mib << 20
-            lower(resource.RLIMIT_AS, memory, memory + RESERVE)
+            lower(resource.RLIMIT_AS, memory, memory + _RESERVE)
             processes = bounds.processes + 1  # the slot itself
             if not self.active("user namespace"):  # the bound then counts everything that runs under this id
                 processes = self._processes_before + self.workers * (bounds.processes + 1)

@@ -36,18 +36,18 @@ class Nursery:
         """A new slot.
 
         Raises:
-            OSError: there is no room for another process.
+            OSError: no further process can be started.
         """
-        ours, theirs = socket.socketpair()
+        own, slots_end = socket.socketpair()
         wanted = {"kind": kind, "bounds": vars(bounds), "folder": folder}
         try:
-            answer = self._ask(wanted, [theirs.fileno()])
+            answer = self._ask(wanted, [slots_end.fileno()])
         finally:
-            theirs.close()
+            slots_end.close()
         if "fault" in answer:
-            ours.close()
+            own.close()
             raise OSError(answer["fault"])
-        return Slot(kind, answer["pid"], ours, bounds, folder)
+        return Slot(kind, answer["pid"], own, bounds, folder)
 
     def end(self, slot: Slot) -> None:
         """Kill a slot and everything in it, and see it reaped."""

@@ -23,28 +23,28 @@ from functools import lru_cache
 from .verdicts import Reference
 
 BUILTINS = frozenset(vars(builtins))
-PLAIN = (
+_PLAIN = (
     *(int, float, complex, str, bytes, bytearray, bool, list, tuple, dict, set, frozenset, range, slice, memoryview),
     *(OrderedDict, defaultdict, Counter, deque, Decimal, Fraction, date, datetime, time, timedelta, timezone),
 )
-PLAIN_ATTRIBUTES = frozenset(name for kind in PLAIN for name in dir(kind)) - {"__doc__"}
+_PLAIN_ATTRIBUTES = frozenset(name for kind in _PLAIN for name in dir(kind)) - {"__doc__"}
 # Of numpy's arrays, which are plain values too.
-ARRAY_ATTRIBUTES = frozenset(
+_ARRAY_ATTRIBUTES = frozenset(
     (
         *("shape", "dtype", "ndim", "size", "T", "tolist", "item", "all", "any", "sum", "min", "max", "mean", "std"),
         *("astype", "reshape", "flatten", "ravel", "round"),
     )
 )
 # Words of tests that reach into the process of the program: its streams, files, modules, threads, frames.
-REACHES = {
+_REACHES = {
     "its streams": "stdout stdin stderr redirect_stdout redirect_stderr capsys capfd",
     "its modules and names": "mock patch MagicMock Mock monkeypatch setattr delattr",
     "its files": "open os pathlib Path shutil glob tempfile",
     "its processes, threads and coroutines": "multiprocessing threading concurrent asyncio signal",
     "its source, frames and names": "inspect globals locals vars exec eval __import__ importlib gc dis getsource",
 }
-CAPITAL_WORDS = re.compile(r"(?:[A-Z][a-z0-9]+)+")
-REACHED = {word: what for what, words in REACHES.items() for word in words.split()}
+_CAPITAL_WORDS = re.compile(r"(?:[A-Z][a-z0-9]+)+")
+_REACHED = {word: what for what, words in _REACHES.items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,31 @@ def plan(tests: str, expression: str, reference: Reference | None) -> Plan:
         used = _Uses(ast.parse(tests), ast.parse(expression.strip() or "None", mode="eval"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Plan("")  # the judge says what is wrong with them
-    theirs = _Definitions(reference.solution if reference else "")
-    given = _Definitions(reference.header if reference else "")
-    known = theirs.functions | theirs.classes | theirs.variables
+    solution = _Definitions(reference.solution if reference else "")
+    header = _Definitions(reference.header if reference else "")
+    known = solution.functions | solution.classes | solution.variables
     calls: list[str] = []
     values: list[str] = []
     sources: list[str] = []
     for name in used.free:
-        if name in given.classes | theirs.classes:
+        if name in header.classes | solution.classes:
             return Plan(f"the class {name} of the program")
-        if name in given.functions | given.variables | given.imports.keys():
+        if name in header.functions | header.variables | header.imports.keys():
             continue
         if name in known:
-            (calls if name in used.called or name in theirs.functions else values).append(name)
-        elif name in theirs.imports:
-            sources.append(theirs.imports[name])
+            (calls if name in used.called or name in solution.functions else values).append(name)
+        elif name in solution.imports:
+            sources.append(solution.imports[name])
         elif name in BUILTINS:
             continue
         elif used.is_module(name):
             sources.append(f"import {name}")
         elif not known:
             (calls if name in used.called else values).append(name)
-    # Without a reference, a capital letter beside other functions is all that tells a class.
-    if not known and len(calls) > 1 and (classes := [name for name in calls if CAPITAL_WORDS.fullmatch(name)]):
+    # Without a reference, a capital letter where there are other functions is all that tells a class.
+    if not known and len(calls) > 1 and (classes := [name for name in calls if _CAPITAL_WORDS.fullmatch(name)]):
         return Plan(f"the class {classes[0]} of the program")
-    reason = used.reach_of({*calls, *values}, given.functions)
+    reason = used.reach_of({*calls, *values}, header.functions)
     return Plan(reason, tuple(calls), tuple(values), "\n".join(dict.fromkeys(sources)))
 
 
@@ -176,11 +176,11 @@ class _Uses:
         uses = [node for node in self.nodes if isinstance(node, ast.Name) and node.id == name]
         return name in sys.stdlib_module_names and all(isinstance(self.parents[n], ast.Attribute) for n in uses)
 
-    def reach_of(self, theirs: set[str], given: set[str]) -> str:
+    def reach_of(self, own: set[str], given: set[str]) -> str:
         """What of the program's own the tests use besides its functions' results; empty: nothing.
 
         Args:
-            theirs: the candidate's names.
+            own: names of the program.
             given: functions of the problem's header.
         """
         defined = [n for n in self.nodes if isinstance(n, ast.ClassDef)]
@@ -189,25 +189,25 @@ class _Uses:
         if classes:
             return f"objects of their own class {min(classes)}, which the program would be given"
         functions = given | self.functions.keys()
-        self._add_aliases(theirs)
-        results = set(self._results(theirs))
+        self._add_aliases(own)
+        results = set(self._results(own))
         for node in self.nodes:
             found = (
-                self._word(node, theirs)
-                or self._attribute(node, theirs, results)
-                or self._class(node, theirs)
-                or self._function_given(node, theirs, functions)
+                self._word(node, own)
+                or self._attribute(node, own, results)
+                or self._class(node, own)
+                or self._function_given(node, own, functions)
             )
             if found:
                 return found
         return ""
 
-    def _add_aliases(self, theirs: set[str]) -> None:
+    def _add_aliases(self, own: set[str]) -> None:
         """Add the names by which the tests call the program's functions too, as `candidate` in `check(f)`."""
         for node in self.nodes:
-            if isinstance(node, ast.Assign) and _name(node.value) in theirs:
-                theirs.update(_name(target) for target in node.targets if isinstance(target, ast.Name))
-        theirs.update([parameter for parameter, given in self._handed_on() if _name(given) in theirs])
+            if isinstance(node, ast.Assign) and _name(node.value) in own:
+                own.update(_name(target) for target in node.targets if isinstance(target, ast.Name))
+        own.update([parameter for parameter, given in self._handed_on() if _name(given) in own])
 
     def _handed_on(self) -> Iterator[tuple[str, ast.AST]]:
         """Parameters of the tests' own functions, with what they are called with."""
@@ -215,10 +215,10 @@ class _Uses:
             for parameter, given in zip(self.functions.get(_name(call.func), []), call.args, strict=False):
                 yield parameter.arg, given
 
-    def _word(self, node: ast.AST, theirs: set[str]) -> str:
+    def _word(self, node: ast.AST, own: set[str]) -> str:
         words: Iterable[str] = ()
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            words = [node.id] if node.id not in self.bound | theirs else []
+            words = [node.id] if node.id not in self.bound | own else []
         elif isinstance(node, ast.Attribute):
             words = [node.attr] if node.attr in ("stdout", "stdin", "stderr", "patch") else []
         elif isinstance(node, ast.Import):
@@ -227,32 +227,32 @@ class _Uses:
             words = [(node.module or "").partition(".")[0], *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Await | ast.AsyncFor | ast.AsyncWith | ast.AsyncFunctionDef):
             words = ["asyncio"]
-        return next((f"{word}, with which they reach {REACHED[word]}" for word in words if word in REACHED), "")
+        return next((f"{word}, with which they reach {_REACHED[word]}" for word in words if word in _REACHED), "")
 
-    def _results(self, theirs: set[str]) -> Iterator[str]:
+    def _results(self, own: set[str]) -> Iterator[str]:
         """Names that hold results of the program's functions."""
         for node in self.nodes:
-            if isinstance(node, ast.Assign | ast.NamedExpr | ast.AnnAssign) and self._is_result(node.value, theirs):
+            if isinstance(node, ast.Assign | ast.NamedExpr | ast.AnnAssign) and self._is_result(node.value, own):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
 
-    def _is_result(self, node: ast.AST | None, theirs: set[str]) -> bool:
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in theirs
+    def _is_result(self, node: ast.AST | None, own: set[str]) -> bool:
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in own
 
-    def _attribute(self, node: ast.AST, theirs: set[str], results: set[str]) -> str:
+    def _attribute(self, node: ast.AST, own: set[str], results: set[str]) -> str:
         if not isinstance(node, ast.Attribute):
             return ""
         value = node.value
-        if isinstance(value, ast.Name) and value.id in theirs:
+        if isinstance(value, ast.Name) and value.id in own:
             called = value.id in self.called
-            of_function = called or node.attr not in PLAIN_ATTRIBUTES | ARRAY_ATTRIBUTES
+            of_function = called or node.attr not in _PLAIN_ATTRIBUTES | _ARRAY_ATTRIBUTES
             return f"the attribute {node.attr} of {value.id}" if of_function else ""
         held = isinstance(value, ast.Name) and value.id in results
-        if (held or self._is_result(value, theirs)) and node.attr not in PLAIN_ATTRIBUTES | ARRAY_ATTRIBUTES:
+        if (held or self._is_result(value, own)) and node.attr not in _PLAIN_ATTRIBUTES | _ARRAY_ATTRIBUTES:
             return f"the attribute {node.attr} of a result"
         return ""
 
-    def _class(self, node: ast.AST, theirs: set[str]) -> str:
+    def _class(self, node: ast.AST, own: set[str]) -> str:
         """Whether a name of the program is used as only a class is."""
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.ExceptHandler):
@@ -271,16 +271,16 @@ class _Uses:
                 parts = [node.args[0]]
         elif isinstance(node, ast.Delete):
             parts = list(node.targets)
-        names = [part.id for part in parts if isinstance(part, ast.Name) and part.id in theirs]
+        names = [part.id for part in parts if isinstance(part, ast.Name) and part.id in own]
         return f"the class {names[0]} of the program" if names else ""
 
-    def _function_given(self, node: ast.AST, theirs: set[str], functions: set[str]) -> str:
+    def _function_given(self, node: ast.AST, own: set[str], functions: set[str]) -> str:
         """Whether the tests hand a function of their own to the program: it could not be called from there."""
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in theirs):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in own):
             return ""
         handed = [*node.args, *(keyword.value for keyword in node.keywords)]
         for part in (inner for value in handed for inner in self._handed(value)):
-            if isinstance(part, ast.Lambda) or (isinstance(part, ast.Name) and part.id in functions | theirs):
+            if isinstance(part, ast.Lambda) or (isinstance(part, ast.Name) and part.id in functions | own):
                 named = part.id if isinstance(part, ast.Name) else "a lambda"
                 return f"{named} as an argument of {node.func.id}"
         return ""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Processes:
                 continue
             count += 1
             ticks += sum(int(x) for x in fields[11:15])  # utime, stime, cutime, cstime
-        return Usage(count, ticks / TICKS, memory)
+        return Usage(count, ticks / _TICKS, memory)
 
     def queued_below(self, name: str) -> float:
         """How long the first process below another has stood in the queue for a processor, seconds; 0 if unknown."""
@@ -94,7 +94,7 @@ class Processes:
 
     def _anonymous(self, name: str) -> int:
         _, resident, shared, *_ = self._read(f"{name}/statm").split()
-        return (int(resident) - int(shared)) * PAGE
+        return (int(resident) - int(shared)) * _PAGE
 
     def _children(self, name: str) -> list[str]:
         names: list[str] = []

@@ -11,15 +11,15 @@ import resource
 import selectors
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from .child import GONE
 from .processes import Processes, Usage
 from .slots import Slot
 
-PIPES = ("output", "errors", "result")
-SLACK = 0.2  # seconds by which the kernel's two counts of CPU time may differ
+_PIPES = ("output", "errors", "result")
+_SLACK = 0.2  # seconds by which the kernel's two counts of CPU time may differ
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class End:
         return os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
 
 
+@dataclass(eq=False)
 class Running:
     """A program that is being executed.
 
@@ -42,44 +43,36 @@ class Running:
         program: the slot where it runs.
         judge: the slot where its tests run; None: with it.
         token: what the record must begin with.
-        fds: descriptors to read output, errors and result from.
+        pipes: descriptors to read output, errors and result from.
         channel: the judge's end of the channel between the two; None where there is no judge.
         started: monotonic seconds.
         next_look: when the zygote looks at it next, monotonic seconds.
     """
 
-    def __init__(
-        self,
-        message: dict[str, Any],
-        program: Slot,
-        judge: Slot | None,
-        token: bytes,
-        fds: list[int],
-        channel: socket.socket | None,
-        started: float,
-        next_look: float,
-    ) -> None:
-        self.message = message
-        self.limits: dict[str, Any] = message["limits"]
-        self.program = program
-        self.judge = judge
-        self.slots = [slot for slot in (program, judge) if slot is not None]
+    message: dict[str, Any]
+    program: Slot
+    judge: Slot | None
+    token: bytes
+    pipes: InitVar[list[int]]
+    channel: socket.socket | None
+    started: float
+    next_look: float
+
+    def __post_init__(self, pipes: list[int]) -> None:
+        self.limits: dict[str, Any] = self.message["limits"]
+        self.slots = [slot for slot in (self.program, self.judge) if slot is not None]
         self.ends: dict[int, End] = {}  # of the slots' processes, by the slot's pid
         self.killed: set[int] = set()  # slots that were killed here, by pid
-        self.started = started
-        self.next_look = next_look
         self.finish_by = float("inf")  # the program's last moment, once it has been judged
-        self.fds = dict(zip(PIPES, fds, strict=True))
-        self._channel = channel
-        self._token = token
-        self._data = {name: bytearray() for name in PIPES}
+        self.fds = dict(zip(_PIPES, pipes, strict=True))
+        self._data = {name: bytearray() for name in _PIPES}
         self._watched: set[str] = set()
         self._cpu_seconds = 0.0
         self._settled = True
         self._verdict = ""
         self._detail = ""
         self._hurried = False
-        for fd in fds:
+        for fd in pipes:
             os.set_blocking(fd, False)
 
     def watch(self, selector: selectors.BaseSelector) -> None:
@@ -107,7 +100,7 @@ class Running:
 
     def drain_all(self, selector: selectors.BaseSelector) -> None:
         """Read what is left in its pipes after its end, and close them."""
-        for name in PIPES:
+        for name in _PIPES:
             if name in self.fds:
                 self.drain(name, selector)
         self.close_all(selector)
@@ -127,9 +120,9 @@ class Running:
 
     def close_channel(self) -> None:
         """Give up the zygote's copy of the channel: with the judge's own it is closed for the program."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     def ended(self, slot: Slot, end: End, now: float, grace: float) -> bool:
         """Note that the process in one of its slots has ended.
@@ -148,10 +141,10 @@ class Running:
             self.close_channel()
             self.finish_by = now + grace
             self.next_look = min(self.next_look, self.finish_by)
-        elif self._channel is not None:
+        elif self.channel is not None:
             # A forked copy may still hold the program's end: the judge shall not wait for it.
             with contextlib.suppress(OSError):
-                self._channel.shutdown(socket.SHUT_RDWR)
+                self.channel.shutdown(socket.SHUT_RDWR)
         return False
 
     def look(self, slot: Slot, processes: Processes) -> Usage:
@@ -227,7 +220,7 @@ class Running:
     def _record(self) -> tuple[str, str, str | None]:
         """Verdict, detail and value as the process with the tests wrote them; an empty verdict: it wrote none."""
         record = bytes(self._data["result"]).split(b"\n", 3)
-        if len(record) < 4 or record[0] != self._token:
+        if len(record) < 4 or record[0] != self.token:
             return "", "", None
         verdict, detail, value = (part.decode("utf-8", "replace") for part in record[1:])
         return verdict, detail, value if verdict == "passed" and self.message["expression"] else None
@@ -261,7 +254,7 @@ class Running:
 def _at_ceiling(end: End) -> bool:
     """Whether the kernel killed a process because it is allowed no more CPU time, whatever the program's own limit."""
     ceiling = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    return ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - SLACK
+    return ceiling != resource.RLIM_INFINITY and end.killed and end.seconds > ceiling - _SLACK
 
 
 def in_words(status: int) -> str:

@@ -14,7 +14,7 @@ import struct
 from . import kernel
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
-X32_BIT = 0x40000000  # x86_64 only: the same calls under other numbers
+_X32_BIT = 0x40000000  # x86_64 only: the same calls under other numbers
 
 # name: (number on x86_64, number on aarch64); None where the machine has no such call.
 REFUSED: dict[str, tuple[int | None, int | None]] = {
@@ -96,7 +96,7 @@ CLONE, CLONE3, PRCTL = (56, 220), (435, 435), (157, 167)
 SIGNALLING = {"kill": (62, 129), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
 SIGNALLING_OTHERWISE = {"tkill": (200, 130), "pidfd_send_signal": (424, 424)}
 FORKING: dict[str, tuple[int | None, int | None]] = {"fork": (57, None), "vfork": (58, None)}
-NAMESPACES, THREAD = 0x7E020080, 0x00010000  # every CLONE_NEW* flag of clone(2); CLONE_THREAD
+_NAMESPACES, _THREAD = 0x7E020080, 0x00010000  # every CLONE_NEW* flag of clone(2); CLONE_THREAD
 
 # Calls that name a process in their first argument: only 0, the caller itself, is allowed.
 ON_ITSELF = {
@@ -107,11 +107,11 @@ ON_ITSELF = {
     "sched_setattr": (314, 274),
 }
 
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCHITECTURE, ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the low half of the first argument
-NOTHING = [(JUMP_AT_LEAST, 0, 0, 0)]  # goes on with the next instruction whatever it finds
-ALLOW, FAIL = 0x7FFF0000, 0x00050000
-MODE_FILTER = 1
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the low half of the first argument
+NOTHING = [(_JUMP_AT_LEAST, 0, 0, 0)]  # goes on with the next instruction whatever it finds
+_ALLOW, _FAIL = 0x7FFF0000, 0x00050000
+_MODE_FILTER = 1
 
 
 def assemble(machine: str, own_pid: int | None = None, threads_only: bool = False) -> bytes:
@@ -128,30 +128,30 @@ def assemble(machine: str, own_pid: int | None = None, threads_only: bool = Fals
     if machine not in ARCHITECTURES:
         raise OSError(f"the system calls of {machine} are not known: only {', '.join(ARCHITECTURES)}")
     column = 0 if machine == "x86_64" else 1
-    refuse, unknown = FAIL | errno.EPERM, FAIL | errno.ENOSYS
+    refuse, unknown = _FAIL | errno.EPERM, _FAIL | errno.ENOSYS
     code = [
-        (LOAD, 0, 0, ARCHITECTURE),
-        (JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
-        (RETURN, 0, 0, unknown),  # 32-bit calls from a 64-bit process have other numbers
-        (LOAD, 0, 0, NUMBER),
+        (_LOAD, 0, 0, ARCHITECTURE),
+        (_JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
+        (_RETURN, 0, 0, unknown),  # 32-bit calls from a 64-bit process have other numbers
+        (_LOAD, 0, 0, NUMBER),
     ]
     if machine == "x86_64":
-        code += [(JUMP_AT_LEAST, 0, 1, X32_BIT), (RETURN, 0, 0, unknown)]
-    code += [(JUMP_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, unknown)]
+        code += [(_JUMP_AT_LEAST, 0, 1, _X32_BIT), (_RETURN, 0, 0, unknown)]
+    code += [(_JUMP_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, unknown)]
     # Calls that depend on the first argument: load it, decide, return.
-    code += [(JUMP_EQUAL, 0, 6, CLONE[column]), (LOAD, 0, 0, ARGUMENT), (JUMP_ANY_BIT, 0, 1, NAMESPACES)]
-    code += [(RETURN, 0, 0, refuse)]
-    code += [(JUMP_ANY_BIT, 1, 0, THREAD), (RETURN, 0, 0, refuse)] if threads_only else NOTHING * 2
-    code += [(RETURN, 0, 0, ALLOW)]
-    code += [(JUMP_EQUAL, 0, 4, PRCTL[column]), (LOAD, 0, 0, ARGUMENT), (JUMP_EQUAL, 0, 1, kernel.PR_SET_PDEATHSIG)]
-    code += [(RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)]
+    code += [(_JUMP_EQUAL, 0, 6, CLONE[column]), (_LOAD, 0, 0, _ARGUMENT), (_JUMP_ANY_BIT, 0, 1, _NAMESPACES)]
+    code += [(_RETURN, 0, 0, refuse)]
+    code += [(_JUMP_ANY_BIT, 1, 0, _THREAD), (_RETURN, 0, 0, refuse)] if threads_only else NOTHING * 2
+    code += [(_RETURN, 0, 0, _ALLOW)]
+    code += [(_JUMP_EQUAL, 0, 4, PRCTL[column]), (_LOAD, 0, 0, _ARGUMENT), (_JUMP_EQUAL, 0, 1, kernel.PR_SET_PDEATHSIG)]
+    code += [(_RETURN, 0, 0, refuse), (_RETURN, 0, 0, _ALLOW)]
     for numbers in ON_ITSELF.values():
-        code += [(JUMP_EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENT), (JUMP_EQUAL, 1, 0, 0)]
-        code += [(RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)]
+        code += [(_JUMP_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, _ARGUMENT), (_JUMP_EQUAL, 1, 0, 0)]
+        code += [(_RETURN, 0, 0, refuse), (_RETURN, 0, 0, _ALLOW)]
     if own_pid is not None:
         for numbers in SIGNALLING.values():
-            code += [(JUMP_EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENT), (JUMP_EQUAL, 1, 0, own_pid)]
-            code += [(RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)]
+            code += [(_JUMP_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, _ARGUMENT), (_JUMP_EQUAL, 1, 0, own_pid)]
+            code += [(_RETURN, 0, 0, refuse), (_RETURN, 0, 0, _ALLOW)]
     refused = {numbers[column] for numbers in REFUSED.values()}
     if own_pid is not None:
         refused |= {numbers[column] for numbers in SIGNALLING_OTHERWISE.values()}
@@ -165,11 +165,11 @@ def assemble(machine: str, own_pid: int | None = None, threads_only: bool = Fals
 def _refuse_listed(numbers: list[int], refuse: int) -> list[tuple[int, int, int, int]]:
     # Binary search: the kernel runs a new filter over every call number once, in every child.
     if len(numbers) <= 3:
-        tests = [(JUMP_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-        return [*tests, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, refuse)]
+        tests = [(_JUMP_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+        return [*tests, (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, refuse)]
     half = len(numbers) // 2
     below, above = _refuse_listed(numbers[:half], refuse), _refuse_listed(numbers[half:], refuse)
-    return [(JUMP_AT_LEAST, len(below), 0, numbers[half]), *below, *above]
+    return [(_JUMP_AT_LEAST, len(below), 0, numbers[half]), *below, *above]
 
 
 def install(own_pid: int | None = None, threads_only: bool = False) -> None:
@@ -185,4 +185,4 @@ def install(own_pid: int | None = None, threads_only: bool = False) -> None:
     code = assemble(kernel.MACHINE, own_pid, threads_only)
     instructions = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(instructions))
-    kernel.syscall("seccomp", MODE_FILTER, 0, program)
+    kernel.syscall("seccomp", _MODE_FILTER, 0, program)

@@ -24,16 +24,16 @@ from .layers import Bounds, Isolation, lower
 CANDIDATE, JUDGE, TOGETHER = "candidate", "judge", "together"
 # CPU seconds, bytes of the value, token, length of the JSON that follows (none for a candidate).
 REQUEST = struct.Struct("=dq32sI")
-# Wait status, CPU seconds, whether the slot takes another program; after FAULT a sentence follows.
+# Wait status, CPU seconds, whether the slot takes another program; after _FAULT a sentence follows.
 REPLY = struct.Struct("=idB")
-AGAIN, ENDS, FAULT = 0, 1, 2
+AGAIN, ENDS, _FAULT = 0, 1, 2
 LONGEST_REPLY = 4096
 # Descriptors in the programs: after standard output and error come, for a judge, result and channel; for a program with its
 # tests the result; for a candidate the channel.
-FIRST, SECOND = 3, 4
-DESCRIPTORS = {CANDIDATE: 3, JUDGE: 4, TOGETHER: 3}
+_FIRST, _SECOND = 3, 4
+_DESCRIPTORS = {CANDIDATE: 3, JUDGE: 4, TOGETHER: 3}
 FRAMES = {CANDIDATE: child.FRAMES - 1, JUDGE: child.FRAMES, TOGETHER: child.FRAMES}
-HIGHEST = 1 << 16  # above every descriptor that the zygote can have
+_HIGHEST = 1 << 16  # above every descriptor that the zygote can have
 
 
 @dataclass
@@ -76,7 +76,7 @@ def send(slot: Slot, cpu_seconds: float, value_bytes: int, token: bytes, body: b
 
 def fault_in(reply: bytes) -> str:
     """The sentence in a slot's reply that says what the harness could not do; empty in every other reply."""
-    if len(reply) < REPLY.size or REPLY.unpack_from(reply)[2] != FAULT:
+    if len(reply) < REPLY.size or REPLY.unpack_from(reply)[2] != _FAULT:
         return ""
     return "a layer of isolation that held before is refused now: " + reply[REPLY.size :].decode("utf-8", "replace")
 
@@ -96,7 +96,7 @@ def live(kind: str, control: socket.socket, isolation: Isolation, bounds: Bounds
         # A change time cannot be set back, but its clock is coarse: a file of the very first tick shows in the list.
         pristine = (os.fstat(tmp).st_ctime_ns, os.listdir(tmp))
         keep = sorted({control.fileno(), tmp, *isolation.kept_in_slot})
-        for below, above in zip([2, *keep], [*keep, HIGHEST], strict=True):
+        for below, above in zip([2, *keep], [*keep, _HIGHEST], strict=True):
             os.closerange(below + 1, above)
         while True:
             status, seconds = _run_next(kind, control, isolation)
@@ -105,12 +105,12 @@ def live(kind: str, control: socket.socket, isolation: Isolation, bounds: Bounds
             if not clean:
                 os._exit(0)
     except BaseException as fault:
-        control.sendall(REPLY.pack(0, 0.0, FAULT) + repr(fault)[:300].encode())
+        control.sendall(REPLY.pack(0, 0.0, _FAULT) + repr(fault)[:300].encode())
         os._exit(1)
 
 
 def _run_next(kind: str, control: socket.socket, isolation: Isolation) -> tuple[int, float]:
-    data, fds, _, _ = socket.recv_fds(control, 1 << 16, DESCRIPTORS[kind])
+    data, fds, _, _ = socket.recv_fds(control, 1 << 16, _DESCRIPTORS[kind])
     if not data:
         os._exit(0)
     whole = REQUEST.size + REQUEST.unpack_from(data)[3]
@@ -139,13 +139,13 @@ def _become_program(kind: str, data: bytes, fds: list[int], control: socket.sock
         # Numbers were given from 3 on in rising order, so none that is still to be moved is overwritten.
         for number, fd in enumerate(fds, 1):
             os.dup2(fd, number)
-        os.closerange(len(fds) + 1, HIGHEST)  # above all the slot's own socket: who has it can speak for the slot
+        os.closerange(len(fds) + 1, _HIGHEST)  # above all the slot's own socket: who has it can speak for the slot
     except BaseException as fault:
-        control.sendall(REPLY.pack(0, 0.0, FAULT) + repr(fault)[:300].encode())
+        control.sendall(REPLY.pack(0, 0.0, _FAULT) + repr(fault)[:300].encode())
         os._exit(1)
     if kind == CANDIDATE:
-        candidate.run(FIRST)
+        candidate.run(_FIRST)
     request = json.loads(data[REQUEST.size :])
     if kind == JUDGE:
-        judge.run(request, SECOND, token, FIRST, value_bytes)
-    child.run_in_one_process(request, token, FIRST, value_bytes)
+        judge.run(request, _SECOND, token, _FIRST, value_bytes)
+    child.run_in_one_process(request, token, _FIRST, value_bytes)

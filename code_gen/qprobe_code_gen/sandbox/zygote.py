@@ -33,19 +33,19 @@ from .running import End, Running
 from .slots import CANDIDATE, JUDGE, TOGETHER, Slot
 
 # Imported once here instead of once in every program: what HumanEval and MBPP programs and their tests ask for. Not hashlib,
-# which brings OpenSSL, nor numpy: every fork would pay for them; `preload` adds them where most programs want them.
+# which brings OpenSSL, nor numpy: every fork would pay for them.
 PRELOADED = """
     abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq io
     itertools math numbers operator os random re statistics string struct sys time traceback types typing warnings
 """
-FIRST_LOOK = 0.02  # seconds; most programs have ended by then and are never looked at
-LOOK_EVERY = 0.05  # seconds between looks at a program that goes on
-GRACE = 1.0  # seconds that a program has to write out what it printed, once it has been judged
-MOST_QUEUED = 5.0  # times the wall limit that a program may wait for a processor on top of it
+_FIRST_LOOK = 0.02  # seconds; most programs have ended by then and are never looked at
+_LOOK_EVERY = 0.05  # seconds between looks at a program that goes on
+_GRACE = 1.0  # seconds that a program has to write out what it printed, once it has been judged
+_MOST_QUEUED = 5.0  # times the wall limit that a program may wait for a processor on top of it
 ATTEMPTS = 250  # to start a program, with 20 ms between: a machine that is full for seconds is no reason to stop
 
 
-class Zygote:
+class _Zygote:
     """The event loop.
 
     Args:
@@ -163,7 +163,7 @@ class Zygote:
             self.abandon(running)
 
     def abandon(self, running: Running) -> None:
-        """Kill and reap a program, without a word on it."""
+        """Kill and reap a program without an answer."""
         running.close_all(self.selector)
         self.programs.remove(running)
         for slot in running.slots:
@@ -171,7 +171,7 @@ class Zygote:
                 self.discard(slot)
 
     def fill(self) -> None:
-        """Start programs while there is room."""
+        """Start programs while a worker is free."""
         while self.waiting and len(self.programs) < self.workers and time.monotonic() >= self.retry_at:
             message = self.waiting.popleft()
             try:
@@ -193,7 +193,7 @@ class Zygote:
         """Give one program, and its tests, to slots.
 
         Raises:
-            OSError: there is no room for another process or its pipes; try again later.
+            OSError: no further process or pipe can be made; try again later.
         """
         limits = message["limits"]
         bounds = Bounds(limits["memory_mib"], limits["processes"], limits["disk_mib"])
@@ -201,38 +201,38 @@ class Zygote:
         body = message["request"].encode("ascii")
         numbers = (limits["cpu_seconds"], limits["output_kib"] << 10)
         taken: list[Slot] = []
-        ours: list[int] = []
-        theirs: list[int] = []
+        readers: list[int] = []
+        writers: list[int] = []
         channel: socket.socket | None = None
         try:
             for _ in range(3):
                 reader, writer = os.pipe()
-                ours.append(reader)
-                theirs.append(writer)
+                readers.append(reader)
+                writers.append(writer)
             if message["together"]:
                 taken.append(self.take_slot(TOGETHER, bounds))
-                slots.send(taken[0], *numbers, token, body, theirs)
+                slots.send(taken[0], *numbers, token, body, writers)
             else:
                 taken.append(self.take_slot(CANDIDATE, bounds))
                 taken.append(self.take_slot(JUDGE, bounds))
                 channel, end = socket.socketpair()
                 with end:
-                    slots.send(taken[1], *numbers, token, body, [*theirs, channel.fileno()])
-                    slots.send(taken[0], *numbers, b"", b"", [*theirs[:2], end.fileno()])
+                    slots.send(taken[1], *numbers, token, body, [*writers, channel.fileno()])
+                    slots.send(taken[0], *numbers, b"", b"", [*writers[:2], end.fileno()])
         except OSError:
             for slot in taken:
                 self.discard(slot)
-            for fd in ours:
+            for fd in readers:
                 os.close(fd)
             if channel is not None:
                 channel.close()
             raise
         finally:
-            for fd in theirs:
+            for fd in writers:
                 os.close(fd)
         now = time.monotonic()
         judge = taken[1] if len(taken) > 1 else None
-        running = Running(message, taken[0], judge, token, ours, channel, now, now + FIRST_LOOK)
+        running = Running(message, taken[0], judge, token, readers, channel, now, now + _FIRST_LOOK)
         self.programs.append(running)
         self.running.update(dict.fromkeys([slot.pid for slot in taken], running))
 
@@ -240,7 +240,7 @@ class Zygote:
         """An idle slot of this kind with these bounds, or a new one.
 
         Raises:
-            OSError: there is no room for another process.
+            OSError: no further process can be started.
         """
         alike = [slot for slot in self.idle if slot.kind == kind]
         for slot in alike:
@@ -274,7 +274,7 @@ class Zygote:
             remove(slot.folder)
 
     def hear(self, slot: Slot) -> None:
-        """Take a slot's word, or its silence, for the end of what ran in it."""
+        """Take a slot's reply, or the end of its socket, for the end of what ran in it."""
         try:
             reply = slot.control.recv(slots.LONGEST_REPLY)
         except ConnectionResetError:  # it ended with a request unread
@@ -294,7 +294,7 @@ class Zygote:
         if why := slots.fault_in(reply):
             self.abandon(running)
             self.again(running.message, why)
-        elif running.ended(slot, End(status, seconds), time.monotonic(), GRACE):
+        elif running.ended(slot, End(status, seconds), time.monotonic(), _GRACE):
             self.conclude(running)
 
     def conclude(self, running: Running) -> None:
@@ -330,13 +330,13 @@ class Zygote:
         if min(wall_left, finish_left) <= 0 and processes is not None:
             # Waiting for a processor is the machine's doing; still, nothing may hold a worker for ever.
             queued = sum(processes.queued_below(slot.name_in_proc) for slot in alive)
-            wall_left += min(queued, MOST_QUEUED * limits["wall_seconds"])
-            finish_left += min(queued, MOST_QUEUED * GRACE)
+            wall_left += min(queued, _MOST_QUEUED * limits["wall_seconds"])
+            finish_left += min(queued, _MOST_QUEUED * _GRACE)
         if finish_left <= 0:
             running.hurry()
         elif wall_left <= 0 and running.finish_by == float("inf"):
             running.stop("timeout", f"more than {limits['wall_seconds']:g} s on the clock", settled=False)
-        running.next_look = now + max(0.005, min(LOOK_EVERY, wall_left, cpu_left, finish_left))
+        running.next_look = now + max(0.005, min(_LOOK_EVERY, wall_left, cpu_left, finish_left))
 
 
 def remove(folder: str) -> None:
@@ -355,7 +355,7 @@ def main() -> None:
     sys.argv[:] = [""]
     sys.path[:] = [*sys.path, *settings["packages"]]
     os.umask(0o022)  # the caller's would be that of the programs' files, and of the tree of files that they need
-    for name in (*PRELOADED.split(), *settings["preload"]):
+    for name in PRELOADED.split():
         importlib.import_module(name)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -377,16 +377,16 @@ def main() -> None:
 
 def part(channel: int, parent: int | None, workers: int, isolation: Isolation) -> NoReturn:
     """Fork into nursery and event loop, before the first message has been read."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET if kernel.LINUX else socket.SOCK_DGRAM)
+    own, nurserys = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET if kernel.LINUX else socket.SOCK_DGRAM)
     pid = os.fork()
     if pid:
         for fd in (channel, parent):
             if fd is not None:
                 os.close(fd)
-        ours.close()
-        nursery.live(theirs, pid, isolation)
-    theirs.close()
+        own.close()
+        nursery.live(nurserys, pid, isolation)
+    nurserys.close()
     if kernel.LINUX:
         isolation.die_with_the_nursery()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # every test and token passes through here
-    Zygote(socket.socket(fileno=channel), parent, workers, isolation, Nursery(ours)).serve()
+    _Zygote(socket.socket(fileno=channel), parent, workers, isolation, Nursery(own)).serve()

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiSettings
 from qprobe.settings import build
 from qprobe_preference.judges.base import AgainstReference, Comparison, Conversation, Judge, Judgement, tally
-from qprobe_preference.judges.implicit import ImplicitJudge
+from qprobe_preference.judges.implicit import ImplicitJudge, Side
 from qprobe_preference.judges.openai import OpenAIJudge
 from qprobe_preference.judges.reward_model import RewardModelJudge
 
@@ -32,9 +34,17 @@ def configured(config: Mapping[str, Any], folder: Path) -> Judge:
     values = dict(config)
     backend = values.pop("backend", None)
     if backend == "openai":
-        return build(OpenAIJudge, values, "judge", folder=folder)
+        api = build(ApiSettings, values.pop("api", {}), "judge.api")
+        return build(OpenAIJudge, values, "judge", api=api, folder=folder)
     if backend == "implicit":
-        return build(ImplicitJudge, values, "judge")
+        sides = {name: _side(values.pop(name, {}), f"judge.{name}") for name in ("a", "b")}
+        return build(ImplicitJudge, values, "judge", **sides)
     if backend == "reward_model":
-        return build(RewardModelJudge, values, "judge")
+        model = build(ModelSpec, values.pop("model", {}), "judge.model")
+        return build(RewardModelJudge, values, "judge", model=model)
     raise ValueError(f"judge.backend is {backend!r}: choose from openai, implicit, reward_model.")
+
+
+def _side(config: Mapping[str, Any], where: str) -> Side:
+    values = dict(config)
+    return build(Side, values, where, model=build(ModelSpec, values.pop("model", {}), f"{where}.model"))

@@ -2,8 +2,8 @@
 
 A judge says which of two answers to a conversation is preferred. A candidate's reward is the probability that it is
 preferred to its prompt's reference answer. What a judge cannot decide (an unreadable verdict, a refusal, a text beyond its
-context) counts half and keeps a verdict of its own, so that it can be counted; what fails is raised, never a zero. A verdict that
-could not be read is no judgement: it counts half until the next command, which asks again.
+context) counts half and keeps a verdict of its own, so that it can be counted; a failure is raised, never a zero. A verdict that
+could not be read counts half until the next command, which asks again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
 from qprobe.run import stages
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 
 Conversation = str | tuple[dict[str, str], ...]
-DECIDED = ("win", "loss", "tie")
+_DECIDED = ("win", "loss", "tie")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Comparison:
         prompt: plain text, or messages {"role": ..., "content": text}.
         first: the answer that a win is counted for.
         second: the other one.
-        opening: the beginning of both answers, put into the model's mouth; neither repeats it.
+        opening: the beginning of both answers, given to the model; neither repeats it.
     """
 
     task_id: str
@@ -53,13 +53,12 @@ class Comparison:
             raise ValueError(
                 f"The prompt {self.task_id} is empty: there is nothing that its answers could be judged by."
             )
-        for message in () if isinstance(self.prompt, str) else self.prompt:
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise ValueError(
-                    f"The prompt {self.task_id} has a message without a role, or whose content is no text: judges read text only."
-                )
-        if not isinstance(self.first, str) or not isinstance(self.second, str):
-            raise ValueError(f"An answer to the prompt {self.task_id} is no text: judges read text only.")
+        messages = () if isinstance(self.prompt, str) else self.prompt
+        texts = [message.get(key) for message in messages for key in ("role", "content")]
+        if not all(isinstance(text, str) for text in (*texts, self.first, self.second)):
+            raise ValueError(
+                f"The prompt {self.task_id} has a role, content or answer that is no text: judges read text only."
+            )
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -128,18 +127,17 @@ class ScoreRule:
         difference = first - second
         if not math.isfinite(difference):
             raise RuntimeError(
-                f"The scores of two answers to {comparison.task_id} are {first} and {second}: the judge's model gives no finite "
-                "numbers; try judge.*dtype=float32."
+                f"The scores of two answers to {comparison.task_id} are {first} and {second}: try judge.*dtype=float32."
             )
-        verdict = "tie" if abs(difference) <= self.tie else "win" if difference > 0 else "loss"
-        win = {"tie": 0.5, "win": 1.0, "loss": 0.0}[verdict]
-        if self.soft:
-            win = 0.5 * (1 + math.tanh(0.5 * self.beta * difference))  # the sigmoid, without overflow
+        sign = 0 if abs(difference) <= self.tie else 1 if difference > 0 else -1
+        # The sigmoid, without overflow.
+        win = 0.5 * (1 + (math.tanh(0.5 * self.beta * difference) if self.soft else sign))
+        verdict = ("tie", "win", "loss")[sign]
         return Judgement(win, verdict, json.dumps({"first": first, "second": second}))
 
 
 def folder_name(name: str | None, *parts: str) -> str:
-    """What the run folder calls a judge: its own name, or one made of what tells it from others."""
+    """What the run folder calls a judge: its own name, or one made of `parts`, such as its model."""
     joined = name or "-".join(["judge", *(Path(part).name if Path(part).is_dir() else part for part in parts if part)])
     return re.sub(r"[^\w.-]+", "-", joined).strip("-.")
 
@@ -161,7 +159,7 @@ def tally(judgements: Iterable[Judgement | RewardRow]) -> Counter[str]:
 class AgainstReference:
     """A reward stage: the probability that a judge prefers a candidate to its prompt's reference answer.
 
-    `unread` and `replies` make it `stages.Asks`: what a judge's replies did not say is asked again.
+    `unread` and `replies` make it a `rewarding.Asks`: what could not be read is asked again.
 
     Args:
         judge: compares.
@@ -202,7 +200,7 @@ class AgainstReference:
                 yield batch, [RewardRow(j.win, j.verdict, seconds, j.detail) for j in judgements]
         finally:
             stages.give_back(self.judge)  # the memory is the next stage's
-        if unusual := [f"{count} {name}" for name, count in counts.items() if name not in DECIDED]:
+        if unusual := [f"{count} {name}" for name, count in counts.items() if name not in _DECIDED]:
             judged = sum(count for name, count in counts.items() if name != "flagged")
             tqdm.write(f"Of {judged} judgements by {self.name}: {', '.join(unusual)}.", file=sys.stderr)
 

@@ -85,6 +85,6 @@ class ReplyCache:
                 raise OSError("the disk is full")
         except OSError as error:
             raise OSError(
-                f"{path} could not be written ({error.strerror or error}): make room or correct the permissions, then start the "
-                "same command again; replies written before are kept."
+                f"{path} could not be written ({error.strerror or error}): free disk space or correct the permissions, and start "
+                "the same command again; replies written before are kept."
             ) from error

@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from jinja2 import TemplateError
 
 from qprobe import models
-from qprobe.models.language_model import ModelSpec, Tokenizer
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
 
-Ids = list[int]
-MARK = "an answer to be found again"
-
-
-class LogLikelihood(Protocol):
-    """What `qprobe.models.likelihood.Likelihood` does."""
-
-    def log_likelihood(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[float]]:
-        """Log-probability of every completion given its prompt, in nats, summed over its tokens."""
+_Ids = list[int]
+_MARK = "an answer to be found again"
 
 
 @dataclass(frozen=True)
@@ -56,33 +49,30 @@ class ImplicitJudge:
         end: whether the token that ends the assistant's turn is the answer's last one.
         soft, beta, tie: how rewards become judgements, see `ScoreRule`.
         name: what the run folder calls the judge; None is made of its models.
-        likelihood: makes what scores a model's tokens; None is `qprobe.models.likelihood.Likelihood`.
     """
 
     def __init__(
         self,
-        a: Side | Mapping[str, Any],
-        b: Side | Mapping[str, Any],
+        a: Side,
+        b: Side,
         per: str = "sequence",
         end: bool = True,
         soft: bool = False,
         beta: float = 1.0,
         tie: float = 1e-6,
         name: str | None = None,
-        likelihood: Callable[[ModelSpec], LogLikelihood] | None = None,
     ) -> None:
         if per not in ("sequence", "token"):
             raise ValueError(f"judge.per is {per!r}: choose sequence or token.")
-        self.sides = tuple(_side(side, where) for side, where in ((a, "judge.a"), (b, "judge.b")))
-        if self.sides[0] == self.sides[1]:
+        if a == b:
             raise ValueError(
-                "judge.a and judge.b are the same: their difference is 0; change the model or the system prompt."
+                "judge.a and judge.b are the same: their difference is 0; change the model or system prompt."
             )
+        self.sides = a, b
         self.per, self.end = per, end
         self.rule = ScoreRule(soft, beta, tie)
         made_of = list(dict.fromkeys(side.model.name for side in self.sides))
         self.name = folder_name(name, "implicit", *made_of, per if per == "token" else "")
-        self._likelihood = likelihood or _likelihood
 
     def identity(self) -> dict[str, Any]:
         sides = [{"model": side.model.identity(), "system": side.system} for side in self.sides]
@@ -93,7 +83,7 @@ class ImplicitJudge:
         """Load both tokenizers and see that they render what they are given.
 
         Raises:
-            OSError: a model cannot be had.
+            OSError: a model cannot be loaded.
             ValueError: a chat template that refuses or ignores the system prompt.
         """
         for side in self.sides:
@@ -105,7 +95,7 @@ class ImplicitJudge:
         answers: dict[str, dict[str, None]] = {}
         for c in comparisons:
             answers.setdefault(_asked(c), {}).update(dict.fromkeys(_continuations(c)))
-        # One comparison of every prompt stands for it: equal answers are scored once, so that they tie.
+        # Equal answers to a prompt are scored once, so that they tie.
         by_prompt = {_asked(c): c for c in comparisons}
         grouped = [(by_prompt[prompt], list(texts)) for prompt, texts in answers.items()]
         of_a, of_b = (self._values(side, grouped) for side in self.sides)
@@ -122,18 +112,18 @@ class ImplicitJudge:
     def _values(self, side: Side, grouped: Sequence[tuple[Comparison, list[str]]]) -> dict[str, dict[str, float]]:
         """Log-likelihoods by prompt and answer, of the answers that fit the side's context."""
         tokenizer, context = models.load_tokenizer(side.model), models.outline(side.model).context_length
-        prompts: list[Ids] = []
-        tokens: list[dict[str, Ids]] = []
+        prompts: list[_Ids] = []
+        tokens: list[dict[str, _Ids]] = []
         for comparison, answers in grouped:
             text = self._rendered(side, comparison.task_id, comparison.prompt, comparison.opening)
             templated = not isinstance(comparison.prompt, str)
             prompts.append(tokenizer.encode_prompt(text, templated))
             last = [_end_of_turn(side.model, templated)] if self.end else []
             encoded = {answer: tokenizer.encode_completion(answer) + last for answer in answers}
-            room = math.inf if context is None else context - len(prompts[-1])
-            tokens.append({answer: ids for answer, ids in encoded.items() if len(ids) <= room})
+            left = math.inf if context is None else context - len(prompts[-1])
+            tokens.append({answer: ids for answer, ids in encoded.items() if len(ids) <= left})
         asked = [list(of_prompt.values()) for of_prompt in tokens]
-        sums = self._likelihood(side.model).log_likelihood(prompts, asked)
+        sums = Likelihood(side.model).log_likelihood(prompts, asked)
         per_token = self.per == "token"  # the empty answer without an end has probability 1, and no token to share it
         return {
             _asked(comparison): {
@@ -153,12 +143,15 @@ class ImplicitJudge:
             if messages[0]["role"] == "system":
                 system += f"\n\n{messages.pop(0)['content']}"
             messages.insert(0, {"role": "system", "content": system})
-        text = _templated(models.load_tokenizer(side.model), Prompt(task_id, tuple(messages), opening=opening))
-        if side.system is not None and side.system.strip() not in text:
+        template = f"The chat template of {side.model.name!r}"
+        try:
+            text = models.load_tokenizer(side.model).render_prompt(Prompt(task_id, tuple(messages), opening=opening))[0]
+        except TemplateError as error:
             raise ValueError(
-                f"The chat template of {side.model.name!r} leaves system prompts out: the sides would not differ by them; choose "
-                "another model."
-            )
+                f"{template} refuses the conversation {task_id} ({error}): drop judge's system prompts, or choose another model."
+            ) from error
+        if side.system is not None and side.system.strip() not in text:
+            raise ValueError(f"{template} leaves system prompts out: the sides would not differ; choose another model.")
         return text
 
 
@@ -173,38 +166,13 @@ def _continuations(comparison: Comparison) -> tuple[str, str]:
     return comparison.shown if whole else (comparison.first, comparison.second)
 
 
-def _side(side: Side | Mapping[str, Any], where: str) -> Side:
-    if isinstance(side, Side):
-        return side
-    made: Side = build(Side, {**side, "model": build(ModelSpec, side.get("model", {}), f"{where}.model")}, where)
-    return made
-
-
-def _likelihood(spec: ModelSpec) -> LogLikelihood:
-    from qprobe.models.likelihood import Likelihood
-
-    return Likelihood(spec)
-
-
-def _templated(tokenizer: Tokenizer, prompt: Prompt) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.render_prompt(prompt)[0]
-    except TemplateError as error:
-        raise ValueError(
-            f"The chat template of {tokenizer.name!r} refuses the conversation {prompt.task_id} ({error}): drop judge's system "
-            "prompts if it takes none, or choose another model."
-        ) from error
-
-
 @functools.lru_cache(maxsize=8)
 def _end_of_turn(spec: ModelSpec, templated: bool) -> int:
     """The token that ends an answer: what the chat template puts behind it, for plain text the end of the sequence."""
     tokenizer = models.load_tokenizer(spec).tokenizer
     if templated:
-        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": MARK}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).partition(MARK)[2]
+        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _MARK}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).partition(_MARK)[2]
         for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
             if token in tokenizer.added_tokens_decoder:
                 return int(token)

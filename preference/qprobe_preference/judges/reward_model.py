@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from qprobe.models.language_model import ModelSpec
-from qprobe.settings import build
 from qprobe_preference.judges.base import Comparison, Conversation, Judgement, ScoreRule, folder_name, undecided
-from qprobe_preference.judges.openai import written
+from qprobe_preference.judges.form import written
 
-Encoded = dict[str, list[int]]
+_Encoded = dict[str, list[int]]
 
 
 class RewardModelJudge:
@@ -37,7 +37,7 @@ class RewardModelJudge:
 
     def __init__(
         self,
-        model: ModelSpec | Mapping[str, Any],
+        model: ModelSpec,
         logit: int | None = None,
         minus: int | None = None,
         tokens_per_pass: int = 8192,
@@ -46,18 +46,17 @@ class RewardModelJudge:
         tie: float = 1e-6,
         name: str | None = None,
     ) -> None:
-        self.spec = model if isinstance(model, ModelSpec) else build(ModelSpec, model, "judge.model")
-        if self.spec.source()[1] is not None:
+        if model.source()[1] is not None:
             raise ValueError(
-                f"judge.model.name is {self.spec.name!r}: a reward model is a hub id or a folder with safetensors."
+                f"judge.model.name is {model.name!r}: a reward model is a hub id or a folder with safetensors."
             )
         if tokens_per_pass < 1:
             raise ValueError(f"judge.tokens_per_pass is {tokens_per_pass}: 1 or more.")
         if minus is not None and (logit is None or logit == minus):
             raise ValueError(
-                f"judge.logit={logit} and judge.minus={minus}: name two outputs, of which the second is subtracted."
+                f"judge.logit={logit} and judge.minus={minus}: name two outputs; the second is subtracted."
             )
-        self.logit, self.minus = logit, minus
+        self.spec, self.logit, self.minus = model, logit, minus
         self.tokens_per_pass = tokens_per_pass
         self.rule = ScoreRule(soft, beta, tie)
         self.name = folder_name(name, "reward-model", self.spec.name)
@@ -87,7 +86,7 @@ class RewardModelJudge:
             )
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(
-                    f"it lacks {len(missing)} weights, {missing[0]} among them, so it was not trained to give scores"
+                    f"it lacks {len(missing)} weights, such as {missing[0]}: it was not trained to give scores"
                 )
         if self.spec.device_map is None:
             model = model.to(self.spec.resolved_device())
@@ -100,7 +99,7 @@ class RewardModelJudge:
         """Load the model, see that it has the outputs that are asked for, and let it go: sampling needs the memory.
 
         Raises:
-            OSError: it cannot be had, is not in safetensors, or is no reward model.
+            OSError: it cannot be loaded, is not in safetensors, or is no reward model.
             ValueError: outputs that it has not.
         """
         try:
@@ -128,19 +127,17 @@ class RewardModelJudge:
     def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison, scores in its detail; what exceeds the model's context is "too_long"."""
         self._check_outputs()
-        rows: dict[tuple[str, str], Encoded] = {}
+        rows: dict[tuple[str, str], _Encoded] = {}
         for c in comparisons:
             for answer in c.shown:
                 key = (repr(c.prompt), answer)
                 if key not in rows:
                     rows[key] = self._encoded(c.task_id, c.prompt, answer)
-        room = self._context
-        fitting = [key for key, row in rows.items() if len(row["input_ids"]) <= room]
+        fitting = [key for key, row in rows.items() if len(row["input_ids"]) <= self._context]
         scores = dict(zip(fitting, self._scores([rows[key] for key in fitting]), strict=True))
         judgements = []
         for c in comparisons:
-            pair = [scores.get((repr(c.prompt), answer)) for answer in c.shown]
-            first, second = pair
+            first, second = (scores.get((repr(c.prompt), answer)) for answer in c.shown)
             if first is None or second is None:
                 judgements.append(undecided("too_long"))
             else:
@@ -150,55 +147,41 @@ class RewardModelJudge:
     @property
     def _context(self) -> float:
         length = getattr(self._loaded[0].config.get_text_config(), "max_position_embeddings", None)
-        # RoBERTa's kin count positions from behind the padding token's id: their tokenizer says what is left.
+        # RoBERTa and models like it count positions from behind the padding token's id: their tokenizer says what is left.
         return float(min(length or math.inf, self._loaded[1].model_max_length))
 
-    def _encoded(self, task_id: str, conversation: Conversation, answer: str) -> Encoded:
+    def _encoded(self, task_id: str, conversation: Conversation, answer: str) -> _Encoded:
         tokenizer = self._loaded[1]
         if not tokenizer.chat_template:
             return dict(tokenizer(written(conversation), answer))
-        from jinja2 import TemplateError
-
         turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
         try:
             text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
         except TemplateError as error:
-            raise ValueError(
-                f"The chat template of {self.spec.name!r} refuses the conversation {task_id} ({error})."
-            ) from error
+            raise ValueError(f"The chat template of {self.spec.name!r} refuses {task_id} ({error}).") from error
         return dict(tokenizer(text, add_special_tokens=False))
 
-    def _scores(self, rows: Sequence[Encoded]) -> list[float]:
-        """In the order of the rows; passes are made of rows of about one length."""
+    def _scores(self, rows: Sequence[_Encoded]) -> list[float]:
+        """In the order of the rows; passes are made of rows of about one length, longest first."""
+        most = 1 if _padding(self._loaded[0]) is None else len(rows)
+        left = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]), reverse=True)
         scores: list[float] = [math.nan] * len(rows)
-        for places in self._passes([len(row["input_ids"]) for row in rows]):
+        while left:
+            fit = min(most, max(1, self.tokens_per_pass // max(1, len(rows[left[0]]["input_ids"]))))
+            places, left = left[:fit], left[fit:]
             for place, score in zip(places, self._pass([rows[place] for place in places]), strict=True):
                 scores[place] = score
         return scores
 
-    def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        most = 1 if _padding(self._loaded[0]) is None else len(lengths)
-        places: list[int] = []
-        for place in sorted(range(len(lengths)), key=lambda place: lengths[place], reverse=True):
-            # The first row of a pass is its longest.
-            if places and ((len(places) + 1) * lengths[places[0]] > self.tokens_per_pass or len(places) == most):
-                yield places
-                places = []
-            places.append(place)
-        if places:
-            yield places
-
-    def _pass(self, rows: Sequence[Encoded]) -> list[float]:
+    def _pass(self, rows: Sequence[_Encoded]) -> list[float]:
         model, tokenizer = self._loaded
-        if len(rows) == 1:
-            inputs = {name: torch.tensor([values]) for name, values in rows[0].items()}
-        else:
-            names = rows[0].keys()
-            padded = tokenizer.pad({name: [row[name] for row in rows] for name in names}, return_tensors="pt")
-            inputs = dict(padded)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        # A model that knows no padding token gets rows one by one.
+        inputs = columns if len(rows) == 1 else tokenizer.pad(columns)
         device = next(model.parameters()).device
         with torch.inference_mode():
-            logits = model(**{name: values.to(device) for name, values in inputs.items()}).logits.float().cpu()
+            tensors = {name: torch.tensor(values, device=device) for name, values in inputs.items()}
+            logits = model(**tensors).logits.float().cpu()
         scores = logits[:, self.logit or 0]
         if self.minus is not None:
             scores = scores - logits[:, self.minus]
@@ -224,7 +207,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
         raise OSError(
-            f"The reward model {spec.name!r} could not be had ({first}): it must be a *ForSequenceClassification of "
+            f"The reward model {spec.name!r} could not be loaded ({first}): it must be a *ForSequenceClassification of "
             "transformers with weights in safetensors, on the hub or in a folder."
         ) from error
     finally:

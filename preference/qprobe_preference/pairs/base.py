@@ -1,7 +1,7 @@
 """What a preference pair is, whatever data set it comes from, and which pairs are of no use.
 
-A reader of a format gives what it finds, a `Found` a pair or the reason why there is none; `collect` looks at it, names the
-pairs, and counts what is dropped. Nothing is dropped in silence.
+A reader of a format yields what it finds: a `Found` for a pair, or the reason why there is none. `collect` checks it, numbers
+the pairs, and counts what is dropped.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from qprobe.prompts import Prompt
 
 Conversation = tuple[dict[str, str], ...]
 
-# How a conversation is put to a model without a chat template: as HH-RLHF writes it.
-SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+# How a conversation is written for a model without a chat template: as HH-RLHF writes it.
+_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A pair as a reader found it, not looked at yet.
+    """A pair as a reader found it, not checked yet.
 
     Args:
         prompt: plain text to be continued, or a conversation.
         chosen, rejected: the answers.
-        cluster: what must never fall on both sides of a split, such as SHP's post; None: the conversation that the prompt is of,
-            told by how it begins (`opening_key`).
-        opening: the beginning of both answers, put into the model's mouth (conversations only).
+        cluster: what must never be on both sides of a split, such as SHP's post; None: the conversation that the prompt is of,
+            told by how it begins (`_opening_key`).
+        opening: the beginning of both answers, given to the model (conversations only).
     """
 
     prompt: Any
@@ -40,26 +40,25 @@ class Found:
     opening: str = ""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, of which the first was preferred.
+@dataclass(frozen=True, kw_only=True)
+class Pair(Found):
+    """Two answers to one prompt, of which the first was preferred: neither is empty, and they differ.
 
     Args:
-        pair_id: unique in its set; pairs of one prompt stand next to each other in the order of their ids.
-        prompt: plain text to be continued, or a conversation.
-        chosen, rejected: the answers, neither empty, not the same.
-        source: the data set.
-        cluster: what must never fall on both sides of a split; equal for pairs that share a prompt.
-        opening: the beginning of both answers, put into the model's mouth (conversations only).
+        pair_id: unique in its set, NUMBER OF THE PROMPT.NUMBER OF THE PAIR; pairs are in the order of their ids.
+        cluster: equal for pairs that share a prompt.
     """
 
-    pair_id: str
     prompt: str | Conversation
     chosen: str
     rejected: str
-    source: str
     cluster: str
-    opening: str = ""
+    pair_id: str
+
+    @property
+    def prompt_id(self) -> str:
+        """Equal for the pairs of one prompt."""
+        return self.pair_id.rpartition(".")[0]
 
     def as_prompt(self, style: str) -> Prompt:
         """The prompt for a model.
@@ -71,18 +70,13 @@ class Pair:
             return Prompt(self.pair_id, text=self.prompt)
         if style == "chat":
             return Prompt(self.pair_id, messages=self.prompt, opening=self.opening)
-        return Prompt(self.pair_id, text=transcript(self.prompt) + (f" {self.opening}" if self.opening else ""))
+        return Prompt(self.pair_id, text=_transcript(self.prompt) + (f" {self.opening}" if self.opening else ""))
 
     def answers(self, style: str) -> list[str]:
         """Chosen and rejected answer, as they follow the prompt in this style."""
         # In a transcript a space follows the colon; the prompt ends before it, where a tokenizer would cut.
         space = " " if style == "text" and not isinstance(self.prompt, str) and not self.opening else ""
         return [space + self.chosen, space + self.rejected]
-
-    @property
-    def found(self) -> Found:
-        """The pair as it was found."""
-        return Found(self.prompt, self.chosen, self.rejected, self.cluster, self.opening)
 
 
 @dataclass(frozen=True)
@@ -107,19 +101,12 @@ class PairSet:
         counted = {"pairs": len(rows), "dropped": dict(sorted(self.dropped.items()))}
         return {"name": self.name, **counted, "content": fingerprint(rows), **self.source}
 
-    def counted_words(self) -> str:
-        """How many pairs, prompts and clusters of these there are, as a sentence."""
-        prompts = len({pair.pair_id.rpartition(".")[0] for pair in self.pairs})
+    def summary(self) -> str:
+        """How many pairs, prompts and clusters of these there are, what was dropped and why, as sentences."""
+        prompts = len({pair.prompt_id for pair in self.pairs})
         clusters = len({pair.cluster for pair in self.pairs})
-        torn = f", which make {clusters} clusters" if clusters < prompts else ""
-        return f"{len(self.pairs)} pairs of {prompts} prompts{torn}."
-
-    def dropped_words(self) -> str:
-        """What was dropped and why, as a sentence."""
-        if not self.dropped:
-            return "None was dropped."
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items()))
-        return f"Dropped: {reasons}."
+        joined = f", which make {clusters} clusters" if clusters < prompts else ""
+        return f"{len(self.pairs)} pairs of {prompts} prompts{joined}. {_dropped_words(self.dropped)}"
 
 
 def collect(
@@ -133,7 +120,7 @@ def collect(
 
     Args:
         name: of the set.
-        found: a `Found`, or the reason why there is no pair.
+        found: pairs, or the reasons why there is none.
         source: where they are from.
         dropped: what was dropped already.
         limit: ends with so many pairs, and what comes after is neither read nor counted; None takes all.
@@ -145,7 +132,7 @@ def collect(
     kept: dict[str, Found] = {}
     for one in found:
         reason = one if isinstance(one, str) else _reason(one)
-        if isinstance(one, str) or reason:
+        if isinstance(one, str) or reason is not None:
             counts[str(reason)] += 1
             continue
         key = json.dumps([one.prompt, one.opening, one.chosen, one.rejected])
@@ -155,11 +142,9 @@ def collect(
             kept[key] = one
         if len(kept) == limit:
             break
-    pairs = _named(name, list(kept.values()))
-    result = PairSet(name, pairs, dict(counts), source)
-    if not pairs:
-        raise ValueError(f"{name} has no pair that can be used. {result.dropped_words()}")
-    return result
+    if not kept:
+        raise ValueError(f"{name} has no pair that can be used. {_dropped_words(counts)}")
+    return PairSet(name, _numbered(list(kept.values())), dict(counts), source)
 
 
 def conversation(messages: Iterable[Any]) -> Conversation:
@@ -169,19 +154,19 @@ def conversation(messages: Iterable[Any]) -> Conversation:
     return tuple(plain)
 
 
-def transcript(messages: Conversation) -> str:
-    """A conversation as plain text, ending where the assistant speaks."""
-    said = "".join(f"\n\n{SPEAKERS.get(m['role'], m['role'].title())}: {m['content']}" for m in messages)
-    return f"{said}\n\nAssistant:"
-
-
 def prompt_key(prompt: str | Conversation, opening: str = "") -> str:
     """Of a prompt, but for case and white space."""
     spoken = [("", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
     return fingerprint([[role, " ".join(text.casefold().split())] for role, text in [*spoken, ("", opening)]])
 
 
-def opening_key(prompt: str | Conversation, opening: str = "") -> str:
+def _transcript(messages: Conversation) -> str:
+    """A conversation as plain text, ending where the assistant speaks."""
+    said = "".join(f"\n\n{_SPEAKERS.get(m['role'], m['role'].title())}: {m['content']}" for m in messages)
+    return f"{said}\n\nAssistant:"
+
+
+def _opening_key(prompt: str | Conversation, opening: str) -> str:
     """Of how a conversation begins, up to what its user says first: its later turns, and other branches of its tree, begin alike.
 
     A plain prompt is all of its conversation.
@@ -192,13 +177,13 @@ def opening_key(prompt: str | Conversation, opening: str = "") -> str:
     return prompt_key(prompt[: first + 1], opening)
 
 
-def _named(name: str, found: list[Found]) -> list[Pair]:
+def _numbered(found: list[Found]) -> list[Pair]:
     """Ids by prompt, in the order in which prompts are first met, and clusters."""
     prompts: dict[str, list[tuple[Found, str]]] = {}
     for one, cluster in zip(found, _clusters(found), strict=True):
         prompts.setdefault(json.dumps([one.prompt, one.opening]), []).append((one, cluster))
     return [
-        Pair(f"{at:06d}.{number:03d}", one.prompt, one.chosen, one.rejected, name, cluster, one.opening)
+        Pair(**vars(one) | {"pair_id": f"{at:06d}.{number:03d}", "cluster": cluster})
         for at, of_prompt in enumerate(prompts.values())
         for number, (one, cluster) in enumerate(of_prompt)
     ]
@@ -215,7 +200,7 @@ def _clusters(found: list[Found]) -> list[str]:
 
     own = []
     for one in found:
-        conversation = opening_key(one.prompt, one.opening)
+        conversation = _opening_key(one.prompt, one.opening)
         own.append(one.cluster or conversation)
         above[root(conversation)] = root(own[-1])
     return [root(cluster) for cluster in own]
@@ -234,13 +219,17 @@ def _reason(found: Found) -> str | None:
 
 def _contents(messages: Any) -> list[Any] | None:
     """The contents of a conversation; None where it is none."""
-    if not isinstance(messages, tuple):
+    keys = {"role", "content"}
+    if not isinstance(messages, tuple) or not all(isinstance(m, dict) and set(m) == keys for m in messages):
         return None
-    if not all(isinstance(m, dict) and set(m) == {"role", "content"} and isinstance(m["role"], str) for m in messages):
-        return None
-    return [m["content"] for m in messages]
+    return [m["content"] for m in messages] if all(isinstance(m["role"], str) for m in messages) else None
 
 
 def _is_text(value: Any) -> bool:
     # A lone surrogate is half of a character: no tokenizer and no file takes it.
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _dropped_words(dropped: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+    return f"Dropped: {reasons}." if reasons else "None was dropped."

@@ -9,8 +9,8 @@ from typing import Any
 from qprobe_preference.pairs.base import Conversation, Found
 from qprobe_preference.pairs.rows import Row, needed
 
-COLUMNS = ("message_id", "parent_id", "text", "role", "rank", "lang", "deleted")
-ROLES = {"prompter": "user", "assistant": "assistant"}
+_COLUMNS = ("message_id", "parent_id", "text", "role", "rank", "lang", "deleted")
+_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def pairs(rows: Iterable[Row], which: str = "all", languages: Sequence[str] = ()) -> Iterator[Found | str]:
@@ -28,9 +28,9 @@ def pairs(rows: Iterable[Row], which: str = "all", languages: Sequence[str] = ()
     messages: dict[str, dict[str, Any]] = {}
     children: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        message = dict(zip(COLUMNS, needed(row, COLUMNS), strict=True))
-        if message["role"] not in ROLES:
-            raise ValueError(f"{row.place}: role is {message['role']!r}; OpenAssistant has {' and '.join(ROLES)}.")
+        message = dict(zip(_COLUMNS, needed(row, _COLUMNS), strict=True))
+        if message["role"] not in _ROLES:
+            raise ValueError(f"{row.place}: role is {message['role']!r}; OpenAssistant has {' and '.join(_ROLES)}.")
         if messages.setdefault(message["message_id"], message) is not message:
             raise ValueError(f"{row.place}: the message {message['message_id']} is there twice; keep one.")
         if message["parent_id"] is not None and message["role"] == "assistant":
@@ -78,6 +78,6 @@ def _path(messages: dict[str, dict[str, Any]], message_id: str | None) -> Conver
         message = messages.get(message_id)
         if message is None or message["deleted"] or len(path) > len(messages):  # more than there are: a circle
             return None
-        path.insert(0, {"role": ROLES[message["role"]], "content": message["text"]})
+        path.insert(0, {"role": _ROLES[message["role"]], "content": message["text"]})
         message_id = message["parent_id"]
     return tuple(path) if path[-1]["role"] == "user" else None

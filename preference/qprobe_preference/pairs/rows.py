@@ -10,7 +10,7 @@ from typing import Any
 
 from qprobe.files import read_text
 
-PACKED = (".gz", ".bz2", ".zst")
+_PACKED = (".gz", ".bz2", ".zst")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Row:
 
 
 def from_file(path: Path) -> Iterator[Row]:
-    """The rows of a file, told apart by its name's end.
+    """The rows of a file, by the end of its name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -32,7 +32,7 @@ def from_file(path: Path) -> Iterator[Row]:
         raise FileNotFoundError(f"There is no file {path}: check dataset.path.")
     if path.name.endswith(".parquet"):
         return _parquet_rows(path)
-    if path.name.removesuffix(path.suffix if path.suffix in PACKED else "").endswith((".jsonl", ".json")):
+    if path.name.removesuffix(path.suffix if path.suffix in _PACKED else "").endswith((".jsonl", ".json")):
         return _json_rows(path)
     raise ValueError(f"{path} is of no known kind: give .jsonl or .json (also packed: .gz, .bz2, .zst), or .parquet.")
 
@@ -55,8 +55,8 @@ def from_hub(name: str, split: str, data_dir: str | None = None, config: str | N
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(
-            f"The split {split} of {name} could not be had from the hub ({first.rstrip('.')}): check the network and the names, "
-            "or give a local file by dataset.path=FILE."
+            f"The split {split} of {name} could not be loaded from the hub ({first.rstrip('.')}): check the network and the "
+            "names, or give a local file by dataset.path=FILE."
         ) from error
     return (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
 

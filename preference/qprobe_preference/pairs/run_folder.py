@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qprobe.files import fingerprint
 from qprobe.prompts import Prompt
@@ -32,8 +34,8 @@ def pairs(
         render: the text that a prompt is to the run's model; by it the opening of an answer is known again.
         reward: the reward's folder; None: the only one.
         passed: the reward from which a completion has passed.
-        per_prompt: most pairs of one prompt, drawn by lot.
-        seed: of the lot.
+        per_prompt: most pairs of one prompt, drawn at random.
+        seed: of the draw.
 
     Raises:
         ValueError: no such pool or reward, or prompts that were rendered by another model.
@@ -46,7 +48,7 @@ def pairs(
         for completion, earned in zip(task.completions, task.rewards, strict=True):
             texts[earned >= passed].append(completion)
         good, bad = ([*dict.fromkeys(texts[side])] for side in (True, False))
-        # One text may pass and fail where a reward is by chance; it says nothing then.
+        # A text that both passes and fails, as by a random reward, says nothing.
         good, bad = [text for text in good if text not in bad], [text for text in bad if text not in good]
         if not good or not bad:
             yield "none_failed" if good else "none_passed"
@@ -68,47 +70,37 @@ class Judged:
 
 
 def judged(run: Path, pool: str, render: Callable[[Prompt], str], reward: str | None = None) -> Iterator[Judged]:
-    """The prompts of a pool by task id, as they were put to the run's model, with completions and rewards.
+    """The prompts of a pool by task id, as the run's model read them, with completions and rewards.
 
     Args and Raises: as of `pairs`.
     """
     prompts = found_table(_folder(run / "prompts", pool.rpartition(".")[0]), PROMPTS).read().to_pylist()
-    completions = found_table(_folder(run / "completions", pool), COMPLETIONS).read(
-        None, ["task_id", "sample", "completion"]
-    )
-    rewards = found_table(_folder(_folder(run / "rewards", pool), reward), REWARDS).read(
-        None, ["task_id", "sample", "reward"]
-    )
-    earned = {(row["task_id"], row["sample"]): row["reward"] for row in rewards.to_pylist()}
-    texts: dict[str, list[tuple[str, float]]] = {}
-    for row in sorted(completions.to_pylist(), key=lambda row: (row["task_id"], row["sample"])):
-        key = (row["task_id"], row["sample"])
-        if key not in earned:
-            raise ValueError(f"{run}: completion {key[1]} of {key[0]} has no reward: run the stage reward there first.")
-        texts.setdefault(row["task_id"], []).append((row["completion"], earned[key]))
+    columns = ["task_id", "sample"]
+    completions = found_table(_folder(run / "completions", pool), COMPLETIONS).read(None, [*columns, "completion"])
+    rewards = found_table(_folder(_folder(run / "rewards", pool), reward), REWARDS).read(None, [*columns, "reward"])
+    rows: dict[str, list[dict[str, Any]]] = {}
+    order = [(column, "ascending") for column in columns]
+    for row in completions.join(rewards, columns).sort_by(order).to_pylist():
+        if row["reward"] is None:
+            where = f"{run}: completion {row['sample']} of {row['task_id']}"
+            raise ValueError(f"{where} has no reward: run the stage reward there first.")
+        rows.setdefault(row["task_id"], []).append(row)
     for row in sorted(prompts, key=lambda row: str(row["task_id"])):
-        task_id = row["task_id"]
-        if task_id in texts:
-            talk, opening = _prompt(run, row["messages"], row["prompt"], render)
-            asked = (
-                Prompt(task_id, text=talk) if isinstance(talk, str) else Prompt(task_id, messages=talk, opening=opening)
-            )
-            yield Judged(asked, [text for text, _ in texts[task_id]], [reward for _, reward in texts[task_id]])
+        if own := rows.get(row["task_id"]):
+            yield Judged(_prompt(run, row, render), [r["completion"] for r in own], [r["reward"] for r in own])
 
 
-def _prompt(
-    run: Path, messages: str | None, rendered: str, render: Callable[[Prompt], str]
-) -> tuple[str | tuple[dict[str, str], ...], str]:
-    """A prompt of the run and the opening of its answers, which is what stands behind the rendered conversation."""
-    if messages is None:
-        return rendered, ""
-    talk = tuple(json.loads(messages))
-    plain = render(Prompt("run", messages=talk))
-    if not rendered.startswith(plain):
+def _prompt(run: Path, row: Mapping[str, Any], render: Callable[[Prompt], str]) -> Prompt:
+    """A prompt of the run, with the opening of its answers, which follows the rendered conversation."""
+    if row["messages"] is None:
+        return Prompt(row["task_id"], text=row["prompt"])
+    plain = Prompt(row["task_id"], messages=tuple(json.loads(row["messages"])))
+    rendered = render(plain)
+    if not row["prompt"].startswith(rendered):
         raise ValueError(
             f"The prompts of {run} were rendered by another model's chat template: give the run's model by model.name."
         )
-    return talk, rendered[len(plain) :]
+    return dataclasses.replace(plain, opening=row["prompt"][len(rendered) :])
 
 
 def _folder(parent: Path, name: str | None) -> Path:

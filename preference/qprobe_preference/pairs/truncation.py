@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 
-from qprobe_preference.pairs.base import Conversation, Found, Pair, PairSet, collect
+from qprobe_preference.pairs.base import Pair, PairSet, collect
 
 
 def fitted(pairs: PairSet, max_tokens: int, tokens: Callable[[Pair], int]) -> PairSet:
@@ -21,33 +20,18 @@ def fitted(pairs: PairSet, max_tokens: int, tokens: Callable[[Pair], int]) -> Pa
     """
     if max_tokens < 1:
         raise ValueError(f"dataset.max_tokens is {max_tokens}: at least 1, or null for no limit.")
-    counts: Counter[str] = Counter()
-
-    def found() -> Iterator[Found | str]:
-        for pair in pairs.pairs:
-            short = _shortened(pair, max_tokens, tokens)
-            counts["cut"] += short is not None and short is not pair
-            yield short.found if short else "too_long"
-
-    fit = collect(pairs.name, found(), pairs.source, pairs.dropped)
-    return dataclasses.replace(fit, source={**pairs.source, "max_tokens": max_tokens, "dialogues_cut": counts["cut"]})
+    fitting = [next((v for v in _versions(pair) if tokens(v) <= max_tokens), None) for pair in pairs.pairs]
+    cut = sum(short is not None and short is not pair for short, pair in zip(fitting, pairs.pairs, strict=True))
+    source = {**pairs.source, "max_tokens": max_tokens, "dialogues_cut": cut}
+    return collect(pairs.name, (short or "too_long" for short in fitting), source, pairs.dropped)
 
 
-def _shortened(pair: Pair, max_tokens: int, tokens: Callable[[Pair], int]) -> Pair | None:
-    if tokens(pair) <= max_tokens:
-        return pair
-    if isinstance(pair.prompt, str):
-        return None
-    for prompt in _shorter(pair.prompt):
-        short = dataclasses.replace(pair, prompt=prompt)
-        if tokens(short) <= max_tokens:
-            return short
-    return None
-
-
-def _shorter(messages: Conversation) -> Iterator[Conversation]:
-    """The conversation with fewer and fewer messages, each time from a user on."""
+def _versions(pair: Pair) -> Iterator[Pair]:
+    """The pair, then with fewer and fewer messages of its prompt, each time from a user on."""
+    yield pair
+    if isinstance(messages := pair.prompt, str):
+        return
     system = messages[:1] if messages[0]["role"] == "system" else ()
     for start in range(len(system) + 1, len(messages)):
         if messages[start]["role"] == "user":
-            yield (*system, *messages[start:])
+            yield dataclasses.replace(pair, prompt=(*system, *messages[start:]))

@@ -3,7 +3,7 @@
 A *rival* is another policy (few-shot, fine-tuned); a *ranker* scores the candidates that the probes choose from.
 """
 
-from qprobe.baselines.base import Baseline, Lesson, Lessons, Ranker, Rival
+from qprobe.baselines.base import Baseline, Ranker, Rival, TrainingData, TrainingRow
 from qprobe.baselines.runner import Baselines
 
-__all__ = ["Baseline", "Baselines", "Lesson", "Lessons", "Ranker", "Rival"]
+__all__ = ["Baseline", "Baselines", "Ranker", "Rival", "TrainingData", "TrainingRow"]

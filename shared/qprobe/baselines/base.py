@@ -1,4 +1,4 @@
-"""What a baseline is: a rival policy or a ranker of candidates, and what it may learn from."""
+"""What a baseline is: a rival policy or a ranker of candidates, and the rows it may be trained on."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.prompts import Prompt
-from qprobe.run.stages import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
+from qprobe.run.pools import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import StoreError, Table
 
-FENCE = "```"
+_FENCE = "```"
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingRow:
     """A rewarded completion of the training split.
 
     Args:
-        prompt: as it was put.
+        prompt: as it was asked.
         rendered, prompt_token_ids: the prompt as the sampler's model read it.
         completion, token_ids: what the sampler drew; None where it gives no tokens.
         reward: what it earned.
@@ -37,8 +37,8 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What a baseline may learn from: the training split's completions and what they earned.
+class TrainingData:
+    """What a baseline may be trained on: the training split's completions and what they earned.
 
     Args:
         pool: the training split's sample pool; its sampler's tokenizer made the tokens.
@@ -49,9 +49,10 @@ class Lessons:
     reward: Reward
 
     def identity(self) -> dict[str, Any]:
+        """Of the rows, for what is made from them."""
         return {"split": self.pool.split.name, "rewards": self.pool.rewards(self.reward).state}
 
-    def read(self) -> list[Lesson]:
+    def read(self) -> list[TrainingRow]:
         """All rows, by task id, then sample.
 
         Raises:
@@ -67,7 +68,7 @@ class Lessons:
         prompts = {prompt.task_id: prompt for prompt in pool.split.prompts}
         earned = {tuple(row[name] for name in KEY_COLUMNS): float(row["reward"]) for row in rewards}
         return [
-            Lesson(
+            TrainingRow(
                 prompts[row["task_id"]],
                 rendered[row["task_id"]]["prompt"],
                 rendered[row["task_id"]]["prompt_token_ids"],
@@ -95,32 +96,32 @@ class Baseline(ABC):
     Attributes:
         name: short, in the configuration and in paths.
         method: of its row.
-        learns: whether it needs a training split.
+        trains: whether it needs a training split, for `train`.
     """
 
     name: str
     method: str
-    learns: bool
+    trains: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides it besides what it learns from; cheap."""
+        """What decides it besides what it is trained on; cheap."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raise, in a sentence, what can be known to fail before any work."""
+        return
 
-    @abstractmethod
-    def learn(self, lessons: Lessons, folder: Path) -> None:
-        """Learn, into a folder that is its own; not called again once it has returned. A killed one is begun again.
+    def train(self, data: TrainingData, folder: Path) -> None:
+        """Train, into a folder that is its own; not called again once it has returned. A killed one is begun again.
 
         Raises:
-            ValueError: there is nothing to learn from, such as no success.
+            ValueError: there is nothing to train on, such as no success.
         """
+        raise NotImplementedError
 
 
 class Rival(Baseline):
-    """Another policy, whose one greedy completion a prompt is rewarded; its row stands beside greedy decoding."""
+    """Another policy, whose one greedy completion a prompt is rewarded; its row follows that of greedy decoding."""
 
     @abstractmethod
     def pool(self, tested: Pool, folder: Path) -> Pool:
@@ -128,7 +129,7 @@ class Rival(Baseline):
 
         Args:
             tested: the sample pool.
-            folder: what it learnt.
+            folder: what it was trained to.
 
         Returns: a pool of the same task ids, of kind `name`, one completion a prompt.
         """
@@ -151,15 +152,15 @@ class Ranker(Baseline):
 
         Args:
             tested: the pool that the candidates are of.
-            folder: what it learnt.
+            folder: what it was trained to.
             batches: whole prompts.
         """
 
 
 def answer(prompt: Prompt, completion: str) -> str:
-    """What the model says to a prompt, from the opening that was put into its mouth to the end of a fence that is open."""
+    """What the model says to a prompt: with the opening that its answer was given, and a fence that is open closed."""
     text = prompt.opening + completion
-    return text if text.count(FENCE) % 2 == 0 else f"{text.rstrip()}\n{FENCE}"
+    return text if text.count(_FENCE) % 2 == 0 else f"{text.rstrip()}\n{_FENCE}"
 
 
 def question(prompt: Prompt) -> str:

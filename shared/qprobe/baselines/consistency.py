@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qprobe.baselines.base import Lessons, Ranker
-from qprobe.run.stages import Pool, RewardBatch, RewardRow
+from qprobe.baselines.base import Ranker
+from qprobe.run.pools import Pool, RewardBatch, RewardRow
 
 Answer = tuple[str, str]  # task id and completion
 
@@ -31,7 +31,6 @@ class SelfConsistency(Ranker):
 
     name = "self_consistency"
     method = "self-consistency"
-    learns = False
     of_all = True
 
     def __init__(self, agreement: Agreement) -> None:
@@ -42,9 +41,6 @@ class SelfConsistency(Ranker):
 
     def check(self) -> None:
         self.agreement.check()
-
-    def learn(self, lessons: Lessons, folder: Path) -> None:
-        """Agreement is seen on the candidates alone."""
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]

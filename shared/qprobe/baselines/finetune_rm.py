@@ -1,4 +1,4 @@
-"""Finetune RM: a LoRA adapter with a linear head learns the rewards of the training completions and ranks the candidates."""
+"""Finetune RM: a LoRA adapter with a linear head is trained on rewards of the training completions and ranks the candidates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ from typing import Any
 from safetensors.torch import load as tensors_from_bytes
 from tqdm import tqdm
 
-from qprobe.baselines.base import Lessons, Ranker
-from qprobe.baselines.lora import HEAD_FILE, LoRASettings, check_base, examples_of, train_reward_model
+from qprobe.baselines.base import Ranker, TrainingData
+from qprobe.baselines.lora import HEAD_FILE, LoRASettings, Trained, Training, check_base
+from qprobe.baselines.objectives import Example, Judgement, check_targets, examples_of
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
-from qprobe.run.stages import Pool, RewardBatch, RewardRow, completions_of, tokens_of
+from qprobe.run.pools import Pool, RewardBatch, RewardRow, completions_of
+from qprobe.run.stages import tokens_of
 
-ADAPTER = "adapter"
+_ADAPTER = "adapter"
+
+
+def train_reward_model(
+    model: ModelSpec,
+    examples: Sequence[Example],
+    settings: LoRASettings,
+    folder: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trained:
+    """Train an adapter and a linear head to tell the rewards of completions, empty ones too; see `lora.Training`.
+
+    Raises:
+        ValueError: rewards outside of [0, 1], or all the same; and as `Training.run`.
+    """
+    check_targets(examples)
+    return Training(model, examples, settings, folder, seed, progress).run(Judgement())
 
 
 class RewardModel:
@@ -60,12 +79,10 @@ class FinetuneRM(Ranker):
 
     name = "finetune_rm"
     method = "Finetune RM"
-    learns = True
+    trains = True
 
     def __init__(self, model: ModelSpec, settings: LoRASettings, seed: int = 0) -> None:
-        self.model = model
-        self.settings = settings
-        self.seed = seed
+        self.model, self.settings, self.seed = model, settings, seed
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.model.identity(), "seed": self.seed, **dataclasses.asdict(self.settings)}
@@ -73,15 +90,15 @@ class FinetuneRM(Ranker):
     def check(self) -> None:
         check_base(self.model)
 
-    def learn(self, lessons: Lessons, folder: Path) -> None:
-        examples = examples_of(lessons, Likelihood(self.model))
-        trained = train_reward_model(self.model, examples, self.settings, folder / ADAPTER, self.seed)
+    def train(self, data: TrainingData, folder: Path) -> None:
+        examples = examples_of(data, Likelihood(self.model))
+        trained = train_reward_model(self.model, examples, self.settings, folder / _ADAPTER, self.seed)
         tqdm.write(trained.sentence(self.method))
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
     ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
-        model = RewardModel(self.model, folder / ADAPTER)
+        model = RewardModel(self.model, folder / _ADAPTER)
         prompts = {row["task_id"]: row for row in tested.prompts.read([tested.task_ids]).to_pylist()}
         for batch in batches:
             rows = completions_of(tested, batch.keys)

@@ -1,14 +1,10 @@
-"""Training a LoRA adapter of a language model: on completions to imitate, or as a reward model.
+"""Training a LoRA adapter of a language model, with or without a head, on an objective (`objectives`).
 
-    fine_tune(model, examples, settings, folder)             # then ModelSpec(..., adapter=folder) samples from it
-    train_reward_model(model, examples, settings, folder)    # then FinetuneRM scores with it
+Minimised is a mean over examples. Easy prompts have most of the successes; so that they do not dominate, an epoch takes at most
+`per_prompt` examples of a prompt, drawn anew for every epoch.
 
-Both minimise a mean: fine-tuning the cross-entropy of the completions' tokens and of the token that ends them, a reward model
-the binary cross-entropy between its logit at the last token and the reward. Easy prompts have most of the successes; so that
-they do not dominate, an epoch takes at most `per_prompt` rows of a prompt, drawn anew for every epoch.
-
-A finished epoch is on the disk, and a killed training continues there with the same result as without the interruption (bit
-for bit on a CPU, where as much memory is free). The folder appears whole, by rename. There is one process; nothing is sharded.
+A finished epoch is on the disk, and a killed training continues there with the same result as without the interruption (bit for
+bit on a CPU, where as much memory is free). The folder appears whole, by rename. There is one process; nothing is sharded.
 """
 
 from __future__ import annotations
@@ -16,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import io
 import json
 import math
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +30,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qprobe import models
-from qprobe.baselines.base import Lessons
-from qprobe.baselines.objectives import Example, Imitation, Judgement, Objective, check_targets, digest_of
-from qprobe.embedding import ReadsTokens, tokens_to_read
+from qprobe.baselines.objectives import Example, Objective, digest_of
 from qprobe.files import fingerprint, write_whole
 from qprobe.models import adapters
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.memory import GIB, Footprint, Passes
 
-HEAD_FILE, CHECKPOINT = "head.safetensors", "checkpoint.safetensors"
+HEAD_FILE, _CHECKPOINT = "head.safetensors", "checkpoint.pt"
 # As for the probes: with fewer prompts, what is held out tells too little and costs too much.
-FEWEST_TO_HOLD_OUT = 20
+_FEWEST_TO_HOLD_OUT = 20
 # Bytes of a pass there: in larger ones fresh memory costs more time than it saves.
-MOST_ON_A_CPU = 2 * GIB
+_MOST_ON_A_CPU = 2 * GIB
 # Steps that the learning rate rises for, as a share of all; it falls to 0 in the rest.
-WARM_UP = 0.05
+_WARM_UP = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,8 @@ class LoRASettings:
         epochs: at most; fewer where held-out prompts say so.
         batch_rows: completions a step; what does not fit the memory is done in passes (see `qprobe.models.memory`).
         per_prompt: completions of a prompt in an epoch, at most.
-        max_tokens: of prompt and completion together; longer rows are left out and counted.
-        held_out: share of the prompts, in [0, 1), that say when to stop; none where fewer than 20 are there to learn from.
+        max_tokens: of prompt and completion together; longer examples are left out and counted.
+        held_out: share of the prompts, in [0, 1), that say when to stop; none where there are fewer than 20.
     """
 
     rank: int = 16
@@ -79,14 +74,12 @@ class LoRASettings:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "batch_rows", "per_prompt", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: it is at least 1.")
-        if not (self.alpha > 0 and self.learning_rate > 0):
-            raise ValueError(f"LoRA's alpha is {self.alpha}, its learning_rate {self.learning_rate}: both are above 0.")
-        for name in ("dropout", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"LoRA's {name} is {getattr(self, name)}: a share is at least 0 and below 1.")
+        own, counts = vars(self), ("rank", "epochs", "batch_rows", "per_prompt", "max_tokens")
+        wrong = [f"{name} is {own[name]}: at least 1" for name in counts if own[name] < 1]
+        wrong += [f"{name} is {own[name]}: above 0" for name in ("alpha", "learning_rate") if not own[name] > 0]
+        wrong += [f"{name} is {own[name]}: in [0, 1)" for name in ("dropout", "held_out") if not 0 <= own[name] < 1]
+        if wrong:
+            raise ValueError(f"LoRA's {wrong[0]}.")
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Trained:
 
     Args:
         folder: holds the adapter.
-        rows: completions that were there to learn from, by prompts' cap or not.
+        rows: completions that there were to train on, before the cap of a prompt.
         prompts: that they belong to.
         empty: completions left out because they have no tokens.
         too_long: left out because of `max_tokens` or the model's context.
@@ -114,12 +107,12 @@ class Trained:
     kept_epoch: int
 
     def sentence(self, name: str) -> str:
-        """What was learnt from, for the user."""
+        """What was trained on, for the user."""
         loss = f"loss {self.train_loss[0]:.3f} in the first epoch, {self.train_loss[self.kept_epoch - 1]:.3f} in the one kept"
         kept = f"{self.kept_epoch} of {len(self.train_loss)}"
         why = "by held-out prompts" if self.held_out_loss else "nothing held out"
         return (
-            f"{name}: learnt from {self.rows} completions of {self.prompts} prompts; left out: {self.empty} empty, "
+            f"{name}: trained on {self.rows} completions of {self.prompts} prompts; left out: {self.empty} empty, "
             f"{self.too_long} too long; {loss} ({kept}, {why})."
         )
 
@@ -130,77 +123,9 @@ def check_base(model: ModelSpec) -> None:
     model.source()  # a file or package that is missing
     if model.adapter is not None:
         raise ValueError(
-            f"The model has the adapter {model.adapter} already, and a second one would be trained on top of it: merge the "
-            "first into a model of its own, or leave out the baselines that train one."
+            f"model.adapter is {model.adapter}, and a second adapter would be trained on top of it: merge the first into a model "
+            "of its own, or leave out the baselines that train one."
         )
-
-
-def fine_tune(
-    model: ModelSpec,
-    examples: Sequence[Example],
-    settings: LoRASettings,
-    folder: Path,
-    seed: int = 0,
-    progress: bool = True,
-) -> Trained:
-    """Teach a model completions, such as those of its own that earned a reward; a finished folder is not trained again.
-
-    Args:
-        examples: what to imitate; `target` is not looked at.
-        folder: where the adapter is written.
-
-    Raises:
-        ValueError: there is nothing to learn from, or `folder` holds an adapter made from other inputs.
-        RuntimeError: a single row does not fit the memory.
-        ModuleNotFoundError: peft is missing.
-    """
-    taught = [example for example in examples if example.completion_ids]
-    if not taught:
-        raise ValueError(
-            "There are no successes to learn from: no completion of the training prompts was rewarded. Draw more completions, "
-            "take more prompts or a stronger model."
-        )
-    return _Training(model, taught, settings, folder, seed, progress, len(examples) - len(taught)).run(Imitation())
-
-
-def train_reward_model(
-    model: ModelSpec,
-    examples: Sequence[Example],
-    settings: LoRASettings,
-    folder: Path,
-    seed: int = 0,
-    progress: bool = True,
-) -> Trained:
-    """Train a model with an adapter and a linear head to tell the rewards of completions; as `fine_tune` in all else.
-
-    Args:
-        examples: completions with rewards in [0, 1], an empty one too.
-
-    Raises:
-        ValueError: as `fine_tune`; and rewards outside of [0, 1], or all the same.
-    """
-    check_targets(examples)
-    return _Training(model, examples, settings, folder, seed, progress, 0).run(Judgement())
-
-
-def examples_of(lessons: Lessons, reader: ReadsTokens, least: float = -math.inf) -> list[Example]:
-    """The training completions that earned at least so much, as tokens of the model that learns from them.
-
-    Args:
-        reader: has the tokenizer of that model.
-    """
-    pool, sampled_by = lessons.pool, lessons.pool.sampler.tokenizer_fingerprint()
-    together = pool.split.clusters or {}
-    examples = []
-    for lesson in lessons.read():
-        if lesson.reward >= least:
-            name, prompt = lesson.prompt.task_id, (lesson.rendered, lesson.prompt_token_ids)
-            completion = (lesson.completion, lesson.token_ids)
-            templated = bool(lesson.prompt.messages)
-            prompt_ids, (ids,) = tokens_to_read(reader, sampled_by, prompt, [completion], templated=templated)
-            ended = lesson.finish_reason != "length"
-            examples.append(Example(together.get(name, name), prompt_ids, ids, lesson.reward, ended))
-    return examples
 
 
 @dataclass
@@ -208,109 +133,106 @@ class _State:
     """Of a training between two epochs."""
 
     epoch: int = 0
-    train_loss: list[float] = dataclasses.field(default_factory=list)
-    held_out_loss: list[float] = dataclasses.field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    held_out_loss: list[float] = field(default_factory=list)
     kept_epoch: int = 0
 
+
+@dataclass
+class Training:
+    """One training from its examples to the folder of its adapter; a finished folder is not trained again.
+
+    Args:
+        spec: of the model that is trained.
+        examples: what is trained on.
+        settings: how.
+        folder: where the adapter is written.
+        seed: of the training.
+        progress: whether to show a progress bar.
+        empty: examples that were left out before, for what is said at the end.
+    """
+
+    spec: ModelSpec
+    examples: Sequence[Example]
+    settings: LoRASettings
+    folder: Path
+    seed: int = 0
+    progress: bool = True
+    empty: int = 0
+
     @property
-    def failing(self) -> bool:
-        """Whether the last epoch was worse on held-out prompts than one before."""
-        return self.kept_epoch < self.epoch
-
-
-class _Training:
-    """One training from its rows to the folder of its adapter."""
-
-    def __init__(
-        self,
-        model: ModelSpec,
-        examples: Sequence[Example],
-        settings: LoRASettings,
-        folder: Path,
-        seed: int,
-        progress: bool,
-        empty: int,
-    ) -> None:
-        self.spec, self.settings, self.folder, self.seed, self.progress = model, settings, folder, seed, progress
-        self.examples, self.empty = examples, empty
-        self.work = folder.with_name(f".{folder.name}.training")
+    def work(self) -> Path:
+        """The folder of an unfinished training."""
+        return self.folder.with_name(f".{self.folder.name}.training")
 
     def run(self, objective: Objective) -> Trained:
+        """Train, or find what was trained.
+
+        Raises:
+            ValueError: there is nothing to train on, or `folder` holds an adapter made from other inputs.
+            RuntimeError: a single example does not fit the memory, or the loss is no longer a number.
+            ModuleNotFoundError: peft is missing.
+        """
         self.objective = objective
         base = self.spec.identity()
-        self.inputs = fingerprint(
-            {
-                "objective": objective.name,
-                "base": base,
-                "settings": dataclasses.asdict(self.settings),
-                "examples": digest_of(self.examples),
-                "seed": self.seed,
-            }
-        )
-        if (done := self._done()) is not None:
+        settings = {entry.name: getattr(self.settings, entry.name) for entry in dataclasses.fields(LoRASettings)}
+        made_from = {"objective": objective.name, "base": base, "settings": settings, "seed": self.seed}
+        self.inputs = fingerprint({**made_from, "examples": digest_of(self.examples)})
+        if (done := self._finished()) is not None:
             return done
         check_base(self.spec)
-        peft = adapters.peft()
         # A copy of its own: the adapter is built into it, and samplers and embedders hold the other one.
         language_model = models.load.__wrapped__(self.spec)
         rows, trained_on, held_out = self._divided(language_model)
         self.passes, self.footprint = Passes(language_model), Footprint(language_model, shared=True, tokens_per_pass=1)
         if language_model.device.type == "cpu":
-            self.passes.ceiling = MOST_ON_A_CPU
+            self.passes.ceiling = _MOST_ON_A_CPU
         with _seeded(self.seed, language_model.device):
-            modules = "all-linear" if self.settings.target_modules is None else list(self.settings.target_modules)
-            config = peft.LoraConfig(
-                r=self.settings.rank,
-                lora_alpha=self.settings.alpha,
-                lora_dropout=self.settings.dropout,
-                target_modules=modules,
-                task_type="CAUSAL_LM",
-            )
-            try:
-                self.model = peft.get_peft_model(language_model.model, config)
-            except ValueError as error:
-                raise ValueError(f"LoRA's target_modules {modules} cannot be adapted ({error}).") from error
+            self.model = self._adapted(language_model)
             head = objective.prepare(language_model, trained_on)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if head is not None:
             self.parameters |= {f"head.{name}": p for name, p in head.named_parameters()}
         state, best = self._train(trained_on, held_out)
-        with torch.no_grad():
-            for name, values in best.items():
-                self.parameters[name].copy_(values)
-        trained = Trained(
-            self.folder,
-            len(rows),
-            len({row.prompt for row in rows}),
-            self.empty,
-            len(self.examples) - len(rows),
-            state.train_loss,
-            state.held_out_loss,
-            state.kept_epoch,
-        )
+        self._set(best)
+        counts = len(rows), len({row.prompt for row in rows}), self.empty, len(self.examples) - len(rows)
+        trained = Trained(self.folder, *counts, state.train_loss, state.held_out_loss, state.kept_epoch)
         self._write(base, head, trained)
         del self.model, self.parameters
         gc.collect()  # peft's modules know each other; their memory is the next stage's
         return trained
 
+    def _adapted(self, language_model: LanguageModel) -> Any:
+        peft, chosen = adapters.peft(), self.settings.target_modules
+        config = peft.LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
+            target_modules="all-linear" if chosen is None else list(chosen),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return peft.get_peft_model(language_model.model, config)
+        except ValueError as error:
+            raise ValueError(f"LoRA's target_modules {list(chosen or ())} cannot be adapted ({error}).") from error
+
     def _divided(self, language_model: LanguageModel) -> tuple[list[Example], list[Example], list[Example]]:
-        """The rows that fit the model, and of these what is trained on and what is held out."""
+        """The examples that fit the model, and of these what is trained on and what is held out."""
         limit = min(self.settings.max_tokens, language_model.context_length or self.settings.max_tokens)
         rows = [example for example in self.examples if len(example.ids) < limit]  # one token more may end it
         if not rows:
             raise ValueError(
-                f"All {len(self.examples)} completions to learn from are longer than {limit} tokens with their prompts: raise "
+                f"All {len(self.examples)} completions to train on are longer than {limit} tokens with their prompts: raise "
                 "max_tokens or take a model of longer context."
             )
         names = sorted({row.prompt for row in rows})
-        count = round(self.settings.held_out * len(names)) if len(names) >= FEWEST_TO_HOLD_OUT else 0
+        count = round(self.settings.held_out * len(names)) if len(names) >= _FEWEST_TO_HOLD_OUT else 0
         chosen = set(np.random.default_rng([self.seed, 0]).permutation(names)[:count].tolist())
         trained_on = [row for row in rows if row.prompt not in chosen]
-        held_out = [row for row in rows if row.prompt in chosen]
-        return rows, trained_on, self._of_epoch(held_out, 0)
+        return rows, trained_on, self._of_epoch([row for row in rows if row.prompt in chosen], 0)
 
     def _of_epoch(self, rows: Sequence[Example], epoch: int) -> list[Example]:
-        """At most `per_prompt` rows of each prompt, in random order; the same for the same epoch."""
+        """At most `per_prompt` examples of each prompt, in random order; the same for the same epoch."""
         generator = np.random.default_rng([self.seed, 1, epoch])
         by_prompt: dict[str, list[Example]] = defaultdict(list)
         for place in generator.permutation(len(rows)):
@@ -323,25 +245,21 @@ class _Training:
     def _train(self, rows: Sequence[Example], held_out: Sequence[Example]) -> tuple[_State, dict[str, Tensor]]:
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
         state, best = self._continue(optimizer)
-        an_epoch = len(self._of_epoch(rows, 1))
+        an_epoch, epochs = len(self._of_epoch(rows, 1)), self.settings.epochs
         steps = math.ceil(an_epoch / self.settings.batch_rows)
-        bar = tqdm(
-            total=an_epoch * self.settings.epochs,
-            initial=an_epoch * state.epoch,
-            desc=self.objective.name,
-            unit="row",
-            disable=not self.progress,
-        )
-        with bar:
-            while state.epoch < self.settings.epochs and not state.failing:
+        total, done = an_epoch * epochs, an_epoch * state.epoch
+        with tqdm(total=total, initial=done, desc=self.objective.name, unit="row", disable=not self.progress) as bar:
+            # It ends where an epoch was worse on held-out prompts than one before.
+            while state.epoch < epochs and state.kept_epoch == state.epoch:
                 state.epoch += 1
-                step = (state.epoch - 1) * steps
-                sums, units = 0.0, 0
+                step, sums, units = (state.epoch - 1) * steps, 0.0, 0
+                of_epoch = self._of_epoch(rows, state.epoch)
                 with _seeded(self.seed * 1000 + state.epoch, self.model.device):  # of the dropout
                     self.model.train()
-                    for batch in _batches(self._of_epoch(rows, state.epoch), self.settings.batch_rows):
+                    for start in range(0, len(of_epoch), self.settings.batch_rows):
+                        batch = of_epoch[start : start + self.settings.batch_rows]
                         for group in optimizer.param_groups:
-                            group["lr"] = self.settings.learning_rate * _share(step, steps * self.settings.epochs)
+                            group["lr"] = self.settings.learning_rate * _share(step, steps * epochs)
                         sums += self._step(batch, optimizer, bar)
                         units += self.objective.units(batch)
                         step += 1
@@ -365,18 +283,17 @@ class _Training:
         parameters, units = list(self.parameters.values()), self.objective.units(batch)
         total = 0.0
 
-        def learn(chosen: list[int]) -> None:
+        def add(chosen: list[int]) -> None:
             nonlocal total
             loss = self.objective.loss(self.model, [batch[row] for row in chosen])
             # A pass that runs out of memory is done again, so nothing is added before all of it is there.
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(loss / units, parameters, materialize_grads=True), strict=True
-            ):
+            gradients = torch.autograd.grad(loss / units, parameters, materialize_grads=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             total += float(loss.detach())
             bar.update(len(chosen))
 
-        self._in_passes(batch, learn)
+        self._in_passes(batch, add)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return total
@@ -405,41 +322,29 @@ class _Training:
 
     def _keep(self, state: _State, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
         """Write all that the next epoch needs, whole."""
-        tensors = {f"now.{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"best.{name}": values for name, values in best.items()}
-        for place, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{place}.{key}": value for key, value in values.items()}
-        plain = {name: values.contiguous().cpu() for name, values in tensors.items()}
-        metadata = {"inputs": self.inputs, "state": json.dumps(dataclasses.asdict(state))}
-        write_whole(self.work / CHECKPOINT, tensors_to_bytes(plain, metadata))
+        held = {"inputs": self.inputs, "state": dataclasses.asdict(state), "adam": optimizer.state_dict()["state"]}
+        now = {name: p.detach() for name, p in self.parameters.items()}
+        out = io.BytesIO()
+        torch.save({**held, "now": now, "best": best}, out)
+        write_whole(self.work / _CHECKPOINT, out.getvalue())
 
     def _continue(self, optimizer: torch.optim.Optimizer) -> tuple[_State, dict[str, Tensor]]:
         """Where a training of the same inputs was interrupted, or its beginning."""
-        if not (self.work / CHECKPOINT).is_file():
+        if not (self.work / _CHECKPOINT).is_file():
             return _State(), {}
-        from safetensors import safe_open
+        held = torch.load(self.work / _CHECKPOINT, map_location="cpu", weights_only=True)
+        if held["inputs"] != self.inputs:
+            return _State(), {}
+        self._set(held["now"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": held["adam"]})
+        return _State(**held["state"]), held["best"]
 
-        with safe_open(self.work / CHECKPOINT, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["inputs"] != self.inputs:
-                return _State(), {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        adam: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        best = {}
-        with torch.no_grad():
-            for name, values in tensors.items():
-                kind, _, rest = name.partition(".")
-                if kind == "now":
-                    self.parameters[rest].copy_(values)
-                elif kind == "best":
-                    best[rest] = values
-                else:
-                    place, _, key = rest.partition(".")
-                    adam[int(place)][key] = values
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(adam)})
-        return _State(**json.loads(metadata["state"])), best
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, own in values.items():
+            self.parameters[name].copy_(own)
 
-    def _done(self) -> Trained | None:
+    def _finished(self) -> Trained | None:
         """What a finished folder says; None where there is none."""
         path = self.folder / adapters.BASE_FILE
         if not path.is_file():
@@ -456,6 +361,12 @@ class _Training:
         """Write the adapter's folder, whole."""
         said = dataclasses.asdict(trained)
         del said["folder"]
+        more = {
+            "inputs": self.inputs,
+            "seed": self.seed,
+            "settings": dataclasses.asdict(self.settings),
+            "trained": said,
+        }
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".making-") as made:
@@ -464,14 +375,11 @@ class _Training:
                 if head is not None:
                     plain = {name: p.detach().cpu().contiguous() for name, p in head.named_parameters()}
                     (making / HEAD_FILE).write_bytes(tensors_to_bytes(plain))
-                settings = dataclasses.asdict(self.settings)
-                adapters.write_base(
-                    making, base, {"inputs": self.inputs, "seed": self.seed, "settings": settings, "trained": said}
-                )
+                adapters.write_base(making, base, more)
                 making.replace(self.folder)
         except OSError as error:
             raise OSError(
-                f"The adapter {self.folder} could not be written ({error.strerror or error}): make room and start the same "
+                f"The adapter {self.folder} could not be written ({error.strerror or error}): make space and start the same "
                 "command again, which continues after the last epoch."
             ) from error
         shutil.rmtree(self.work, ignore_errors=True)
@@ -485,12 +393,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _share(step: int, steps: int) -> float:
     """Of the highest learning rate: up in the first twentieth of the steps, then down to 0."""
-    rising = max(1, round(WARM_UP * steps))
+    rising = max(1, round(_WARM_UP * steps))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))

@@ -1,4 +1,4 @@
-"""What a LoRA adapter learns from, and what it minimises: completions to imitate, or their rewards."""
+"""What a LoRA adapter is trained on, and what it minimises: completions to imitate, or their rewards."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qprobe.baselines.base import TrainingData
+from qprobe.embedding import ReadsTokens, tokens_to_read
 from qprobe.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Example:
-    """A completion to learn from.
+    """A completion to train on.
 
     Args:
         prompt: name of its prompt (or cluster of prompts): what is capped, and held out together.
         prompt_ids: token ids of the prompt, at least one.
         completion_ids: token ids of the completion, without a token that ends it.
         target: its reward.
-        ended: whether the completion ended by itself; the end of others is not taught.
+        ended: whether the completion ended by itself; the end of others is not trained on.
     """
 
     prompt: str
@@ -37,6 +39,24 @@ class Example:
     @property
     def ids(self) -> list[int]:
         return [*self.prompt_ids, *self.completion_ids]
+
+
+def examples_of(data: TrainingData, reader: ReadsTokens, least: float = -math.inf) -> list[Example]:
+    """The training completions that earned at least so much, as tokens of the model that is trained.
+
+    Args:
+        reader: has the tokenizer of that model.
+    """
+    sampled_by, clusters = data.pool.sampler.tokenizer_fingerprint(), data.pool.split.clusters or {}
+    examples = []
+    for row in data.read():
+        if row.reward >= least:
+            name, prompt = row.prompt.task_id, (row.rendered, row.prompt_token_ids)
+            completion, templated = (row.completion, row.token_ids), bool(row.prompt.messages)
+            prompt_ids, (ids,) = tokens_to_read(reader, sampled_by, prompt, [completion], templated=templated)
+            ended = row.finish_reason != "length"
+            examples.append(Example(clusters.get(name, name), prompt_ids, ids, row.reward, ended))
+    return examples
 
 
 def digest_of(rows: Sequence[Example]) -> str:
@@ -51,12 +71,14 @@ def check_targets(rows: Sequence[Example]) -> None:
     """Raise ValueError where rewards are outside of [0, 1], or all the same."""
     targets = {row.target for row in rows}
     if outside := [target for target in targets if not 0 <= target <= 1]:
-        raise ValueError(f"A reward model learns rewards from 0 to 1, and there is one of {outside[0]}: scale them.")
+        raise ValueError(
+            f"A reward model is trained on rewards from 0 to 1, and there is one of {outside[0]}: scale them."
+        )
     if len(targets) < 2:
         known = f"are all {targets.pop():g}" if targets else "are missing"
         raise ValueError(
-            f"A reward model has nothing to tell apart: the rewards of the training completions {known}. Draw more completions "
-            "or take more prompts."
+            f"Nothing to train a reward model on: the rewards of the training completions {known}. Draw more completions or take "
+            "more prompts."
         )
 
 
@@ -66,7 +88,7 @@ class Objective(Protocol):
     name: str
 
     def prepare(self, language_model: LanguageModel, rows: Sequence[Example]) -> nn.Module | None:
-        """Get to know the model and the rows; a module that is trained beside the adapter, or None."""
+        """Called once before training; a module that is trained with the adapter, or None."""
 
     def units(self, rows: Sequence[Example]) -> int: ...
 
@@ -91,20 +113,20 @@ class Imitation:
         end = language_model.tokenizer.eos_token_id
         self.end = min(language_model.eos_token_ids) if end is None else int(end)
 
-    def _taught(self, row: Example) -> list[int]:
+    def _targets(self, row: Example) -> list[int]:
         return [*row.completion_ids, *([self.end] if row.ended else [])]
 
     def units(self, rows: Sequence[Example]) -> int:
-        return sum(len(self._taught(row)) for row in rows)
+        return sum(len(self._targets(row)) for row in rows)
 
     def loss(self, model: Any, rows: Sequence[Example]) -> Tensor:
-        taught = [self._taught(row) for row in rows]
-        ids, mask = _padded([[*row.prompt_ids, *own] for row, own in zip(rows, taught, strict=True)], model.device)
+        continued = [self._targets(row) for row in rows]
+        ids, mask = _padded([[*row.prompt_ids, *own] for row, own in zip(rows, continued, strict=True)], model.device)
         # Scores of the whole vocabulary are most of the memory: none are made where every row is still a prompt.
         first = min(len(row.prompt_ids) for row in rows) - 1
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
         targets = torch.full(logits.shape[:2], -100)
-        for place, (row, own) in enumerate(zip(rows, taught, strict=True)):
+        for place, (row, own) in enumerate(zip(rows, continued, strict=True)):
             start = len(row.prompt_ids) - 1 - first  # the state before a token predicts it
             targets[place, start : start + len(own)] = torch.tensor(own)
         return functional.cross_entropy(

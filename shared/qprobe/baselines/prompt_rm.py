@@ -13,32 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import models
-from qprobe.baselines.base import Lessons, Ranker, answer, question
+from qprobe.baselines.base import Ranker, answer, question
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, RewardBatch, RewardRow
 
-PLACES = ("{problem}", "{candidate}")
-CUT = 8  # a problem that is too long loses an eighth of itself at a time
+_PLACES = ("{problem}", "{candidate}")
+_CUT = 8  # a problem that is too long loses an eighth of itself at a time
 
 
 @dataclass(frozen=True)
 class PromptRMSettings:
-    """What the judge is asked.
+    """Who judges, and what is asked.
 
     Args:
+        model: name of another judge than the run's own model; None is that one.
         template: holds {problem} and {candidate}, each once, the problem first.
         good, bad: the words whose probabilities are compared.
     """
 
     template: str
+    model: str | None = None
     good: str = "Yes"
     bad: str = "No"
 
     def __post_init__(self) -> None:
-        at = [self.template.find(place) for place in PLACES]
-        if not 0 <= at[0] < at[1] or any(self.template.count(place) != 1 for place in PLACES):
+        at = [self.template.find(place) for place in _PLACES]
+        if not 0 <= at[0] < at[1] or any(self.template.count(place) != 1 for place in _PLACES):
             raise ValueError(
                 "baselines.prompt_rm.template must hold {problem} and then {candidate}, each of them once."
             )
@@ -48,8 +50,8 @@ class PromptRMSettings:
             )
 
     def asked(self, problem: str, candidate: str) -> str:
-        before, _, rest = self.template.partition(PLACES[0])
-        between, _, after = rest.partition(PLACES[1])
+        before, _, rest = self.template.partition(_PLACES[0])
+        between, _, after = rest.partition(_PLACES[1])
         return before + problem + between + candidate + after
 
 
@@ -63,21 +65,15 @@ class PromptRM(Ranker):
 
     name = "prompt_rm"
     method = "Prompt RM"
-    learns = False
 
     def __init__(self, model: ModelSpec, settings: PromptRMSettings) -> None:
-        self.model = model
-        self.settings = settings
-        self.likelihood = Likelihood(model)
+        self.model, self.settings, self.likelihood = model, settings, Likelihood(model)
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.model.identity(), **dataclasses.asdict(self.settings)}
+        return {**dataclasses.asdict(self.settings), "model": self.model.identity()}
 
     def check(self) -> None:
         self.model.source()  # a file or package that is missing
-
-    def learn(self, lessons: Lessons, folder: Path) -> None:
-        """The judge is asked as it stands."""
 
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
@@ -106,12 +102,12 @@ class PromptRM(Ranker):
         longest = max(map(len, self.words))
         while True:
             text = self.settings.asked(problem, candidate)
-            put = (
+            asked = (
                 Prompt(prompt.task_id, messages=({"role": "user", "content": text},))
                 if tokenizer.has_chat_template
                 else Prompt(prompt.task_id, text=f"{text}\nReply:")
             )
-            ids = tokenizer.render_prompt(put)[1]
+            ids = tokenizer.render_prompt(asked)[1]
             if context is None or len(ids) + longest <= context:
                 return ids
             if not problem:
@@ -119,4 +115,4 @@ class PromptRM(Ranker):
                     f"A candidate of {prompt.task_id} makes a prompt of {len(ids)} tokens for {self.model.name}, which reads "
                     f"{context}: name a judge with a longer context, or lower sampler.max_new_tokens."
                 )
-            problem = problem[len(problem) // CUT + 1 :]
+            problem = problem[len(problem) // _CUT + 1 :]

@@ -1,6 +1,6 @@
-"""The stage of the baselines: what must be learnt is learnt, rivals answer and are rewarded, rankers score the candidates.
+"""The stage of the baselines: they are trained where they must be, rivals answer and are rewarded, rankers score the candidates.
 
-run/baselines/<name>/                     what a baseline learnt, with a manifest and, when it is whole, learnt.json
+run/baselines/<name>/                     what was trained, with a manifest and, when it is whole, learnt.json
 run/{prompts,completions}/<split>.<name>  a rival's prompts and answers; their rewards lie in run/rewards/<split>.<name>/
 run/rewards/<split>.sample/<name>/        a ranker's scores of the candidates
 """
@@ -14,35 +14,32 @@ from typing import Any
 import numpy as np
 
 from qprobe import store
-from qprobe.baselines.base import Baseline, Lessons, Ranker, Rival, check_whole
+from qprobe.baselines.base import Baseline, Ranker, Rival, TrainingData, check_whole
 from qprobe.files import write_whole
-from qprobe.run import stages
+from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
-from qprobe.run.stages import Pool, Reward, RewardBatch, RewardRow
+from qprobe.run.pools import Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import Table
 
-LEARNT = "learnt.json"  # says that what was learnt is whole
+# The name, and the keys "learnt" and "lessons" of manifests, are those of older run folders, which are read too.
+_FINISHED = "learnt.json"
 
 
-class Ranking:
+class _Ranking:
     """A ranker as a reward stage of one pool.
 
     Args:
         ranker: gives the scores.
         tested: the pool.
-        folder: what it learnt.
-        learnt: identity of that; None where it learns nothing.
+        folder: what it was trained to.
+        trained: identity of that; None where it is not trained.
     """
 
-    def __init__(self, ranker: Ranker, tested: Pool, folder: Path, learnt: str | None) -> None:
-        self.name = ranker.name
-        self.ranker = ranker
-        self.tested = tested
-        self.folder = folder
-        self.learnt = learnt
+    def __init__(self, ranker: Ranker, tested: Pool, folder: Path, trained: str | None) -> None:
+        self.name, self.ranker, self.tested, self.folder, self.trained = ranker.name, ranker, tested, folder, trained
 
     def identity(self) -> dict[str, Any]:
-        return {"reward": self.name, "ranker": self.ranker.identity(), "learnt": self.learnt}
+        return {"reward": self.name, "ranker": self.ranker.identity(), "learnt": self.trained}
 
     def check(self) -> None:
         self.ranker.check()
@@ -57,53 +54,50 @@ class Baselines:
     Args:
         members: rivals and rankers, rows of the table in this order.
         run: the run folder.
-        lessons: what they may learn from; None where there is no training split.
+        data: what they may be trained on; None where there is no training split.
 
     Raises:
-        ValueError: a name twice, or nothing to learn from.
+        ValueError: a name twice, or nothing to train on.
     """
 
-    def __init__(self, members: Sequence[Baseline], run: Path, lessons: Lessons | None) -> None:
-        self.members, self.run_folder, self.lessons = members, run, lessons
+    def __init__(self, members: Sequence[Baseline], run: Path, data: TrainingData | None) -> None:
+        self.members, self.run_folder, self.data = members, run, data
         names = [member.name for member in members]
         if len(set(names)) < len(names):
             raise ValueError(f"The baselines are {', '.join(names)}: name each of them once.")
-        if lessons is None and (needy := [member.name for member in members if member.learns]):
+        if data is None and (needy := [member.name for member in members if member.trains]):
             raise ValueError(
-                f"The baselines {', '.join(needy)} learn from a training split and there is none, for one set of prompts is "
-                "cross-validated: name a training split, or leave them out."
+                f"The baselines {', '.join(needy)} need a training split, and one set of prompts is cross-validated: name a "
+                "training split, or leave them out."
             )
 
     def check(self) -> None:
         """Say what can be known to fail before any work."""
         for member in self.members:
             member.check()
-            if member.learns:
-                self._learning(member).check_inputs()
+            if member.trains:
+                self._training(member).check_inputs()
 
     def run(self, pools: Sequence[tuple[Pool, Reward]], progress: bool = True) -> None:
         """Do what is left to do on test pools, each with its reward; finished work is found again."""
         for member in self.members:
-            self._learn(member)
-            for pool, reward in pools:
+            self._train(member)
+            for tested, reward in pools:
+                pool, stage = self._at(member, tested, reward)
                 if isinstance(member, Rival):
-                    rival = member.pool(pool, self._folder(member))
-                    stages.sample(rival, progress)
-                    stages.give_back(rival.sampler)
-                    stages.reward(rival, reward, progress)
-                elif isinstance(member, Ranker):
+                    stages.sample(pool, progress)
+                    stages.give_back(pool.sampler)
+                else:
                     check_whole(pool, pool.completions, "sample")
-                    stages.reward(pool, self._ranking(member, pool), progress)
+                rewarding.reward(pool, stage, progress)
 
     def rivals(self, pool: Pool, reward: Reward) -> dict[str, np.ndarray | None]:
         """Row -> (P,) rewards of a rival's answers, prompts by task id; None where it was not run to its end."""
-        members = [member for member in self.members if isinstance(member, Rival)]
-        return {member.method: self._values(member, pool, reward) for member in members}
+        return self._values([member for member in self.members if isinstance(member, Rival)], pool, reward)
 
     def rankings(self, pool: Pool) -> dict[str, np.ndarray | None]:
         """Row -> (1, N) scores of the pool's candidates; None where not all were scored."""
-        members = [member for member in self.members if isinstance(member, Ranker)]
-        values = {member.method: self._values(member, pool) for member in members}
+        values = self._values([member for member in self.members if isinstance(member, Ranker)], pool, None)
         return {method: None if found is None else found[None].astype(float) for method, found in values.items()}
 
     def notes(self, pool: Pool, k: int) -> list[str]:
@@ -118,47 +112,46 @@ class Baselines:
 
     def identity(self, pool: Pool, reward: Reward) -> dict[str, str | None]:
         """What the rows of the baselines are made from; None where one was not run to its end."""
-        found = {member.name: self._found(member, pool, reward) for member in self.members}
+        found = {member.name: self._finished(member, pool, reward) for member in self.members}
         return {name: None if at is None else at[0].rewards(at[1]).state for name, at in found.items()}
 
-    def _values(self, member: Baseline, pool: Pool, reward: Reward | None = None) -> np.ndarray | None:
-        found = self._found(member, pool, reward)
-        return None if found is None else join(*found).rewards
+    def _values(self, members: Sequence[Baseline], pool: Pool, reward: Reward | None) -> dict[str, np.ndarray | None]:
+        found = {member.method: self._finished(member, pool, reward) for member in members}
+        return {method: None if at is None else join(*at).rewards for method, at in found.items()}
 
-    def _found(self, member: Baseline, pool: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
-        """Where a baseline's values lie: a pool and what rewards it; None where they are not all there."""
-        if member.learns and not (self._folder(member) / LEARNT).exists():
-            return None
-        at: tuple[Pool, Reward]
+    def _at(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward]:
+        """Where a baseline's values lie: a pool and what rewards it."""
         if isinstance(member, Ranker):
-            at = pool, self._ranking(member, pool)
-        else:
-            assert isinstance(member, Rival)
-            assert reward is not None  # rivals are rewarded as all completions are
-            at = member.pool(pool, self._folder(member)), reward
-        table = at[0].rewards(at[1])
+            trained = self._training(member).identity if member.trains else None
+            return tested, _Ranking(member, tested, self._folder(member), trained)
+        assert isinstance(member, Rival)
+        assert reward is not None  # rivals are rewarded as all completions are
+        return member.pool(tested, self._folder(member)), reward
+
+    def _finished(self, member: Baseline, tested: Pool, reward: Reward | None) -> tuple[Pool, Reward] | None:
+        """The same; None where the values are not all there."""
+        if member.trains and not (self._folder(member) / _FINISHED).exists():
+            return None
+        pool, stage = self._at(member, tested, reward)
+        table = pool.rewards(stage)
         table.check_inputs()
-        return at if all(table.has(keys) for keys in at[0].batches) else None
+        return (pool, stage) if all(table.has(keys) for keys in pool.batches) else None
 
-    def _learn(self, member: Baseline) -> None:
-        if not member.learns:
+    def _train(self, member: Baseline) -> None:
+        if not member.trains:
             return
-        table = self._learning(member)
+        table = self._training(member)
         table.begin()
-        if not (table.folder / LEARNT).exists():
-            assert self.lessons is not None  # looked at when the baselines were made
-            member.learn(self.lessons, table.folder)
-            write_whole(table.folder / LEARNT, b"{}\n")
+        if not (table.folder / _FINISHED).exists():
+            assert self.data is not None  # looked at when the baselines were made
+            member.train(self.data, table.folder)
+            write_whole(table.folder / _FINISHED, b"{}\n")
 
-    def _learning(self, member: Baseline) -> Table:
-        """The folder of what a baseline learns, known by its manifest as a table is."""
-        assert self.lessons is not None  # looked at when the baselines were made
-        inputs = {"baseline": member.identity(), "lessons": self.lessons.identity()}
+    def _training(self, member: Baseline) -> Table:
+        """The folder of what a baseline was trained to, known by its manifest as a table is."""
+        assert self.data is not None  # looked at when the baselines were made
+        inputs = {"baseline": member.identity(), "lessons": self.data.identity()}
         return store.open_table(self.run_folder, "baselines", member.name, inputs=inputs)
 
     def _folder(self, member: Baseline) -> Path:
         return self.run_folder / "baselines" / member.name
-
-    def _ranking(self, member: Ranker, pool: Pool) -> Ranking:
-        learnt = self._learning(member).identity if member.learns else None
-        return Ranking(member, pool, self._folder(member), learnt)

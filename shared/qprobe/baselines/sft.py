@@ -1,22 +1,54 @@
-"""SFT on successes: a LoRA adapter is taught the training completions that earned their reward; its model answers greedily."""
+"""SFT on successes: a LoRA adapter trained on the training completions that earned their reward; its model answers greedily."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from qprobe.baselines.base import Lessons, Rival
-from qprobe.baselines.lora import LoRASettings, check_base, examples_of, fine_tune
+from qprobe.baselines.base import Rival, TrainingData
+from qprobe.baselines.lora import LoRASettings, Trained, Training, check_base
+from qprobe.baselines.objectives import Example, Imitation, examples_of
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
-from qprobe.run.stages import Pool
+from qprobe.run.pools import Pool
 from qprobe.sampling import Sampler
 
-ADAPTER = "adapter"
+_ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class SFTSettings(LoRASettings):
+    """How an adapter is trained, and `success`: the least reward of a success."""
+
+    success: float = 1.0
+
+
+def fine_tune(
+    model: ModelSpec,
+    examples: Sequence[Example],
+    settings: LoRASettings,
+    folder: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trained:
+    """Train an adapter to imitate completions, such as those of the model's own that earned a reward; see `lora.Training`.
+
+    Raises:
+        ValueError: no example has tokens; and as `Training.run`.
+    """
+    imitated = [example for example in examples if example.completion_ids]
+    if not imitated:
+        raise ValueError(
+            "No successes to train on: no completion of the training prompts was rewarded. Draw more completions, take more "
+            "prompts or a stronger model."
+        )
+    empty = len(examples) - len(imitated)
+    return Training(model, imitated, settings, folder, seed, progress, empty).run(Imitation())
 
 
 class SFT(Rival):
@@ -24,43 +56,32 @@ class SFT(Rival):
 
     Args:
         model: that is fine-tuned.
-        settings: how.
+        settings: how, and on what.
         sampler: makes the sampler at temperature 0 of the model with an adapter.
-        success: least reward of a success.
         seed: of the training.
     """
 
     name = "sft"
     method = "SFT on successes"
-    learns = True
+    trains = True
 
     def __init__(
-        self,
-        model: ModelSpec,
-        settings: LoRASettings,
-        sampler: Callable[[Path], Sampler],
-        success: float = 1.0,
-        seed: int = 0,
+        self, model: ModelSpec, settings: SFTSettings, sampler: Callable[[Path], Sampler], seed: int = 0
     ) -> None:
-        self.model = model
-        self.settings = settings
-        self.sampler = sampler
-        self.success = success
-        self.seed = seed
+        self.model, self.settings, self.sampler, self.seed = model, settings, sampler, seed
 
     def identity(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.settings)
-        return {"model": self.model.identity(), "success": self.success, "seed": self.seed, **settings}
+        return {"model": self.model.identity(), "seed": self.seed, **dataclasses.asdict(self.settings)}
 
     def check(self) -> None:
         check_base(self.model)
 
-    def learn(self, lessons: Lessons, folder: Path) -> None:
-        examples = examples_of(lessons, Likelihood(self.model), self.success)
-        trained = fine_tune(self.model, examples, self.settings, folder / ADAPTER, self.seed)
+    def train(self, data: TrainingData, folder: Path) -> None:
+        examples = examples_of(data, Likelihood(self.model), self.settings.success)
+        trained = fine_tune(self.model, examples, self.settings, folder / _ADAPTER, self.seed)
         tqdm.write(trained.sentence(self.method))
 
     def pool(self, tested: Pool, folder: Path) -> Pool:
         split = dataclasses.replace(tested.split, recorded=None)
-        sampler = self.sampler(folder / ADAPTER)
+        sampler = self.sampler(folder / _ADAPTER)
         return Pool(tested.run, split, self.name, sampler, tested.seed, tested.batch_rows, tested.shard)

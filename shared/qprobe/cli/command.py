@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 from qprobe.cli import completion, configuration, multirun
 from qprobe.settings import UsageError, meant
 
-STOPPED = 130
+_STOPPED = 130
 # Options of Hydra that are handed over as they are.
-HYDRAS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help")
-FOLDER = "--config-dir"
-MULTIRUN = ("--multirun", "-m")
-OWN = ("--help", "-h", "--version", "--debug", "--completion", FOLDER)
-OPTIONS = """\
+_HYDRAS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help")
+_FOLDER = "--config-dir"
+_MULTIRUN = ("--multirun", "-m")
+_OWN = ("--help", "-h", "--version", "--debug", "--completion", _FOLDER)
+_OPTIONS = """\
   -h, --help             this text
   --version              the version of the project
   -m, --multirun         a run for every combination of values: probe.learning_rate=1e-3,1e-2; one table shows all
@@ -48,7 +48,7 @@ class Experiments:
         run: runs a composed configuration.
         folder: where a configuration's run folder lies.
         check: raises for what cannot be, without work: asked of all jobs before the first is run.
-        commands: words that stand in the place of an experiment, with what each does.
+        commands: first words that run something else than an experiment, with what each does.
         other: runs such a command, given its words from its name on; returns the exit status.
     """
 
@@ -73,22 +73,22 @@ class Experiments:
 
     def help(self) -> str:
         """What the command does, its options, examples, experiments and groups."""
-        usage = [f"usage: {self.name} experiment=NAME [GROUP=NAME ...] [KEY=VALUE ...] [options]"]
-        usage += [f"       {self.name} {word} --help" for word in self.commands]
         of_group = configuration.groups(self.package)
         experiments = of_group.pop(configuration.EXPERIMENT)
-        beside = [f"  {word:<22} {about}" for word, about in self.commands.items()]
+        usage = [f"usage: {self.name} experiment=NAME [GROUP=NAME ...] [KEY=VALUE ...] [options]"]
+        usage += [f"       {self.name} {word} --help" for word in self.commands]
+        commands = ["Other commands:", *(f"  {word:<22} {about}" for word, about in self.commands.items())]
         parts = [
-            "\n".join(usage),
-            self.does,
-            "\n".join(["Options:", OPTIONS.replace("{name}", self.name)]),
-            "\n".join(["Examples:", *(f"  {line}\n      {about}" for line, about in self.examples)]),
-            *(["\n".join(["Commands beside experiments:", *beside])] if beside else []),
-            "\n".join(["Experiments (experiment=NAME):", *_choices(experiments)]),
-            groups_text(of_group),
-            f"Any setting is changed by KEY=VALUE. All of them: {self.name} experiment=NAME --cfg job",
+            usage,
+            [self.does],
+            ["Options:", _OPTIONS.replace("{name}", self.name)],
+            ["Examples:", *(f"  {line}\n      {about}" for line, about in self.examples)],
+            *([commands] if self.commands else []),
+            ["Experiments (experiment=NAME):", *_choices(experiments)],
+            [groups_text(of_group)],
+            [f"Any setting is changed by KEY=VALUE. All of them: {self.name} experiment=NAME --cfg job"],
         ]
-        return "\n\n".join(parts)
+        return "\n\n".join(map("\n".join, parts))
 
     def _main(self, words: list[str], debug: bool) -> int:
         if not words:
@@ -107,32 +107,29 @@ class Experiments:
             return 0
         self._check(words)
         words = _with_folder(words)
-        plain = [word for word in words if word not in MULTIRUN]
-        if set(words) & set(HYDRAS):
+        plain = [word for word in words if word not in _MULTIRUN]
+        if set(words) & set(_HYDRAS):
             if "--hydra-help" not in words:
                 configuration.composed(
                     self.package, "config", [word for word in plain if "=" in word and word[0] != "-"]
                 )
             return self._by_hydra(words, [], debug)
-        if set(words) & set(MULTIRUN):
+        if set(words) & set(_MULTIRUN):
             return self._multirun(plain, debug)
         self.run(configuration.composed(self.package, "config", plain))
         return 0
 
     def _check(self, words: Sequence[str]) -> None:
         """Raise UsageError for an option or a command that is none."""
+        known = [*_OWN, *_MULTIRUN, *_HYDRAS]
         for word in words:
-            if word.startswith("-") and word.partition("=")[0] not in (*OWN, *MULTIRUN, *HYDRAS):
-                known = [option for option in (*OWN, *MULTIRUN, *HYDRAS) if option.startswith("--")]
+            if word.startswith("-") and word.partition("=")[0] not in known:
                 raise UsageError(f"There is no option {word}{meant(word, known)}: {self.name} --help lists them.")
         if "=" not in words[0] and not words[0].startswith(("-", "~")):
             experiments = [choice.name for choice in configuration.groups(self.package)[configuration.EXPERIMENT]]
-            named = {name: name for name in self.commands} | {name: f"experiment={name}" for name in experiments}
-            near = meant(words[0], named)
-            for name in sorted(named, key=len, reverse=True):  # an experiment is named with its group
-                if f"did you mean {name}" in near:
-                    near = f" (did you mean {named[name]}?)"
-                    break
+            near = meant(words[0], [*self.commands, *experiments])
+            for name in experiments:  # an experiment is named with its group
+                near = near.replace(f"mean {name}?", f"mean experiment={name}?")
             raise UsageError(
                 f"There is no command {words[0]}{near}: say experiment=NAME, NAME one of {', '.join(experiments)}"
                 f"{'; or ' + ' or '.join(self.commands) if self.commands else ''}."
@@ -142,12 +139,10 @@ class Experiments:
         launched = any(word.startswith(("hydra/launcher=", "hydra/sweeper=")) for word in words)
         compose = functools.partial(configuration.composed, self.package, "config")
         jobs = multirun.plan(words, compose, self.folder, self.check)
-        if launched:
-            status = self._by_hydra([*MULTIRUN[:1], *words], jobs, debug)
-        else:
-            status = multirun.run(self.name, jobs, lambda job: self.run(multirun.placed(compose(job.words), job)))
-        if shown := multirun.summary(jobs):
-            print(shown)
+        if not launched:
+            return multirun.run(self.name, jobs, lambda job: self.run(multirun.placed(compose(job.words), job)))
+        status = self._by_hydra([*_MULTIRUN[:1], *words], jobs, debug)
+        multirun.show(jobs)
         return status
 
     def _by_hydra(self, words: list[str], jobs: Sequence[multirun.Job], debug: bool) -> int:
@@ -158,11 +153,7 @@ class Experiments:
         decorated = hydra.main(version_base="1.3", config_path=f"pkg://{self.package}", config_name="config")(task)
         before = sys.argv
         settings = [word for word in words if "=" in word and not word.startswith("-")]
-        sys.argv = [
-            self.name,
-            *settings,
-            *(word for word in words if word not in settings),
-        ]  # Hydra wants them in one piece
+        sys.argv = [self.name, *settings, *(word for word in words if word not in settings)]  # settings in one piece
         if debug:
             os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
@@ -176,22 +167,19 @@ class Experiments:
         return 0
 
     def _completion(self, shells: Sequence[str]) -> str:
-        of_group = configuration.groups(self.package)
-        words = [f"{group}={choice.name}" for group, choices in of_group.items() for choice in choices]
-        first = next(iter(of_group[configuration.EXPERIMENT]))
-        words += [f"{key}=" for key in configuration.keys(self.package, "config", [f"experiment={first.name}"])]
-        options = [*OWN, *MULTIRUN, "--cfg"]
-        of_command = {"": [*words, *options, *self.commands], **{name: [] for name in self.commands}}
+        first = configuration.groups(self.package)[configuration.EXPERIMENT][0]
+        words = completion.settings(self.package, "config", [f"experiment={first.name}"])
+        of_command = {"": [*words, *_OWN, *_MULTIRUN, "--cfg", *self.commands], **{name: [] for name in self.commands}}
         return completion.script(self.name, shells, of_command)
 
 
 def _with_folder(words: Sequence[str]) -> list[str]:
     """The words with --config-dir DIR as the setting that it is to Hydra."""
-    if FOLDER not in words:
+    if _FOLDER not in words:
         return list(words)
-    place = words.index(FOLDER)
+    place = words.index(_FOLDER)
     if place + 1 == len(words):
-        raise UsageError(f"{FOLDER} names no folder: say {FOLDER} DIR.")
+        raise UsageError(f"{_FOLDER} names no folder: say {_FOLDER} DIR.")
     return [*words[:place], *words[place + 2 :], configuration.search(Path(words[place + 1]))]
 
 
@@ -247,7 +235,7 @@ def guarded(name: str, work: Callable[[], int | None], debug: bool = False) -> i
         return work() or 0
     except KeyboardInterrupt:
         print(f"\n{name}: stopped. What was written stays; the same command goes on from there.", file=sys.stderr)
-        return STOPPED
+        return _STOPPED
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -260,11 +248,8 @@ def guarded(name: str, work: Callable[[], int | None], debug: bool = False) -> i
         if debug:
             traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"{name}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}). This is a fault of the program, "
-            "not of yours: the same command with --debug shows how it came about.",
-            file=sys.stderr,
-        )
+        said = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        print(f"{name}: {said}. This is a fault of the program: --debug shows how it came about.", file=sys.stderr)
         return 1
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qprobe.cli import configuration
 from qprobe.settings import UsageError, meant
 
-SHELLS = ("bash", "zsh")
+_SHELLS = ("bash", "zsh")
 # A word that ends in = or / is gone on with, so no space follows it. Bash cuts words at = and :, hence COMP_LINE.
 _BASH = """\
 {function}() {{
@@ -38,28 +39,30 @@ compdef {function} {name}
 """
 
 
+def settings(package: str, name: str, words: Sequence[str] = ()) -> list[str]:
+    """Words of a command line: every GROUP=NAME of a package, and KEY= of the configuration that some words compose."""
+    groups = configuration.groups(package)
+    chosen = [f"{group}={choice.name}" for group, choices in groups.items() for choice in choices]
+    return chosen + [f"{key}=" for key in configuration.keys(package, name, words)]
+
+
 def script(name: str, shells: Sequence[str], of_command: Mapping[str, Sequence[str]]) -> str:
     """The script of a shell: `eval "$(NAME --completion bash)"`.
 
     Args:
         name: of the command.
-        shells: what stood after --completion: one of SHELLS.
+        shells: what stood after --completion: one of _SHELLS.
         of_command: first word of the command line -> the words that may follow it; "" holds the first words themselves, which may
             follow any other first word too.
 
     Raises:
         UsageError: another shell, or none.
     """
-    if len(shells) != 1 or shells[0] not in SHELLS:
+    if len(shells) != 1 or shells[0] not in _SHELLS:
         said = " ".join(shells)
-        raise UsageError(f"--completion {said}{meant(said, SHELLS)}: say --completion bash or --completion zsh.")
-    bash = shells[0] == "bash"
-    function = f"_{name.replace('-', '_')}"
-    cases = []
-    for command, words in of_command.items():
-        pattern = command or "*"
-        held = " ".join(sorted(set(words)))
-        cases.append(f'    {pattern}) words="{held}" ;;' if bash else f"    {pattern}) words_of=({held}) ;;")
-    cases.sort(key=lambda case: case.lstrip().startswith("*"))  # what fits all comes last
-    first = " ".join(sorted(set(of_command[""])))
-    return (_BASH if bash else _ZSH).format(function=function, cases="\n".join(cases), first=first, name=name)
+        raise UsageError(f"--completion {said}{meant(said, _SHELLS)}: say --completion bash or --completion zsh.")
+    template, case = (_BASH, '    {}) words="{}" ;;') if shells[0] == "bash" else (_ZSH, "    {}) words_of=({}) ;;")
+    held = {command: " ".join(sorted(set(words))) for command, words in of_command.items()}
+    first = held.pop("")
+    cases = "\n".join(case.format(*one) for one in [*held.items(), ("*", first)])  # what fits all comes last
+    return template.format(function=f"_{name.replace('-', '_')}", cases=cases, first=first, name=name)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CORE = "qprobe.conf"
 EXPERIMENT = "experiment"
-SEARCHPATH = "hydra.searchpath"
+_SEARCHPATH = "hydra.searchpath"
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def search(folder: Path) -> str:
         raise UsageError(
             f"There is no folder {folder}: --config-dir names one with groups, such as {folder}/experiment."
         )
-    return f"{SEARCHPATH}=[pkg://{CORE},'file://{folder.resolve()}']"
+    return f"{_SEARCHPATH}=[pkg://{CORE},'file://{folder.resolve()}']"
 
 
 def _searched(parsed: Sequence[Override]) -> list[Path]:
     """The folders that such words add."""
-    said = [word.value() for word in parsed if word.key_or_group == SEARCHPATH]
+    said = [word.value() for word in parsed if word.key_or_group == _SEARCHPATH]
     found = [entry for value in said if isinstance(value, list) for entry in value]
     return [Path(str(entry).removeprefix("file://")) for entry in found if str(entry).startswith("file://")]
 
@@ -93,8 +93,7 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
         parsed = _parsed(words)
         if several := [word for word, found in zip(words, parsed, strict=True) if found.is_sweep_override()]:
             raise UsageError(
-                f"{several[0]} says several values: for a list write brackets, as in KEY=[1,2]; for a run with each of them add "
-                "--multirun."
+                f"{several[0]} says several values: write KEY=[1,2] for a list; add --multirun for a run with each."
             )
         with initialize_config_module(package, version_base="1.3"):
             _check(package, name, words, parsed)
@@ -120,11 +119,18 @@ def plain(config: Any) -> dict[str, Any]:
 def keys(package: str, name: str, words: Sequence[str] = ()) -> list[str]:
     """Every setting of a configuration, with dots; settings that hang on a choice are those of the given words."""
     with _hydra():
-        from hydra import compose, initialize_config_module
-        from omegaconf import OmegaConf
+        from hydra import initialize_config_module
 
         with initialize_config_module(package, version_base="1.3"):
-            return list(_leaves(_plain(OmegaConf.to_container(compose(name, list(words)), resolve=False))))
+            return list(leaves(_unresolved(name, words)))
+
+
+def _unresolved(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """A configuration with its references and missing values, where Hydra is initialised."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    return _plain(OmegaConf.to_container(compose(name, list(words)), resolve=False))
 
 
 def jobs(words: Sequence[str]) -> list[list[str]]:
@@ -186,20 +192,19 @@ def _parsed(words: Sequence[str]) -> list[Override]:
                 raise UsageError(f"{word} names no setting: write KEY=VALUE.")
         except HydraException as error:
             why = str(error).splitlines()[0].rstrip(".")
-            if "=" not in word and not word.startswith("~"):
+            key, equals, _ = word.partition("=")
+            if not equals and not word.startswith("~"):
                 raise UsageError(f"{word!r} is no setting: write KEY=VALUE, without spaces around the sign.") from error
             raise UsageError(
-                f"{word} cannot be read ({why}): where a value holds spaces, commas, brackets or signs put it into quotes "
-                f"inside quotes, such as '{word.partition('=')[0]}=\"...\"'."
+                f"{word} cannot be read ({why}): a value with spaces, commas, brackets or signs needs quotes inside quotes, such "
+                f"as '{key}=\"...\"'."
             ) from error
     return found
 
 
 def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Override]) -> None:
     """Raise UsageError for the first word that names no group, choice or setting."""
-    from hydra import compose
     from hydra.errors import ConfigCompositionException
-    from omegaconf import OmegaConf
 
     of_group = groups(package, _searched(parsed))
     chosen, settings = [], []
@@ -216,7 +221,7 @@ def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Overr
         else:
             settings.append((word, key))
     try:
-        known = _plain(OmegaConf.to_container(compose(name, chosen), resolve=False))
+        known = _unresolved(name, chosen)
     except ConfigCompositionException as error:
         group = re.match(r"You must specify '(\w+)'", str(error))
         if group is None or group[1] not in of_group:
@@ -224,9 +229,13 @@ def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Overr
         named = [word for word, key in settings if meant(key, [group[1]])]
         wrong = f"{named[0]} names no group or setting. " if named else ""
         raise UsageError(f"{wrong}Say {group[1]}=NAME: one of {_names(of_group[group[1]])}.") from error
-    for word, key in settings:
-        if not _is_there(known, key):
-            raise UsageError(_unknown(word, key, known, of_group))
+    there = list(leaves(known))
+    for word, key in settings:  # what is below a list or a reference is left to Hydra
+        if not any(one == key or one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in there):
+            above = key.rpartition(".")[0]
+            near_by = [one for one in there if above and one.startswith(f"{above}.")]
+            near = meant(key, near_by) or meant(key, [*there, *known, *of_group])
+            raise UsageError(f"{word}: there is no setting {key}{near}. There are {', '.join(near_by or known)}.")
 
 
 def _check_choice(group: str, value: Any, choices: Sequence[Choice]) -> None:
@@ -240,33 +249,10 @@ def _names(choices: Sequence[Choice]) -> str:
     return ", ".join(choice.name for choice in choices)
 
 
-def _is_there(known: Any, key: str) -> bool:
-    """Whether a configuration has a key; what stands below a list or a reference to another key is left to Hydra."""
-    at = known
-    for part in key.split("."):
-        if not isinstance(at, dict):
-            return isinstance(at, list) or (isinstance(at, str) and at.startswith("${"))
-        if part not in at:
-            return False
-        at = at[part]
-    return True
-
-
-def _unknown(word: str, key: str, known: dict[str, Any], of_group: dict[str, list[Choice]]) -> str:
-    *parents, _ = key.split(".")
-    at: Any = known
-    for part in parents:
-        at = at.get(part) if isinstance(at, dict) else None
-    beside = list(at) if isinstance(at, dict) else list(known)
-    where = ".".join(parents) if isinstance(at, dict) and parents else "The configuration"
-    of_parent = [f"{where}.{name}" for name in beside] if where != "The configuration" else []
-    near = meant(key, of_parent) or meant(key, [*_leaves(known), *known, *of_group])
-    return f"{word}: there is no setting {key}{near}. {where} has {', '.join(beside)}."
-
-
-def _leaves(values: dict[str, Any], above: str = "") -> Iterator[str]:
+def leaves(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The settings of a configuration, with dots."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{above}{key}.")
+            yield from leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}"

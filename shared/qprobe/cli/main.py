@@ -17,7 +17,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qprobe.cli import command, completion, configuration
 from qprobe.cli.command import Parser, groups_text, guarded, without_debug
@@ -25,16 +25,19 @@ from qprobe.cli.command import Parser, groups_text, guarded, without_debug
 if TYPE_CHECKING:
     from qprobe.cli.own_work import Work
 
-EXAMPLES = """\
+_DOES = """\
+Q-probes: adapt a frozen language model to a reward. Completions are drawn and rewarded, a small probe of
+the model's hidden states is trained to tell which earn more, and chooses among candidates."""
+_EXAMPLES = """\
 examples:
   qprobe run prompts.jsonl --reward short.py:reward --run runs/short sampler.n=16
   qprobe import candidates.jsonl --run runs/mine model=hub model.name=NAME
   qprobe answer --probe runs/short/probes/prompts/policy_gradient "Write a sentence about the sea."
 
 qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
-CHANGED = ("run", "import", "answer")  # commands that take KEY=VALUE
-SEVERAL = "a run for every combination of values: probe.learning_rate=1e-3,1e-2"
-OVERRIDES = "KEY=VALUE arguments change settings, such as sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2."
+# Commands that take KEY=VALUE, with examples.
+_CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
+_CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,23 +54,10 @@ def _main(words: list[str]) -> int | None:
         print(_completion(words[1:]))
         return None
     chosen, rest = _parser().parse_known_args(words)
-    if unknown := [word for word in rest if chosen.command not in CHANGED or word.startswith("-") or "=" not in word]:
+    if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
-
-
-def _completion(shells: Sequence[str]) -> str:
-    _, commands = _parsers()
-    settings = [
-        f"{group}={choice.name}" for group, of in configuration.groups(configuration.CORE).items() for choice in of
-    ]
-    settings += [f"{key}=" for key in configuration.keys(configuration.CORE, "run")]
-    of_command = {"": [*commands, "--help", "--version", "--completion"]}
-    for name, parser in commands.items():
-        options = [option for action in parser._actions for option in action.option_strings]
-        of_command[name] = [*options, *(settings if name in CHANGED else [])]
-    return completion.script("qprobe", shells, of_command)
 
 
 def _parser() -> Parser:
@@ -76,81 +66,63 @@ def _parser() -> Parser:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The command's parser, and those of its commands by name."""
-    layout = argparse.RawDescriptionHelpFormatter
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     groups = groups_text(configuration.groups(configuration.CORE))
-    parser = Parser(
-        prog="qprobe",
-        description="Q-probes: adapt a frozen language model to a reward. Completions are drawn and rewarded, a small probe of\n"
-        "the model's hidden states learns which earn more, and chooses among candidates.",
-        epilog=f"{EXAMPLES}\n\n{groups}",
-        formatter_class=layout,
-    )
+    parser = Parser(prog="qprobe", description=_DOES, epilog=f"{_EXAMPLES}\n\n{groups}", **layout)
     parser.add_argument("--version", action="version", version=command.version("qprobe"))
     parser.add_argument("--completion", metavar="SHELL", help="print the completion for bash or zsh")
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser(
-        "run",
-        help="your prompts and your reward: completions, rewards, probes, a table",
-        epilog=f"{OVERRIDES}\n\n{groups}",
-        formatter_class=layout,
+
+    def arguments_of(name: str, does: str) -> Callable[..., Any]:
+        words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
+        epilog = None if name not in _CHANGED else words if name == "answer" else f"{words}\n\n{groups}"
+        return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
+
+    file: dict[str, Any] = {"type": Path}
+    flag: dict[str, Any] = {"action": "store_true"}
+    packed = "may be .gz or .zst; - is the standard input"
+    several = "a run for every combination of values: probe.learning_rate=1e-3,1e-2"
+    add = arguments_of("run", "your prompts and your reward: completions, rewards, probes, a table")
+    add("prompts", **file, help=f"JSON lines, each with prompt (or messages) and fields for the reward; {packed}")
+    add("--reward", required=True, help="module:function or file.py:function, giving a number in [0, 1]")
+    add("--run", **file, help="the run folder; runs/NAME after the file of prompts if not said")
+    add("--test", **file, help="prompts to test on; without them the probes are cross-validated")
+    add("--batched", **flag, help="the function takes lists and gives a list")
+    add("-m", "--multirun", **flag, help=several)
+    add = arguments_of("import", "the same from completions and rewards that you have already")
+    add("candidates", **file, help=f"JSON lines, each with prompt (or messages), completion, reward; {packed}")
+    add("--run", **file, required=True, help="the run folder")
+    add("-m", "--multirun", **flag, help=several)
+    add = arguments_of("answer", "an answer chosen by a saved probe")
+    add("prompt", help="the prompt; - reads it from the standard input")
+    add("--probe", required=True, help="a folder such as runs/NAME/probes/prompts/policy_gradient")
+    add("--n", type=int, help="candidates; as in training if not said")
+    add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
+    add("--seed", type=int, help="for the same answer again; a new one every time if not said")
+    add("--show-candidates", **flag, help="print all with score and probability (stderr)")
+    add = arguments_of("inspect", "what is in a run folder: rows a stage, pass rate, what is missing")
+    add("run", **file, help="the run folder, such as runs/demo")
+    add = arguments_of(
+        "report", "a finished run as one HTML page: tables, figures, and every prompt with its candidates"
     )
-    running.add_argument(
-        "prompts",
-        type=Path,
-        help="JSON lines, each with prompt (or messages) and fields for the reward; may be .gz or .zst; - is the standard input",
-    )
-    running.add_argument(
-        "--reward", required=True, help="module:function or file.py:function, giving a number in [0, 1]"
-    )
-    running.add_argument("--run", type=Path, help="the run folder; runs/NAME after the file of prompts if not said")
-    running.add_argument("--test", type=Path, help="prompts to test on; without them the probes are cross-validated")
-    running.add_argument("--batched", action="store_true", help="the function takes lists and gives a list")
-    running.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
-    importing = commands.add_parser(
-        "import",
-        help="the same from completions and rewards that you have already",
-        epilog=f"{OVERRIDES}\n\n{groups}",
-        formatter_class=layout,
-    )
-    importing.add_argument(
-        "candidates",
-        type=Path,
-        help="JSON lines, each with prompt (or messages), completion, reward; may be .gz or .zst; - is the standard input",
-    )
-    importing.add_argument("--run", type=Path, required=True, help="the run folder")
-    importing.add_argument("-m", "--multirun", action="store_true", help=SEVERAL)
-    answering = commands.add_parser(
-        "answer",
-        help="an answer chosen by a saved probe",
-        epilog="KEY=VALUE arguments change settings, such as sampler.temperature=0.7 or model.device=cpu.",
-    )
-    answering.add_argument("prompt", help="the prompt; - reads it from the standard input")
-    answering.add_argument("--probe", required=True, help="a folder such as runs/NAME/probes/prompts/policy_gradient")
-    answering.add_argument("--n", type=int, help="candidates; as in training if not said")
-    answering.add_argument(
-        "--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said"
-    )
-    answering.add_argument("--seed", type=int, help="for the same answer again; a new one every time if not said")
-    answering.add_argument(
-        "--show-candidates", action="store_true", help="print all with score and probability (stderr)"
-    )
-    inspecting = commands.add_parser(
-        "inspect", help="what is in a run folder: rows a stage, pass rate, what is missing"
-    )
-    inspecting.add_argument("run", type=Path, help="the run folder, such as runs/demo")
-    reporting = commands.add_parser(
-        "report", help="a finished run as one HTML page: tables, figures, and every prompt with its candidates"
-    )
-    reporting.add_argument("run", type=Path, help="the run folder, such as runs/demo")
-    reporting.add_argument("--output", type=Path, help="the page; report.html in the run folder if not said")
-    packing = commands.add_parser(
-        "pack", help="prompts, completions and features of a run in a few files, for sampler=recorded embedder=recorded"
-    )
-    packing.add_argument("run", type=Path, help="the run folder, with its stages sample and embed finished")
-    packing.add_argument("folder", type=Path, help="where the recording goes")
-    packing.add_argument("--layers", type=int, nargs="+", help="of the features; all if not said")
-    packing.add_argument("--note", action="append", default=[], help="NAME=TEXT, such as weights=..., kept in its card")
+    add("run", **file, help="the run folder, such as runs/demo")
+    add("--output", **file, help="the page; report.html in the run folder if not said")
+    add = arguments_of("pack", "a run in a few files, for sampler=recorded embedder=recorded")
+    add("run", **file, help="the run folder, with its stages sample and embed finished")
+    add("folder", **file, help="where the recording goes")
+    add("--layers", type=int, nargs="+", help="of the features; all if not said")
+    add("--note", action="append", default=[], help="NAME=TEXT, such as weights=..., kept in its card")
     return parser, dict(commands.choices)
+
+
+def _completion(shells: Sequence[str]) -> str:
+    settings = completion.settings(configuration.CORE, "run")
+    _, commands = _parsers()
+    of_command = {"": [*commands, "--help", "--version", "--completion"]}
+    for name, parser in commands.items():
+        options = [option for action in parser._actions for option in action.option_strings]
+        of_command[name] = [*options, *(settings if name in _CHANGED else [])]
+    return completion.script("qprobe", shells, of_command)
 
 
 def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -168,6 +140,8 @@ def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], several: bool) -> int:
+    from qprobe.cli import composition, multirun
+
     def execute(folder: Path, words: Sequence[str]) -> None:
         work = make(folder=folder, overrides=words)
         for note in work.notes:
@@ -178,18 +152,13 @@ def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], 
     if not several:
         execute(folder, overrides)
         return 0
-    from qprobe.cli import composition, multirun
-
     jobs = multirun.plan(
         overrides,
         lambda words: {**composition.composed("run", words), "paths": {"run": str(folder)}},
         lambda config: Path(config["paths"]["run"]),
         composition.procedures,
     )
-    status = multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
-    if shown := multirun.summary(jobs):
-        print(shown)
-    return status
+    return multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
 
 
 def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -210,8 +179,8 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not choice.answer.strip():
         empty = sum(not candidate.text.strip() for candidate in choice.candidates)
         raise RuntimeError(
-            f"The answer that was chosen is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with "
-            "more candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+            f"The chosen answer is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with more "
+            "candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
         )
     print(choice.answer)
 

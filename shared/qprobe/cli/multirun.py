@@ -1,6 +1,6 @@
 """Several runs by one command: every combination of the values that words of the command line say, such as `-m seed=0,1`.
 
-Jobs that would write into one run folder get folders of their own beside it, RUN-multirun/<what is said>. Tables that are made
+Jobs that would write into one run folder get folders of their own, RUN-multirun/<what is said>. Tables that are made
 from the same inputs (completions, rewards, features) are made once: a job takes the parts that the run folder and the jobs
 before it have (`sharing`). Shards of one run are no jobs of their own: they meet in its folder.
 """
@@ -8,6 +8,7 @@ before it have (`sharing`). Shards of one run are no jobs of their own: they mee
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 import sys
@@ -18,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.cli import configuration
-from qprobe.files import fingerprint, write_whole
+from qprobe.files import fingerprint
+from qprobe.report import tables
 from qprobe.report.results import Results
 from qprobe.settings import UsageError
 from qprobe.store import sharing
 
-LONGEST = 100  # characters of a folder's name
-SUMMARY = "multirun"
-HEAD = ("job", "pool", "method", "reward", "low", "high", "auc", "prompts", "seeds")
+_LONGEST = 100  # characters of a folder's name
+_SUMMARY = "multirun"
+_HEAD = ("job", "pool", "method", "reward", "low", "high", "auc", "prompts", "seeds")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Job:
         run: `paths.run` of a job that gets a folder of its own; None where the configuration's own is nobody else's.
         folder: of its run and its results.
         base: the configuration's own run folder.
-        beside: where the table of all jobs goes.
+        tables: the folder that the table of all jobs goes to, and the folders of jobs.
     """
 
     words: tuple[str, ...]
@@ -46,7 +48,7 @@ class Job:
     run: str | None
     folder: Path
     base: Path
-    beside: Path
+    tables: Path
 
 
 def plan(
@@ -66,27 +68,36 @@ def plan(
     Raises:
         UsageError, ValueError: what cannot be, of any job.
     """
-    keys = dict.fromkeys(key for key in configuration.swept(words) if key.partition(".")[0] != "hydra")
-    found = []
-    for job in configuration.jobs(words):
-        config = compose(job)
+    keys = {key for key in configuration.swept(words) if key.partition(".")[0] != "hydra"}
+    jobs: list[Job] = []
+    configs = []
+    for own in configuration.jobs(words):
+        config = compose(own)
         check(config)
-        said = [word for word in job if word.partition("=")[0].lstrip("+~") in keys]
-        label = ", ".join(word for word in said if not word.startswith("shard="))
-        goal = str(config["paths"].get("outputs") or config["paths"]["run"])
-        found.append((tuple(job), label, goal, folder_of(_with_run(config, goal)), folder_of(config), config))
-    if not found:
+        said = [word for word in own if word.partition("=")[0].lstrip("+~") in keys and not word.startswith("shard=")]
+        base = str(config["paths"].get("outputs") or config["paths"]["run"])
+        jobs.append(
+            Job(
+                tuple(own),
+                ", ".join(said),
+                run=None,
+                folder=folder_of(_with_run(config, base)),
+                base=folder_of(config),
+                tables=Path(f"{base}-{_SUMMARY}"),
+            )
+        )
+        configs.append(config)
+    if not jobs:
         raise UsageError("A multirun without a job: say several values, such as probe.learning_rate=1e-3,1e-2.")
-    # Configurations, not jobs: the shards of one are one.
-    apart = {(folder, fingerprint({**config, "shard": None})) for *_, folder, _, config in found}
-    shared = Counter(folder for folder, _ in apart)
-    jobs = []
-    for said_words, label, goal, folder, base, config in found:
-        beside, run = Path(f"{goal}-{SUMMARY}"), None
-        if shared[folder] > 1:
-            run = str(beside / _name(label))
-            folder = folder_of(_with_run(config, run))
-        jobs.append(Job(said_words, label, run, folder, base, beside))
+    # Configurations, not jobs, share a folder: the shards of one are one.
+    different = {
+        (job.folder, fingerprint({**config, "shard": None})) for job, config in zip(jobs, configs, strict=True)
+    }
+    configurations = Counter(folder for folder, _ in different)
+    for place, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        if configurations[job.folder] > 1:
+            run = str(job.tables / _name(job.label))
+            jobs[place] = dataclasses.replace(job, run=run, folder=folder_of(_with_run(config, run)))
     return jobs
 
 
@@ -98,8 +109,8 @@ def _with_run(config: Mapping[str, Any], run: str) -> dict[str, Any]:
 def _name(label: str) -> str:
     """A folder's name: legible, and another one for another label."""
     name = re.sub(r"[^\w.=+-]+", "_", label.replace(", ", ",")).strip("_.")
-    legible = name == label and len(name) <= LONGEST
-    return name if legible else f"{name[:LONGEST]}-{fingerprint(label)[:6]}"
+    legible = name == label and len(name) <= _LONGEST
+    return name if legible else f"{name[:_LONGEST]}-{fingerprint(label)[:6]}"
 
 
 def placed(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
@@ -108,11 +119,13 @@ def placed(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 
 def run(name: str, jobs: Sequence[Job], execute: Callable[[Job], None]) -> int:
-    """Run one job after the other; a job that fails is said, and the others go on. Returns the exit status: 1 where one failed.
+    """Run one job after the other and show all; a job that fails is said, and the others go on.
 
     Args:
         name: of the command, before a sentence on a fault.
         execute: runs a job in its folder.
+
+    Returns: the exit status, 1 where one failed.
     """
     failed = []
     for number, job in enumerate(jobs, start=1):
@@ -126,6 +139,7 @@ def run(name: str, jobs: Sequence[Job], execute: Callable[[Job], None]) -> int:
             _tidy(job)
     if failed:
         print(f"{name}: {len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}.", file=sys.stderr)
+    show(jobs)
     return 1 if failed else 0
 
 
@@ -146,46 +160,33 @@ def _tidy(job: Job) -> None:
             folder.rmdir()
 
 
-def summary(jobs: Sequence[Job]) -> str:
-    """The table of all jobs' results, also written as tables/multirun.csv and .md beside them; empty where there are none."""
+def show(jobs: Sequence[Job]) -> None:
+    """Print the table of all jobs' results, and write it as tables/multirun.csv and .md; nothing where one job has results."""
     labels = {job.folder: job.label for job in jobs}
     rows = [[label, *row] for folder, label in labels.items() for row in _rows(folder)]
     if len({row[0] for row in rows}) < 2:
-        return ""
-    folder = jobs[0].beside / "tables"
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([HEAD, *rows])
-    write_whole(folder / f"{SUMMARY}.csv", lines.getvalue().encode())
-    shown = [("job", "pool", "method", "reward", "95 % interval", "AUC")]
-    shown += [
-        (job, pool, method, _number(value), f"[{_number(low)}, {_number(high)}]", _number(auc))
+        return
+    folder, lines = jobs[0].tables / "tables", io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([_HEAD, *rows])
+    cells = [
+        [job, pool, method, _number(value), f"[{_number(low)}, {_number(high)}]", _number(auc)]
         for job, pool, method, value, low, high, auc, *_ in rows
     ]
-    table = "\n".join(
-        "| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |"
-        for row in [shown[0], ["---"] * 6, *shown[1:]]
-    )
-    write_whole(folder / f"{SUMMARY}.md", f"# {jobs[0].beside.name}\n\n{table}\n".encode())
-    widths = [max(len(str(row[place])) for row in shown) for place in range(6)]
-    text = [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
-    ]
-    return "\n".join(["", *text, "", f"tables:   {folder}", *(f"run:      {run}" for run in labels if run.exists())])
+    table = tables.Block(["job", "pool", "method", "reward", "95 % interval", "AUC"], [False] * 6, cells)
+    texts = {"csv": lines.getvalue(), "md": tables.markdown_page([jobs[0].tables.name], [table], [])}
+    tables.write_formats(texts, folder, _SUMMARY)
+    print(tables.text_page([], [table], []))
+    print("\n".join([f"tables:   {folder}", *(f"run:      {run}" for run in labels if run.exists())]))
 
 
 def _rows(folder: Path) -> list[list[Any]]:
-    """The rows of all results of a run folder; those of several probes beside one another are named by their folders."""
+    """The rows of all results of a run folder; those of several probes are named by their folders."""
     rows: list[list[Any]] = []
     for path in sorted(folder.glob("**/results/*.json")):
         found, variant = Results.read(path), path.parent.parent.relative_to(folder).name
-        rows += [
-            [
-                found.pool,
-                f"{row.method}, {variant}" if variant else row.method,
-                *(row.value, row.low, row.high, row.auc, row.prompts, row.seeds),
-            ]
-            for row in found.rows
-        ]
+        for row in found.rows:
+            method = f"{row.method}, {variant}" if variant else row.method
+            rows.append([found.pool, method, row.value, row.low, row.high, row.auc, row.prompts, row.seeds])
     return rows
 
 

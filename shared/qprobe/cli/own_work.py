@@ -1,7 +1,4 @@
-"""A user's own work, from files to answers: `qprobe run`, `qprobe import`, `qprobe answer`.
-
-Prompts and a reward function, or candidates with their rewards, become a pipeline; a saved probe becomes a policy.
-"""
+"""A user's own work to a pipeline: prompts and a reward function (`qprobe run`), or candidates with rewards (`qprobe import`)."""
 
 from __future__ import annotations
 
@@ -20,35 +17,38 @@ from qprobe.pipeline.closing import closing_words
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.losses import find_loss
 from qprobe.run import additions, lengths
+from qprobe.run.pools import Split
 from qprobe.run.rewards import FunctionReward, RecordedReward
-from qprobe.run.stages import Split
 from qprobe.settings import check_keys
 from qprobe.store import jsonl
 from qprobe.store.jsonl import PromptRow
 from qprobe.store.table import COMPLETIONS, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
-PROMPTS, TEST = "prompts", "test"
+_PROMPTS, _TEST = "prompts", "test"
 KEYS = composition.KEYS | {"title", "prompts", "baselines", "too_long"}
 # Share of completions cut at their longest from which it is said.
-CUT_SHARE = 0.1
-STDIN = Path("-")  # the standard input in the place of a file
+_CUT_SHARE = 0.1
+_STDIN = Path("-")  # the standard input in the place of a file
+_STYLES = {"chat": "messages of a user (prompts=chat)", "text": "text to be continued (prompts=text)"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """A pipeline, its configuration, how other processes make the same pipeline, what a user should know beforehand, and what is
-    done before its first stage, with a sentence on it."""
+    """What a user's command runs.
+
+    Args:
+        pipeline, config: the run, and its configuration.
+        again: makes the same pipeline in other processes.
+        notes: what a user should know beforehand.
+        begin: is done before the first stage; gives a sentence on it, or None.
+    """
 
     pipeline: Pipeline
     config: dict[str, Any]
     again: Callable[[], Pipeline]
     notes: list[str] = field(default_factory=list)
     begin: Callable[[], str | None] = lambda: None
-
-    @property
-    def stages(self) -> Sequence[str]:
-        return list(self.config["stages"])
 
     def execute(self) -> None:
         if said := self.begin():
@@ -60,7 +60,7 @@ class Work:
         """What is printed at the end, the next command last."""
         if self.pipeline.shard[1] > 1:
             return closing_words(self.pipeline)
-        if "report" not in self.stages:
+        if "report" not in self.config["stages"]:
             return f"run:      {self.pipeline.run}"
         probe = self.pipeline.final_probe()
         parts = [closing_words(self.pipeline) + f"\nprobe:    {probe}", *self._cut()]
@@ -68,18 +68,18 @@ class Work:
 
     def _cut(self) -> list[str]:
         """A sentence where many completions were cut, which hardly any reward likes."""
-        table = found_table(self.pipeline.run / "completions" / f"{PROMPTS}.sample", COMPLETIONS)
+        table = found_table(self.pipeline.run / "completions" / f"{_PROMPTS}.sample", COMPLETIONS)
         reasons = table.read()["finish_reason"].to_pylist()
         share = reasons.count("length") / len(reasons)
-        if share < CUT_SHARE:
+        if share < _CUT_SHARE:
             return []
         longest = self.pipeline.sampler.settings.max_new_tokens
         return [f"{share:.0%} of the completions were cut at sampler.max_new_tokens={longest}."]
 
 
 def run_folder(prompts: Path, folder: Path | None) -> Path:
-    """The run folder that was said, or runs/NAME after the file of prompts."""
-    return Path("runs") / ("stdin" if prompts == STDIN else prompts.stem) if folder is None else folder
+    """The folder that was given, or runs/NAME after the file of prompts."""
+    return Path("runs") / ("stdin" if prompts == _STDIN else prompts.stem) if folder is None else folder
 
 
 def run(
@@ -105,24 +105,21 @@ def run(
         FileNotFoundError, ValueError: a file, a line of it, a setting or the reward that cannot be used.
     """
     folder = run_folder(prompts, folder)
-    if prompts == test == STDIN:
-        raise ValueError(
-            "The prompts and the test prompts cannot both be the standard input: give one of them as a file."
-        )
-    config = _config(f"{_title(prompts)}, {reward}", overrides)
-    _check_runner(config, prompts, test)
-    rows = jsonl.read_prompts(prompts, PROMPTS)
-    test_rows = [] if test is None else jsonl.read_prompts(test, TEST)
+    if prompts == test == _STDIN:
+        raise ValueError("PROMPTS and --test cannot both be the standard input: give one of them as a file.")
+    config = _config([prompts, *([] if test is None else [test])], overrides, f", {reward}")
+    rows = jsonl.read_prompts(prompts, _PROMPTS)
+    test_rows = [] if test is None else jsonl.read_prompts(test, _TEST)
     jsonl.check_apart(rows, test_rows)
     function = FunctionReward(reward, [*rows, *test_rows], batched)
     function.check()
     style = _style(config, [*rows, *test_rows])
-    notes = [f"{len(rows) + len(test_rows)} prompts, put to the model as {_said(style)}."]
-    if (room := _room(config, drawn=True)) is not None:
-        fitted = lengths.fit_prompts(prompts, rows, style, room, config["too_long"])
-        tested = lengths.fit_prompts(test or prompts, test_rows, style, room, config["too_long"])
+    notes = [f"{len(rows) + len(test_rows)} prompts, which the model reads as {_STYLES[style]}."]
+    if (limits := _limits(config, drawn=True)) is not None:
+        fitted = lengths.fit_prompts(prompts, rows, style, limits, config["too_long"])
+        tested = lengths.fit_prompts(test or prompts, test_rows, style, limits, config["too_long"])
         rows, test_rows, notes = fitted.rows, tested.rows, [*notes, *fitted.notes, *tested.notes]
-    splits = [_split(PROMPTS, rows, style), *([_split(TEST, test_rows, style)] if test_rows else [])]
+    splits = [_split(_PROMPTS, rows, style), *([_split(_TEST, test_rows, style)] if test_rows else [])]
     pipeline = composition.pipeline(
         config,
         run=folder,
@@ -132,10 +129,8 @@ def run(
         reward=function,
         use=_use(config, style),
     )
-    again = functools.partial(
-        _pipeline_of, run, prompts, reward, folder=folder, test=test, batched=batched, overrides=overrides
-    )
-    return Work(pipeline, config, again, notes)
+    words: dict[str, Any] = {"folder": folder, "test": test, "batched": batched, "overrides": overrides}
+    return Work(pipeline, config, functools.partial(_pipeline_of, run, prompts, reward, **words), notes)
 
 
 def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str] = ()) -> Work:
@@ -149,14 +144,13 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     Raises:
         FileNotFoundError, ValueError: a file, a line of it or a setting that cannot be used.
     """
-    config = _config(_title(candidates), overrides)
-    _check_runner(config, candidates)
+    config = _config([candidates], overrides)
     config["sampler"]["greedy"] = False  # nobody could reward it
-    found = jsonl.read_candidates(candidates, PROMPTS)
+    found = jsonl.read_candidates(candidates, _PROMPTS)
     style = _style(config, found.prompts)
-    if (room := _room(config, drawn=False)) is not None:
-        found = lengths.fit_candidates(candidates, found, style, room, config["too_long"])
-    split = _split(PROMPTS, found.prompts, style, found.completions)
+    if (limits := _limits(config, drawn=False)) is not None:
+        found = lengths.fit_candidates(candidates, found, style, limits, config["too_long"])
+    split = _split(_PROMPTS, found.prompts, style, found.completions)
     pipeline = composition.pipeline(
         config,
         run=folder,
@@ -167,10 +161,8 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     )
     _check_range(pipeline, found.rewards)
     sizes = [len(texts) for texts in found.completions.values()]
-    counted = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-    said = (
-        f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; prompts are read as {_said(style)}."
-    )
+    counted = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+    said = f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; the model reads them as {_STYLES[style]}."
     again = functools.partial(_pipeline_of, import_candidates, candidates, folder=folder, overrides=overrides)
     work = Work(pipeline, config, again, [said, *found.notes])
     if pipeline.shard[1] > 1:
@@ -183,24 +175,18 @@ def _pipeline_of(work: Callable[..., Work], *arguments: Any, **named: Any) -> Pi
     return work(*arguments, **named).pipeline
 
 
-def _config(title: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _config(files: Sequence[Path], overrides: Sequence[str], of: str = "") -> dict[str, Any]:
     config = composition.composed("run", overrides)
     check_keys(config, KEYS, "the configuration")
     lengths.check_choice(config["too_long"])
-    config["title"] = title if config["title"] is None else config["title"]
+    if _STDIN in files and config["runner"]["backend"] != "local":
+        raise ValueError("The standard input cannot be read by several processes: give a file, or say runner=local.")
+    if config["title"] is None:
+        config["title"] = ("standard input" if files[0] == _STDIN else files[0].stem) + of
     return config
 
 
-def _title(file: Path) -> str:
-    return "standard input" if file == STDIN else file.stem
-
-
-def _check_runner(config: dict[str, Any], *files: Path | None) -> None:
-    if STDIN in files and config["runner"]["backend"] != "local":
-        raise ValueError("The standard input cannot be read by several processes: give a file, or say runner=local.")
-
-
-def _room(config: dict[str, Any], drawn: bool) -> lengths.Room | None:
+def _limits(config: dict[str, Any], drawn: bool) -> lengths.Room | None:
     """How long a prompt with its completion may be; None where the model cannot be had, which is said with what a run needs."""
     ends = composition.back_ends(config)
     try:
@@ -211,18 +197,14 @@ def _room(config: dict[str, Any], drawn: bool) -> lengths.Room | None:
 
 def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
     """What plain text is to the model; `auto` asks the model whether it was made for conversations."""
-    style = config["prompts"]
-    if style not in ("auto", "chat", "text"):
-        raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")
+    style = str(config["prompts"])
+    if style in _STYLES:
+        return style
     if style != "auto":
-        return str(style)
+        raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")
     if all(isinstance(row.prompt, list) for row in rows) or config["sampler"]["backend"] == "openai":
         return "chat"  # the models of APIs converse, and the configuration's model only embeds
     return "chat" if models.load_tokenizer(composition.model_spec(config)).has_chat_template else "text"
-
-
-def _said(style: str) -> str:
-    return "messages of a user (prompts=chat)" if style == "chat" else "text to be continued (prompts=text)"
 
 
 def _split(name: str, rows: Sequence[PromptRow], style: str, recorded: dict[str, list[str]] | None = None) -> Split:

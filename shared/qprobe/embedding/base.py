@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -47,6 +48,11 @@ class Embedder(ReadsTokens, Protocol):
             layer -> (N, D) float32 on the CPU, completions of the first prompt first. Layers count from 0, the token
             embeddings, to the model's number of layers, whose states are normed (transformers' `hidden_states`).
         """
+
+
+def path_name(back_end: str, model: str) -> str:
+    """Back end and model as the name of a folder."""
+    return back_end + "-" + re.sub(r"[^\w.-]+", "-", model).strip("-")
 
 
 def tokens_to_read(

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
-from qprobe.models.language_model import ModelSpec
-from qprobe.models.memory import Footprint, Passes
-from qprobe.models.prefix import PrefixRun, law_of, parts_of
+from qprobe.models.memory import UsesModel
+from qprobe.models.prefix import check_rows, law_of, parts_of
 
 
-class HFEmbedder(LocalEmbedder):
+class HFEmbedder(UsesModel, LocalEmbedder):
     """Hidden states by transformers.
 
     Args:
@@ -32,11 +31,6 @@ class HFEmbedder(LocalEmbedder):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,)) -> None:
-        super().__init__(model, layers)
-        self._run: PrefixRun | None = None
-        self._passes: Passes | None = None
-
     @property
     def layers(self) -> tuple[int, ...]:
         """Counted from 0. A negative layer needs the model's number of layers, which its configuration tells."""
@@ -48,31 +42,20 @@ class HFEmbedder(LocalEmbedder):
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        self.check_rows(prompts, completions)
-        if self._run is None or self._passes is None:
-            self._run = PrefixRun(models.load(self.model))
-            self._passes = Passes(self._run.language_model)
-        run = self._run
+        check_rows(prompts, completions)
+        run, footprint = self.passes.run, self.passes.footprint
         layers = sorted({run.language_model.check_layer(layer) for layer in self.layers})
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         longest_row = max((len(prompts[p]) + len(row) for p, row in zip(owner, rows, strict=True)), default=0)
         self.check_length(longest_row, run.language_model.context_length)
-        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
-        lengths = [len(prompt) for prompt in prompts]
         states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
-        def need(chosen: Sequence[int]) -> int:
-            used = {owner[row] for row in chosen}
-            return footprint.reading(
-                len(used), max(lengths[p] for p in used), [len(rows[row]) for row in chosen], layers
-            )
+        def need(count: int, width: int, chosen: Sequence[int]) -> int:
+            return footprint.reading(count, width, [len(rows[row]) for row in chosen], layers)
 
-        def read(chosen: list[int]) -> None:
-            used = list(dict.fromkeys(owner[row] for row in chosen))
-            places = {p: place for place, p in enumerate(used)}
-            prefix = run.prefill([prompts[p] for p in used], layers)
-            own = [places[owner[row]] for row in chosen]
+        def read(chosen: list[int], used: list[Sequence[int]], own: list[int]) -> None:
+            prefix = run.prefill(used, layers)
             for layer in layers:  # rows that stay empty keep the state of their prompt's last token
                 states[layer][chosen] = prefix.states[layer][own].float().cpu()
             for part in parts_of([len(rows[row]) for row in chosen], run.tokens_per_pass):
@@ -81,5 +64,5 @@ class HFEmbedder(LocalEmbedder):
                 for layer, values in run.read(prefix, read, [own[r] for r in part], layers).states.items():
                     states[layer][[chosen[r] for r in part]] = values[last.to(values.device)].float().cpu()
 
-        self._passes.run(range(len(rows)), owner, lengths, need, read)
+        self.passes.each(range(len(rows)), owner, prompts, need, read)
         return states

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from qprobe.embedding.base import path_name
 from qprobe.models.language_model import ModelSpec, OwnTokens
-from qprobe.models.prefix import check_prompts
 
 
 class LocalEmbedder(OwnTokens):
@@ -20,7 +19,7 @@ class LocalEmbedder(OwnTokens):
 
     back_end: ClassVar[str]
 
-    def __init__(self, model: ModelSpec, layers: Sequence[int]) -> None:
+    def __init__(self, model: ModelSpec, layers: Sequence[int] = (-1,)) -> None:
         if not layers:
             raise ValueError("The embedder was given no layers: name at least one, -1 is the last.")
         self.model = model
@@ -30,14 +29,7 @@ class LocalEmbedder(OwnTokens):
         return {"embedder": self.back_end, "model": self.model.identity(), "token": "last"}
 
     def folder_name(self) -> str:
-        name = re.sub(r"[^\w.-]+", "-", str(self.model.identity()["name"])).strip("-")
-        return f"{self.back_end}-{name}"
-
-    def check_rows(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Raise ValueError where prompts and completions do not belong together, or a prompt is empty."""
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        check_prompts(prompts)
+        return path_name(self.back_end, str(self.model.identity()["name"]))
 
     def check_length(self, longest: int, limit: int | None) -> None:
         """Raise ValueError where a prompt with its completion exceeds a context of `limit` tokens."""

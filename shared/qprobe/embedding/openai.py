@@ -7,7 +7,6 @@ it likes. There is one layer, numbered 0: what the server calls the embedding.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.embedding.base import path_name
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.openai_client import ApiError, ApiRefused, ApiSettings, Client, client
+from qprobe.models.openai_client import ApiBackEnd, ApiError, ApiRefused, ApiSettings
+from qprobe.models.prefix import check_rows
 from qprobe.settings import build
 
-LAYER = 0
-LARGEST = float(torch.finfo(torch.float32).max)
+_LAYER = 0
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
-class OpenAIEmbedder:
+class OpenAIEmbedder(ApiBackEnd):
     """Embeddings by an OpenAI-compatible API.
 
     Args:
@@ -53,32 +54,16 @@ class OpenAIEmbedder:
         self.api.check_no_key({"embedder.extra_body": self.extra_body})
         self._width: int | None = None
 
-    @property
-    def client(self) -> Client:
-        return client(self.api)
-
-    def usage(self) -> dict[str, int]:
-        return self.client.usage()
-
-    def check(self) -> None:
-        """Raise, before any work, where the openai package or the key is missing."""
-        self.client.check()
-
-    def close(self) -> None:
-        """Close the connections; the next call opens them again."""
-        self.client.close()
-
     def identity(self) -> dict[str, Any]:
         model = {**self.api.identity(), "dimensions": self.dimensions, "extra_body": self.extra_body}
         return {"embedder": "openai", "model": model, "token": "whole text"}
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return (LAYER,)
+        return (_LAYER,)
 
     def folder_name(self) -> str:
-        name = re.sub(r"[^\w.-]+", "-", self.api.model).strip("-")
-        return f"openai-{name}"
+        return path_name("openai", self.api.model)
 
     def tokenizer_fingerprint(self) -> str:
         return "utf-8"
@@ -92,10 +77,7 @@ class OpenAIEmbedder:
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        if not all(prompts):
-            raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+        check_rows(prompts, completions)
         texts = [
             bytes([*prompt, *ids]).decode(errors="replace")
             for prompt, of_prompt in zip(prompts, completions, strict=True)
@@ -105,7 +87,7 @@ class OpenAIEmbedder:
         rows = [row for part in self.client.each([functools.partial(self._call, p) for p in parts]) for row in part]
         for row in rows:
             self._check_width(len(row))
-        return {LAYER: torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._width or 0)}
+        return {_LAYER: torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._width or 0)}
 
     def _call(self, texts: Sequence[str], halt: threading.Event) -> list[list[float]]:
         body: dict[str, Any] = {"model": self.api.model, "input": list(texts), "encoding_format": "float"}
@@ -154,4 +136,4 @@ def _rows(answer: Mapping[str, Any]) -> dict[int, list[float]]:
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number of float32."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -15,11 +15,11 @@ from qprobe import models
 from qprobe.embedding.local import LocalEmbedder
 from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.vllm_engine import EngineSettings
-from qprobe.settings import build
+from qprobe.models.prefix import check_rows
+from qprobe.models.vllm_engine import EngineSettings, UsesEngine
 
 
-class VLLMEmbedder(LocalEmbedder):
+class VLLMEmbedder(UsesEngine, LocalEmbedder):
     """Hidden states of the final layer by vLLM.
 
     Args:
@@ -37,7 +37,7 @@ class VLLMEmbedder(LocalEmbedder):
         engine: EngineSettings | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, layers)
-        self.engine = engine if isinstance(engine, EngineSettings) else build(EngineSettings, engine or {}, "engine")
+        self.engine = EngineSettings.of(engine)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -55,21 +55,13 @@ class VLLMEmbedder(LocalEmbedder):
                 )
         return (outline.layer_count,)
 
-    def check(self) -> None:
-        """Raise ModuleNotFoundError where vLLM is missing, before any work."""
-        vllm_engine.check_installed()
-
-    def close(self) -> None:
-        """Give back the engine's memory; the next call starts it again."""
-        vllm_engine.shut_down()
-
     def embed(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> dict[int, Tensor]:
-        self.check_rows(prompts, completions)
+        check_rows(prompts, completions)
         (layer,) = self.layers
         rows = [[*prompt, *ids] for prompt, of_prompt in zip(prompts, completions, strict=True) for ids in of_prompt]
-        vllm_engine.check_installed()
+        self.check()
         self.check_length(max(map(len, rows), default=0), self.engine.context_length(self.model))
         if not rows:
             return {layer: torch.zeros(0, models.outline(self.model).width)}

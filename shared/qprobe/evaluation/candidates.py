@@ -22,7 +22,7 @@ from qprobe.probe.selection import selection_weights
 from qprobe.report.explored import Explored, ScoredPrompt
 from qprobe.report.results import Results
 from qprobe.run.joined import Joined
-from qprobe.run.stages import Pool, Reward
+from qprobe.run.pools import Pool, Reward
 from qprobe.store.table import StoreError
 
 MADE_FROM = b"made_from"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qprobe.evaluation.scoring import Scored
-from qprobe.probe.metrics import Interval
+from qprobe.probe.intervals import Interval
 
 # (P,) rewards of two choices on the same prompts -> their mean difference and its interval.
 Paired = Callable[[np.ndarray, np.ndarray], Interval]
@@ -66,14 +66,14 @@ def ordering(at_use: ByMethod, paired: Paired) -> list[str]:
     return notes
 
 
-def procedures(ours: ByMethod, theirs: ByMethod, paired: Paired) -> list[str]:
+def procedures(ours: ByMethod, papers: ByMethod, paired: Paired) -> list[str]:
     """What our procedure changes, loss by loss.
 
     Args:
-        ours, theirs: method -> (P,) rewards, the same losses in the same order.
+        ours, papers: method -> (P,) rewards, the same losses in the same order.
     """
     notes = []
-    for (method, mine), published in zip(ours.items(), theirs.values(), strict=True):
+    for (method, mine), published in zip(ours.items(), papers.values(), strict=True):
         gain = paired(mine, published)
         if math.isfinite(gain.low):
             notes.append(f"{method}: our procedure earns {in_words(gain)} over the paper's: {_told(gain)}.")

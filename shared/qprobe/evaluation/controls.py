@@ -48,7 +48,7 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
 
 
 def shuffled_labels(
-    learnt: Joined,
+    trained_on: Joined,
     tested: Joined,
     make: Maker,
     training: TrainingSettings,
@@ -57,13 +57,13 @@ def shuffled_labels(
     k: int,
     seed: int,
 ) -> Scores:
-    """Scores of probes of the first loss that learnt from rewards shuffled within each prompt, S seeds.
+    """Scores of probes of the first loss trained on rewards shuffled within each prompt, S seeds.
 
-    A prompt's mean reward is kept: what L_Q and L_CE learn from prompts being hard or easy is learnt here too, and what they
+    A prompt's mean reward is kept: what L_Q and L_CE learn from prompts being hard or easy is learned here too, and what they
     learn by comparing the completions of a prompt is not. The losses that only compare are left with nothing.
 
     Args:
-        learnt, tested: the rows that they learn from and score; the same in cross-validation.
+        trained_on, tested: the rows that they are trained on and score; the same in cross-validation.
         make: `sweep.cross_validate` or `sweep.train_on_all`.
         k: candidates at use.
         seed: of the run; each has one of its own (`probe_seed`).
@@ -74,10 +74,12 @@ def shuffled_labels(
     one = dataclasses.replace(settings, losses=(loss,), seeds=1, curve_shares=(), train_share=share)
     rows = []
     for own_seed in (probe_seed(seed, s) for s in range(settings.seeds)):
-        lot = np.random.default_rng([own_seed, len(learnt.rewards)]).random(len(learnt.rewards))
+        lot = np.random.default_rng([own_seed, len(trained_on.rewards)]).random(len(trained_on.rewards))
         # Rows are sorted by prompt, so the order below moves none out of its own.
-        shuffled = learnt.rewards[np.lexsort((lot, learnt.groups))]
-        probes = make(dataclasses.replace(learnt, rewards=shuffled), training, one, k=k, seed=own_seed, progress=False)
+        shuffled = trained_on.rewards[np.lexsort((lot, trained_on.groups))]
+        probes = make(
+            dataclasses.replace(trained_on, rewards=shuffled), training, one, k=k, seed=own_seed, progress=False
+        )
         rows.append(score(probes, tested, one, own_seed)[1.0][loss].q[0])
     return {f"shuffled labels {find_loss(loss).symbol}": np.stack(rows)}
 

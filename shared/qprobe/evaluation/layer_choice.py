@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qprobe.evaluation.scoring import Scored, score
 from qprobe.evaluation.sweep import EvaluationSettings, Maker, SweepProbe, training_data
@@ -31,8 +31,13 @@ class Scores:
     """
 
     by_share: dict[float, dict[str, Scored]]
-    plain: dict[str, Scored] | None
-    by_layer: dict[int, dict[str, Scored]]
+    plain: dict[str, Scored] | None = None
+    by_layer: dict[int, dict[str, Scored]] = field(default_factory=dict)
+
+    @property
+    def curve(self) -> dict[float, dict[str, Scored]]:
+        """Share -> loss -> scores of the learning curve."""
+        return self.by_share if self.plain is None else self.by_share | {1.0: self.plain}
 
 
 def sweep_over(

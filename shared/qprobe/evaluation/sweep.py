@@ -23,8 +23,8 @@ from safetensors.torch import save as tensors_to_bytes
 
 from qprobe.files import write_whole
 from qprobe.probe.losses import find_loss
-from qprobe.probe.metrics import Distinct
 from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.ranking import Distinct
 from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, held_out_mixed, train
 from qprobe.run.joined import Joined
 
@@ -118,8 +118,8 @@ class EvaluationSettings:
             folded: whether the set is cross-validated, so that a probe learns from all folds but one.
         """
         every = prompts if clusters is None else int(clusters.max()) + 1
-        learnt = every * (1 - 1 / self.folds if folded else self.drawn_share)
-        shares = {count / learnt for count in self.curve_prompts if count < round(learnt)}
+        trained = every * (1 - 1 / self.folds if folded else self.drawn_share)
+        shares = {count / trained for count in self.curve_prompts if count < round(trained)}
         return dataclasses.replace(self, curve_shares=tuple(sorted({*self.curve_shares, *shares})), curve_prompts=())
 
 

@@ -1,19 +1,17 @@
 """One language model and how it runs: loading, adapters, shared prefixes, memory, likelihoods, vLLM engines, API clients."""
 
+from qprobe.models.conversion import repeated_head, safetensors
 from qprobe.models.language_model import (
     EMBEDDED,
     EMBEDDED_FILE,
     LanguageModel,
     ModelSpec,
-    Tokenizer,
-    is_out_of_memory,
     load,
     load_tokenizer,
     outline,
-    repeated_head,
-    safetensors,
     skeleton,
 )
+from qprobe.models.tokenizer import Tokenizer
 
 __all__ = [
     "EMBEDDED",
@@ -21,7 +19,6 @@ __all__ = [
     "LanguageModel",
     "ModelSpec",
     "Tokenizer",
-    "is_out_of_memory",
     "load",
     "load_tokenizer",
     "outline",

@@ -19,7 +19,7 @@ from safetensors.torch import load as tensors_from_bytes
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # What an adapter's configuration says of where and with what it was made, not of what it does.
-NOT_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+_NOT_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 
 
 def peft() -> ModuleType:
@@ -43,7 +43,7 @@ def digest(folder: str) -> str:
         ValueError: it is not a LoRA adapter.
     """
     content = hashlib.sha256((_checked(folder) / WEIGHTS_FILE).read_bytes())
-    settings = {key: value for key, value in _config(folder).items() if key not in NOT_THE_ADAPTER}
+    settings = {key: value for key, value in _config(folder).items() if key not in _NOT_THE_ADAPTER}
     # peft writes sets in any order.
     settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in settings.items()}
     content.update(json.dumps(settings, sort_keys=True).encode())
@@ -84,7 +84,7 @@ def merge(model: Any, folder: str, base: Mapping[str, Any]) -> Any:
 
 
 def write_base(folder: Path, base: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-    """Note beside an adapter which model it was trained on, and how."""
+    """Note in the folder of an adapter which model it was trained on, and how."""
     (folder / BASE_FILE).write_text(json.dumps({"base": dict(base), **more}, indent=2) + "\n")
 
 

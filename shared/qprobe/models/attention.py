@@ -16,6 +16,8 @@ ATTENTION_NAME = "qprobe_shared_prefix"
 # Tokens of one prompt's completions in one call of the attention: every call reads the prompt's keys, and every token is
 # compared with all of its call.
 TOKENS_PER_CALL = 128
+# Tokens that a row's keys have place for ahead of time: fewer copies, and little memory beside what they hold.
+TOKENS_OF_GROWTH = 16
 
 
 @dataclass
@@ -84,7 +86,7 @@ class SharedPrompts:
         own = grouped @ key.float().transpose(-1, -2)
         if self._hidden is not None:
             before.masked_fill_(self._hidden, -torch.inf)
-        if width > 1:  # a single token sees all that stands before it
+        if width > 1:  # a single token sees all before it
             own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
         weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
@@ -112,7 +114,7 @@ class PackedRows:
             end += len(own)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-        """Softmax attention of every token over its prompt and what stands before it in its own row.
+        """Softmax attention of every token over its prompt and what is before it in its own row.
 
         Args:
             query: (1, H, N, d); key, value: (1, H_kv, N, d); mask: not read.
@@ -128,7 +130,7 @@ class PackedRows:
             values = torch.cat(
                 [prompt_value[prompt, None, :, prompt_value.shape[2] - length :], value[:, :, own]], dim=2
             )
-            # Queries that share a head of keys stand under each other: no copies of keys, and fewer, larger blocks.
+            # Queries that share a head of keys are under each other: no copies of keys, and fewer, larger blocks.
             output[:, :, own] = torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, own].reshape(1, shared, -1, d),
                 keys,
@@ -148,6 +150,38 @@ def _calls(owner: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, 
             rows = []
         rows.append(length)
     yield owner[-1], rows
+
+
+def growing_cache() -> Any:
+    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+        memory: Tensor
+        is_initialized: bool
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            rows, heads, width, d = key_states.shape
+            before = self.keys.shape[2] if self.is_initialized else 0
+            seen = before + width
+            if not self.is_initialized or self.memory.shape[3] < seen:
+                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d)
+                if before:
+                    memory[0, :, :, :before], memory[1, :, :, :before] = self.keys, self.values
+                self.memory = memory
+            self.memory[0, :, :, before:seen], self.memory[1, :, :, before:seen] = key_states, value_states
+            self.keys, self.values = self.memory[:, :, :, :seen]
+            self.is_initialized = True
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            seen = self.keys.shape[2]
+            self.memory = self.memory[:, indices]
+            self.keys, self.values = self.memory[:, :, :, :seen]
+
+    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def register() -> None:

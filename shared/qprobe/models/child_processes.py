@@ -19,7 +19,7 @@ from pathlib import Path
 
 MARK = "QPROBE_PARENT_"
 # Looks for marked processes, seconds apart: what is being started at the first has its environment by the last.
-LOOKS, PAUSE = 5, 0.2
+_LOOKS, _PAUSE = 5, 0.2
 
 
 class Guard:
@@ -55,11 +55,11 @@ def marked(mark: str) -> list[int]:
 
 def main() -> None:
     sys.stdin.read()
-    for _ in range(LOOKS):
+    for _ in range(_LOOKS):
         for pid in marked(sys.argv[1]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(PAUSE)
+        time.sleep(_PAUSE)
 
 
 if __name__ == "__main__":

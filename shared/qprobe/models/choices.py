@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FAILED = re.compile(
+_FAILED = re.compile(
     r"error|abort|cancel|fail|timed?[ _-]?out|overload|unavailable|insufficient|interrupt|exception", re.IGNORECASE
 )
-FILTERED = re.compile(r"filter|refus|safety|sensitive|blocked|prohibited|recitation", re.IGNORECASE)
+_FILTERED = re.compile(r"filter|refus|safety|sensitive|blocked|prohibited|recitation", re.IGNORECASE)
 # Where servers put what a model thought before it answered.
-REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
-CALLS = ("tool_calls", "function_call")
-TEXT_PARTS = ("text", "output_text", None)
+_REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+_CALLS = ("tool_calls", "function_call")
+_TEXT_PARTS = ("text", "output_text", None)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def read(answer: Mapping[str, Any], place: int, *, chat: bool) -> Said:
     reason = given if isinstance(given, str) and given else "unknown"
     message: Any = choice.get("message") if chat else {"content": choice.get("text")}
     refusal = message.get("refusal") if isinstance(message, Mapping) else None
-    refused = (isinstance(refusal, str) and bool(refusal)) or FILTERED.search(reason) is not None
-    if choice.get("error") or (FAILED.search(reason) and not refused):
+    refused = (isinstance(refusal, str) and bool(refusal)) or _FILTERED.search(reason) is not None
+    if choice.get("error") or (_FAILED.search(reason) and not refused):
         return _fault(f"a completion that failed (finish_reason {reason})")
     if not isinstance(message, Mapping):
         return _fault("a choice without a message")
@@ -60,9 +60,9 @@ def read(answer: Mapping[str, Any], place: int, *, chat: bool) -> Said:
     text = _text(content)
     if not text and refused:
         return Said("", "refusal" if refusal else reason, refused=True)
-    if not text and any(message.get(name) for name in CALLS):
+    if not text and any(message.get(name) for name in _CALLS):
         return _fault("a call of a tool and no text")
-    if not text and (any(message.get(name) for name in REASONING) or (chat and _reasoned(answer))):
+    if not text and (any(message.get(name) for name in _REASONING) or (chat and _reasoned(answer))):
         return _fault(
             f"reasoning and no text (finish_reason {reason}): allow more tokens, or switch reasoning off by extra_body"
         )
@@ -87,7 +87,7 @@ def _text(content: Any) -> str | None:
     """Text out of a string or a list of parts, None where there is none; what no file can hold is replaced."""
     if isinstance(content, list):
         parts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS else part
+            part.get("text") if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS else part
             for part in content
         ]
         texts = [part for part in parts if isinstance(part, str)]

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-HIDDEN = "***"
-SHORTEST = 4  # characters: a shorter key would be found in any text
+_HIDDEN = "***"
+_SHORTEST = 4  # characters: a shorter key would be found in any text
 # Loggers of the client, by the beginning of their names; at DEBUG they write the headers of answers.
-LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
+_LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 # A character, written plainly or escaped; %25 is an escaped %, so that escapes of escapes are read too.
 _SIGN = re.compile(
     r"%(?:25)*(?P<url>[0-9a-fA-F]{2})|\\+u\{?(?:00)*(?P<u>[0-9a-fA-F]{2})\}?|\\+x(?P<x>[0-9a-fA-F]{2})"
@@ -71,9 +71,9 @@ class Key:
 
     def hidden(self, text: str) -> str:
         """A text with *** in the place of the key and of pieces of it."""
-        if len(self.value) < SHORTEST:
+        if len(self.value) < _SHORTEST:
             return text
-        text = re.sub(re.escape(self.value), HIDDEN, text, flags=re.IGNORECASE)
+        text = re.sub(re.escape(self.value), _HIDDEN, text, flags=re.IGNORECASE)
         grams = self._grams
         if not grams or not any(any(True for _ in _hits(_plain(text), length, of)) for length, of in grams.items()):
             return text
@@ -84,9 +84,14 @@ class Key:
         parts, end = [], 0
         for begins, ends in held:
             if begins >= end:
-                parts += [text[end:begins], HIDDEN]
+                parts += [text[end:begins], _HIDDEN]
             end = max(end, ends)
-        return re.sub(r"(?:\*\*\*){2,}", HIDDEN, "".join([*parts, text[end:]]))
+        return re.sub(r"(?:\*\*\*){2,}", _HIDDEN, "".join([*parts, text[end:]]))
+
+    def scrubbed(self, text: str) -> str:
+        """A server's words with the key hidden, on one line, of bearable length."""
+        text = " ".join(self.hidden(text).split())
+        return (text if len(text) <= 300 else text[:300] + "...").rstrip(".")
 
     def hidden_in(self, value: Any) -> Any:
         """JSON with the key hidden in its texts and names; the same object where nothing was found."""
@@ -111,7 +116,7 @@ class Key:
             if self.secret and self.hidden(text := json.dumps(value)) != text:
                 raise ValueError(
                     f"{name} holds the key of the environment variable {self.variable}: a key is sent from the environment, and "
-                    "stands in no setting."
+                    "is part of no setting."
                 )
 
     @functools.cached_property
@@ -151,7 +156,7 @@ class Hiding(logging.Filter):
             said = key.hidden(said)
             record.exc_text = key.hidden(record.exc_text) if record.exc_text else record.exc_text
         record.msg, record.args = said, ()
-        record.exc_info = None  # its text stands in its place
+        record.exc_info = None  # its text is in exc_text
         return True
 
 
@@ -162,7 +167,7 @@ def hide_from_logs(key: Key) -> None:
     """Keep a key out of what the client's packages log, whoever listens."""
     _hiding.keys.add(key)
     for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] in LOGGERS:
+        if name.partition(".")[0] in _LOGGERS:
             logging.getLogger(name).addFilter(_hiding)  # twice is once
 
 

@@ -14,30 +14,21 @@ import functools
 import hashlib
 import importlib.util
 import io
-import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from qprobe.models import adapters
-from qprobe.prompts import Prompt
+from qprobe.models.tokenizer import Tokenizer
 
 EMBEDDED = "embedded"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# A few tokens of context are enough to make every tokenizer keep the white space that begins a completion.
-DECODING_CONTEXT = 4
 # A folder is recognised by this many blocks of each file, spread evenly: files up to 16 MiB are read in full.
 SAMPLES, SAMPLE_BYTES = 256, 65536
-# Rows of an output head that are compared with the embeddings. Two quantisations of one matrix are .01 to .3 of its norm apart,
-# different matrices 1.4.
-HEAD_ROWS, HEAD_DISTANCE = 256, 0.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,8 @@ class ModelSpec:
 
     def resolved_dtype(self) -> torch.dtype:
         if self.dtype != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            return dtype
         if self.resolved_device().startswith("cuda"):
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         # oneDNN computes bfloat16 products in hardware there; elsewhere it is slower than float32.
@@ -119,7 +111,8 @@ class ModelSpec:
         folder, gguf = self.source()
         content: str | None = None
         if gguf is not None:
-            content = _file_digest(Path(folder) / gguf)
+            with (Path(folder) / gguf).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         elif Path(folder).is_dir():
             content = _folder_digest(Path(folder))
         identity = {
@@ -131,11 +124,6 @@ class ModelSpec:
         if self.attention != "auto":
             identity["attention"] = self.attention
         return identity if self.adapter is None else {**identity, "adapter": adapters.digest(self.adapter)}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _folder_digest(folder: Path) -> str:
@@ -165,16 +153,21 @@ class LanguageModel:
         return torch.device(next(self.model.parameters()).device)
 
     @property
+    def config(self) -> Any:
+        """The configuration of the decoder, also where the model has other parts."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def layer_count(self) -> int:
-        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def width(self) -> int:
-        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def context_length(self) -> int | None:
-        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = getattr(self.config, "max_position_embeddings", None)
         return None if length is None else int(length)
 
     @property
@@ -194,75 +187,6 @@ class LanguageModel:
         return resolved
 
 
-class Tokenizer:
-    """Rendering prompts to text and text to tokens, with the rules of the run folder (see ARCHITECTURE.md, contracts)."""
-
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        self.tokenizer = tokenizer
-        self.name = name
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
-
-    def render_prompt(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """A prompt as the model reads it, text and token ids: a conversation in the model's own chat template.
-
-        Raises:
-            ValueError: a conversation for a model without a chat template.
-        """
-        if prompt.text is not None:
-            return prompt.text, self.encode_prompt(prompt.text, templated=False)
-        if not self.has_chat_template:
-            raise ValueError(
-                f"Model {self.name!r} has no chat template: use a prompt style of plain text (prompts=text; for "
-                "code zero_shot or few_shot), or an instruct model."
-            )
-        text: str = self.tokenizer.apply_chat_template(
-            list(prompt.messages), tokenize=False, add_generation_prompt=True
-        )
-        text += prompt.opening
-        return text, self.encode_prompt(text, templated=True)
-
-    def encode_prompt(self, text: str, templated: bool) -> list[int]:
-        """Token ids of a rendered prompt; a templated prompt already holds its special tokens, BOS included."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        return ids
-
-    def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a completion by itself: never is the joined text tokenised, which would move boundaries."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def decode_completion(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
-        """The text that the completion adds to the prompt, its leading white space included."""
-        context = list(prompt_ids[-DECODING_CONTEXT:])
-        before: str = self.tokenizer.decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        both: str = self.tokenizer.decode(
-            [*context, *completion_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return both[len(before) :]
-
-    def fingerprint(self) -> str:
-        """Equal for tokenizers that cut text alike: vocabulary, merges, normalisation and template decide it."""
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        # Writing out all rules takes longer than tokenising a prompt, and every prompt that is embedded asks.
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = self._files() if backend is None else backend.to_str()
-        written = rules + json.dumps(self.tokenizer.chat_template)
-        return hashlib.sha256(written.encode()).hexdigest()[:16]
-
-    def _files(self) -> str:
-        """What decides a tokenizer in Python ("slow"): its class, vocabulary and the vocabulary files that it writes."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_vocabulary(folder)
-            files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
-        return json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab(), files], sort_keys=True)
-
-
 class OwnTokens:
     """What reads token ids of its own model's tokenizer: an embedder, or a model that says how likely a completion is."""
 
@@ -279,7 +203,7 @@ class OwnTokens:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Loading prints several progress bars and a report of the weights; ours is one line at the stage."""
     from transformers.utils import logging
 
@@ -320,7 +244,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _explained(spec: ModelSpec) -> Iterator[None]:
     """transformers explains a missing model over many lines; the user needs one."""
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             yield
     except ImportError as error:
         raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
@@ -428,70 +352,3 @@ def skeleton(spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(folder, **arguments)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-
-
-@functools.lru_cache(maxsize=4)
-def repeated_head(spec: ModelSpec) -> int:
-    """Numbers in a GGUF file's output head where that is its token embeddings once more, quantised otherwise; else 0.
-
-    Such a model was trained with one matrix for both: it has the parameters once, though they are unpacked twice.
-    """
-    folder, gguf_name = spec.source()
-    if gguf_name is None or skeleton(spec).config.get_text_config(decoder=True).tie_word_embeddings:
-        return 0
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    found = {tensor.name: tensor for tensor in GGUFReader(Path(folder) / gguf_name).tensors}
-    embeddings, head = found.get("token_embd.weight"), found.get("output.weight")
-    if embeddings is None or head is None or list(embeddings.shape) != list(head.shape):
-        return 0
-    rows = np.linspace(0, len(head.data) - 1, min(len(head.data), HEAD_ROWS)).astype(int)
-    one, other = (dequantize(tensor.data[rows], tensor.tensor_type) for tensor in (embeddings, head))
-    same = bool(np.linalg.norm(one - other) < HEAD_DISTANCE * np.linalg.norm(other))
-    return int(np.prod(head.shape)) if same else 0
-
-
-def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
-    """(folder or hub id, revision) for programs that read no GGUF and merge no adapter: those are converted once, into the cache.
-
-    The cache is `$QPROBE_CACHE`, or else `~/.cache/qprobe`; a converted model may be deleted at any time.
-
-    Raises:
-        OSError: the model cannot be had or the cache cannot be written, in one sentence.
-    """
-    folder, gguf = spec.source()
-    if gguf is None and spec.adapter is None:
-        return folder, spec.revision
-    cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
-    dtype = str(spec.resolved_dtype()).removeprefix("torch.")
-    identity = spec.identity()
-    if identity["content"] is not None:
-        del identity["name"]  # it may lie anywhere
-    known_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    made = cache / "converted" / f"{Path(gguf or folder).stem}-{known_by}-{dtype}"
-    if not made.is_dir():
-        # Not kept as `load` keeps models: its memory is the other program's.
-        converted = load.__wrapped__(dataclasses.replace(spec, device="cpu", device_map=None, dtype=dtype))
-        try:
-            made.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as making, _quiet_transformers():
-                _save_dense(converted, Path(making) / "model")
-                with contextlib.suppress(OSError):  # another process was faster, with the same model
-                    (Path(making) / "model").rename(made)
-        except OSError as error:
-            raise OSError(
-                f"Model {spec.name!r} could not be converted into {made} ({error.strerror or error}): make room there, or "
-                "set the environment variable QPROBE_CACHE to another folder."
-            ) from error
-    return str(made), None
-
-
-def _save_dense(language_model: LanguageModel, folder: Path) -> None:
-    """Write a model that was unpacked from GGUF or has an adapter merged; nothing may say that it is still packed."""
-    model = language_model.model
-    with contextlib.suppress(AttributeError):
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(folder)
-    language_model.tokenizer.save_pretrained(folder)

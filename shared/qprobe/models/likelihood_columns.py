@@ -25,8 +25,8 @@ from torch import Tensor
 from qprobe import models
 from qprobe.models.language_model import ModelSpec, OwnTokens
 from qprobe.models.likelihood import MOST_TOKENS, check_tokens
-from qprobe.models.memory import Footprint, Passes
-from qprobe.models.prefix import PrefixRun, check_prompts, law_of, parts_of
+from qprobe.models.memory import UsesModel
+from qprobe.models.prefix import check_rows, law_of, parts_of
 
 # Tokens that an entropy is averaged over to find the least certain passage of a completion.
 WINDOW = 9
@@ -159,7 +159,7 @@ def columns_of(law: TokenLaw, ending: float) -> NDArray[np.float64]:
     return np.array([values[name] for name in COLUMNS], dtype=np.float64)
 
 
-class LikelihoodColumns(OwnTokens):
+class LikelihoodColumns(UsesModel, OwnTokens):
     """Likelihood columns by transformers.
 
     Args:
@@ -171,8 +171,6 @@ class LikelihoodColumns(OwnTokens):
     def __init__(self, model: ModelSpec, ending: Sequence[int] | None = None) -> None:
         self.model = model
         self._ending = None if ending is None else [int(token) for token in ending]
-        self._run: PrefixRun | None = None
-        self._passes: Passes | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"columns": "1", "model": self.model.identity(), "ending": self.ending, **law_of(self.model)}
@@ -208,9 +206,7 @@ class LikelihoodColumns(OwnTokens):
         Raises:
             ValueError: lists of different lengths, an empty prompt, a token that the model does not know.
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
-        check_prompts(prompts)
+        check_rows(prompts, completions)
         asked = [(p, tuple(ids)) for p, of_prompt in enumerate(completions) for ids in of_prompt]
         distinct = list(dict.fromkeys(asked))
         place = {row: number for number, row in enumerate(distinct)}
@@ -221,54 +217,46 @@ class LikelihoodColumns(OwnTokens):
     def _read(
         self, prompts: Sequence[Sequence[int]], distinct: Sequence[tuple[int, tuple[int, ...]]], layers: Sequence[int]
     ) -> tuple[NDArray[np.float64], dict[int, Tensor]]:
-        if self._run is None or self._passes is None:
-            self._run = PrefixRun(models.load(self.model))
-            self._passes = Passes(self._run.language_model)
-        run, ending = self._run, self.ending
+        run, footprint, ending = self.passes.run, self.passes.footprint, self.ending
         layers = sorted({run.language_model.check_layer(layer) for layer in layers})
-        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
         owner = [p for p, _ in distinct]
         # The last token of the ending is predicted, and predicts nothing.
         rows = [[*ids, *ending[:-1]] for _, ids in distinct]
         check_tokens([*prompts, *rows, ending], footprint.vocabulary, self.model.name)
-        lengths = [len(prompt) for prompt in prompts]
         at_once = min(run.tokens_per_pass, MOST_TOKENS)
         columns = np.empty((len(rows), len(COLUMNS)))
         states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
-        def need(chosen: Sequence[int]) -> int:
-            used = {owner[row] for row in chosen}
+        def need(count: int, width: int, chosen: Sequence[int]) -> int:
             sizes = [max(1, len(rows[row])) for row in chosen]
-            deepest = [*layers, run.language_model.layer_count]
-            read = footprint.reading(len(used), max(lengths[p] for p in used), sizes, deepest)
-            kept = (max(at_once, *sizes) + len(used)) * footprint.vocabulary * footprint.bytes
+            kept = (max(at_once, *sizes) + count) * footprint.vocabulary * footprint.bytes
             at_a_time = SCORES_AT_A_TIME.get(run.language_model.device.type, SCORES_AT_A_TIME_OF_A_GPU)
+            read = footprint.reading(count, width, sizes, [*layers, run.language_model.layer_count])
             return read + kept + 4 * 4 * max(at_a_time, footprint.vocabulary)
 
-        def work(chosen: list[int]) -> None:
-            used = list(dict.fromkeys(owner[row] for row in chosen))
-            places = {p: place for place, p in enumerate(used)}
-            prefix = run.prefill([prompts[p] for p in used], layers, logits=True)
+        def work(chosen: list[int], used: list[Sequence[int]], places: list[int]) -> None:
+            prefix = run.prefill(used, layers, logits=True)
             assert prefix.logits is not None  # they were asked for
             for layer in layers:  # rows that stay empty keep the state of their prompt's last token
-                states[layer][chosen] = prefix.states[layer][[places[owner[r]] for r in chosen]].float().cpu()
-            for row in (r for r in chosen if not rows[r]):
-                columns[row] = _columns(prefix.logits[places[owner[row]]][None], distinct[row][1], ending)
+                states[layer][chosen] = prefix.states[layer][places].float().cpu()
+            for row, place in zip(chosen, places, strict=True):
+                if not rows[row]:
+                    columns[row] = _columns(prefix.logits[place][None], distinct[row][1], ending)
             for part in parts_of([len(rows[row]) for row in chosen], at_once):
                 own = [chosen[r] for r in part]
-                found = run.read(prefix, [rows[r] for r in own], [places[owner[r]] for r in own], layers, logits=True)
+                found = run.read(prefix, [rows[r] for r in own], [places[r] for r in part], layers, logits=True)
                 assert found.logits is not None  # they were asked for
                 first = 0
-                for row in own:
+                for row, place in zip(own, [places[r] for r in part], strict=True):
                     last = first + len(rows[row])
-                    logits = torch.cat([prefix.logits[places[owner[row]]][None], found.logits[first:last]])
+                    logits = torch.cat([prefix.logits[place][None], found.logits[first:last]])
                     columns[row] = _columns(logits, distinct[row][1], ending)
                     if distinct[row][1]:
                         for layer in layers:
                             states[layer][row] = found.states[layer][first + len(distinct[row][1]) - 1].float().cpu()
                     first = last
 
-        self._passes.run(range(len(rows)), owner, lengths, need, work)
+        self.passes.each(range(len(rows)), owner, prompts, need, work)
         return columns, states
 
 

@@ -1,9 +1,9 @@
 """Cutting a batch into passes that fit the memory, and halving what did not fit after all.
 
-    passes = Passes(language_model, shared=run.shared)
-    passes.run(rows, owner, lengths, need, work)   # work(rows of one pass), pass after pass
+    passes = PromptPasses(language_model)
+    passes.each(rows, owner, prompts, need, work)   # work(rows of one pass, their prompts, ...), pass after pass
 
-A batch is the unit of storage; a pass is what stands in memory at once. Every row has its own random numbers, so the cut
+A batch is the unit of storage; a pass is what is in memory at once. Every row has its own random numbers, so the cut
 changes no completion beyond the rounding of batched products (none seen in float32).
 
 Where it stops: the estimate counts what grows with prompts and rows. It does not count the weights, which are there already,
@@ -13,26 +13,25 @@ nor what an allocator holds back; hence only a share of the free memory is used.
 from __future__ import annotations
 
 import bisect
+import functools
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from qprobe.models.language_model import LanguageModel, is_out_of_memory
+from qprobe.models.language_model import LanguageModel, ModelSpec, is_out_of_memory, load
+from qprobe.models.prefix import PrefixRun
 
 # Share of the free memory that a pass may take. A CPU's memory is everybody's, and a CPU that runs out of it kills
 # processes instead of raising an error.
-SHARE_OF_GPU, SHARE_OF_CPU = 0.8, 0.5
-# Where nothing says how much memory a machine has.
-UNKNOWN_MEMORY = 4 * 2**30
+_SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.5
 GIB = 2**30
 # Scores that are drawn from at once; `sampling.hf` cuts its rows by it.
 SCORES_AT_ONCE = 2**21
 # Bytes that a draw holds for a score: of the likeliest token, and at worst, where a flat law is sorted.
-BYTES_OF_GREEDY, BYTES_OF_A_DRAW = 8, 60
+_BYTES_OF_GREEDY, _BYTES_OF_A_DRAW = 8, 60
 
 
 class Footprint:
@@ -45,7 +44,7 @@ class Footprint:
     """
 
     def __init__(self, language_model: LanguageModel, shared: bool, tokens_per_pass: int) -> None:
-        config = language_model.model.config.get_text_config(decoder=True)
+        config = language_model.config
         self.shared = shared
         self.tokens_per_pass = tokens_per_pass
         self.layers = int(config.num_hidden_layers)
@@ -83,7 +82,7 @@ class Footprint:
         """A pass that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens."""
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
         at_once = min(rows * self.vocabulary, max(SCORES_AT_ONCE, self.vocabulary))
-        scores += at_once * (BYTES_OF_GREEDY if greedy else BYTES_OF_A_DRAW)
+        scores += at_once * (_BYTES_OF_GREEDY if greedy else _BYTES_OF_A_DRAW)
         seen = width + new_tokens
         if self.shared:
             held = self.prompts(count, width) + self.prompts(rows, new_tokens)
@@ -118,8 +117,8 @@ class Footprint:
 def free_memory(devices: Sequence[torch.device]) -> int:
     """Bytes that may still be taken on the devices of a model, what torch holds in reserve included.
 
-    CUDA: the driver's answer. MPS: what the system recommends. CPU: MemAvailable on Linux, or less where a control group
-    (a container) allows less; half of the physical memory where there is no MemAvailable, 4 GiB where that is unknown.
+    CUDA: the driver's answer. MPS: what the system recommends. CPU: what the system calls available, or less where a control
+    group of Linux (a container) allows less.
     """
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
@@ -127,18 +126,11 @@ def free_memory(devices: Sequence[torch.device]) -> int:
         return unused + sum(int(torch.cuda.mem_get_info(d)[0]) for d in gpus)
     if any(device.type == "mps" for device in devices):
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
-    return min([_system_memory(), *_group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+    import psutil
 
-
-def _system_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return UNKNOWN_MEMORY
+    return min(
+        [int(psutil.virtual_memory().available), *_group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
+    )
 
 
 def _group_memory(root: Path, membership: Path) -> Iterator[int]:
@@ -191,7 +183,7 @@ class Passes:
             budget = int(self.memory_gib * GIB)
         else:
             on_gpu = any(device.type != "cpu" for device in self.devices)
-            budget = int(free_memory(self.devices) * (SHARE_OF_GPU if on_gpu else SHARE_OF_CPU))
+            budget = int(free_memory(self.devices) * (_SHARE_OF_GPU if on_gpu else _SHARE_OF_CPU))
         return budget if self.ceiling is None else min(budget, self.ceiling)
 
     def run(
@@ -217,50 +209,92 @@ class Passes:
         waiting = cut(rows, owner, lengths, need, self.budget())
         while waiting:
             chosen = waiting.pop(0)
-            failed = ""
             try:
                 work(chosen)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = str(error).strip().split("\n")[0] or type(error).__name__
-            if not failed:
-                continue
             # Behind the except clause: the error held the frames with the pass's tensors.
             if len(chosen) == 1:
-                raise RuntimeError(self._too_large(lengths[owner[chosen[0]]], need(chosen), failed))
+                raise RuntimeError(
+                    f"Model {self.name!r}: a single row with a prompt of {lengths[owner[chosen[0]]]} tokens does not fit the "
+                    f"memory of {self._places()} beside the weights (about {need(chosen) / GIB:.2g} GiB; "
+                    f"{failed.rstrip('.')}): use a smaller model, a narrower dtype (model.dtype=bfloat16), shorter prompts, a "
+                    "lower max_new_tokens, or another device."
+                )
             self._release()
             halves = halve(chosen, owner)
             # Of equal halves either may be the larger; at least the pass that failed shall not come again.
             self.ceiling = min(max(need(half) for half in halves), need(chosen) - 1)
-            self._say(len(chosen), len(halves[0]))
+            if not self._said:
+                self._said = True
+                tqdm.write(
+                    f"{self.name}: {len(chosen)} rows at once ran out of memory on {self._places()}; going on with "
+                    f"{len(halves[0])} or fewer. Set model.memory_gib to begin with less."
+                )
             left = [row for later in waiting for row in later]
             waiting = [*halves, *cut(left, owner, lengths, need, self.budget())]
 
     def _release(self) -> None:
         gc.collect()
-        if any(device.type == "cuda" for device in self.devices):
-            torch.cuda.empty_cache()
-        if any(device.type == "mps" for device in self.devices):
-            torch.mps.empty_cache()
-
-    def _say(self, rows: int, half: int) -> None:
-        if not self._said:
-            self._said = True
-            tqdm.write(
-                f"{self.name}: {rows} rows at once ran out of memory on {self._places()}; going on with {half} or fewer. "
-                "Set model.memory_gib to begin with less."
-            )
-
-    def _too_large(self, length: int, need: int, failed: str) -> str:
-        return (
-            f"Model {self.name!r}: a single row with a prompt of {length} tokens does not fit the memory of "
-            f"{self._places()} beside the weights (about {need / GIB:.2g} GiB; {failed.rstrip('.')}): use a smaller model, "
-            "a narrower dtype (model.dtype=bfloat16), shorter prompts, a lower max_new_tokens, or another device."
-        )
+        for kind in {device.type for device in self.devices} & {"cuda", "mps"}:
+            getattr(torch, kind).empty_cache()
 
     def _places(self) -> str:
         return ", ".join(map(str, self.devices))
+
+
+class PromptPasses:
+    """Passes of a model over rows that continue prompts.
+
+    Args:
+        language_model: whose `run` (`qprobe.models.prefix`) and `footprint` it has.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.run = PrefixRun(language_model)
+        self.footprint = Footprint(language_model, self.run.shared, self.run.tokens_per_pass)
+        self._passes = Passes(language_model)
+
+    def each(
+        self,
+        rows: Sequence[int],
+        owner: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        need: Callable[[int, int, Sequence[int]], int],
+        work: Callable[[list[int], list[Sequence[int]], list[int]], None],
+    ) -> None:
+        """As `Passes.run`, pass after pass.
+
+        Args:
+            prompts: token ids.
+            need: of the number of a pass's prompts, the tokens of the longest, and its rows.
+            work: given a pass's rows, the prompts that they continue, and for every row the place of its own among these.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+
+        def needed(chosen: Sequence[int]) -> int:
+            used = {owner[row] for row in chosen}
+            return need(len(used), max(lengths[p] for p in used), chosen)
+
+        def worked(chosen: list[int]) -> None:
+            used = list(dict.fromkeys(owner[row] for row in chosen))
+            places = {p: place for place, p in enumerate(used)}
+            work(chosen, [prompts[p] for p in used], [places[owner[row]] for row in chosen])
+
+        self._passes.run(rows, owner, lengths, needed, worked)
+
+
+class UsesModel:
+    """What back ends share that run a model of transformers in this process; it is loaded at the first use."""
+
+    model: ModelSpec
+
+    @functools.cached_property
+    def passes(self) -> PromptPasses:
+        return PromptPasses(load(self.model))
 
 
 def cut(

@@ -11,7 +11,7 @@ Where it stops: no streaming, no batch endpoint, no proxy settings but the envir
 
 from __future__ import annotations
 
-import email.utils
+import itertools
 import random
 import re
 import sys
@@ -26,13 +26,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from tqdm import tqdm
 
 from qprobe.models import keys
+from qprobe.models.api_faults import Fault, fault_of, words_of
 from qprobe.models.keys import Key
 
 Answer = TypeVar("Answer")
 FIRST_WAIT = 1.0  # seconds before the first repetition; doubled each time
-TRANSIENT = (408, 409, 425, 429)  # and all from 500
-WRONG_KEY = (401, 403)
-UNREADABLE = "gave an answer that is no JSON"
 
 
 class ApiError(RuntimeError):
@@ -135,34 +133,18 @@ class Metered(Protocol):
         """calls, retries, prompt_tokens, completion_tokens, and the number of answers of every model that answered."""
 
 
-@dataclass(frozen=True)
-class _Fault:
-    """What a failed call means: a sentence without its end, and whether another try may help."""
-
-    sentence: str
-    again: bool
-    wait: float | None = None
-    said: str | None = None
-    parameter: str | None = None
-    unusable: bool = False
-
-
 class Client:
     """Calls to one server with one set of settings; all threads and back ends of a process share it (`client`)."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self.settings = settings
+        self.where = f"The API at {settings.base_url}"
         self._lock = threading.Lock()
         self._spent: Counter[str] = Counter(calls=0, retries=0, prompt_tokens=0, completion_tokens=0)
         self._not_before = 0.0
-        self._random = random.Random()
         self._told: set[str] = set()
         self._openai: Any = None
         self._key = Key(settings.api_key_variable, "")
-
-    @property
-    def where(self) -> str:
-        return f"The API at {self.settings.base_url}"
 
     def usage(self) -> dict[str, int]:
         with self._lock:
@@ -203,7 +185,7 @@ class Client:
                     halt.set()
 
         self._connect()
-        # Daemons: whoever presses Ctrl-C does not wait for answers that nobody will read.
+        # Daemons and no pool: whoever presses Ctrl-C does not wait for answers that nobody will read.
         threads = [
             threading.Thread(target=work, daemon=True) for _ in range(min(self.settings.concurrency, len(calls)))
         ]
@@ -240,13 +222,14 @@ class Client:
             ApiUnusable: every answer was of no use.
             ApiError: everything else that does not pass, or a limit.
         """
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             self._begin(halt)
-            fault = self._try(path, body, holds, wrong)
-            if not isinstance(fault, _Fault):
-                return fault
-            if fault.said is not None and not fault.again:
+            try:
+                return self._usable(self._asked(path, body), holds, wrong)
+            except Fault as found:
+                fault = found
+            # Behind the except clause: what the client raised may hold the key, and is no context of ours.
+            if not fault.again and fault.said is not None:
                 raise ApiRefused(f"{fault.sentence}.", fault.said, fault.parameter)
             if not fault.again:
                 raise ApiError(f"{fault.sentence}.")
@@ -255,99 +238,40 @@ class Client:
                     f"{fault.sentence}, {attempt + 1} times in a row. What was finished stays; the same command continues."
                 )
             self._hold_back(fault, attempt, halt)
-            attempt += 1
+        raise AssertionError("counting does not end")
 
-    def _try(
-        self, path: str, body: dict[str, Any], holds: str, wrong: Callable[[dict[str, Any]], str | None]
-    ) -> dict[str, Any] | _Fault:
+    def _asked(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers, the key hidden in it."""
         import openai
 
         try:
             found: Any = self._connect().post(path, body=body, cast_to=object)
-        except openai.APIStatusError as error:
-            return self._status_fault(error.status_code, error.response.headers, error.body, str(error))
-        except openai.APITimeoutError:
-            return _Fault(f"{self.where} gave no answer in {self.settings.timeout:g} s", again=True)
-        except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ == "LocalProtocolError":  # its words repeat the header
-                return _Fault(
-                    f"{self.where} was not asked, for a header holds what none may: check the environment variables that begin "
-                    "with OPENAI_",
-                    again=False,
-                )
-            why = self._scrubbed(str(error.__cause__ or error))
-            return _Fault(f"{self.where} could not be reached or broke off ({why}): is it running?", again=True)
-        except openai.OpenAIError as error:
-            return _Fault(f"{self.where}: {self._scrubbed(str(error))}", again=False)
-        except (ValueError, RecursionError):  # no JSON, no UTF-8, numbers or nesting beyond what Python reads
-            return _Fault(f"{self.where} {UNREADABLE}", again=True, unusable=True)
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
+            raise fault_of(error, self.where, self.settings, self._key) from None
         if isinstance(found, str):  # not even said to be JSON: a page
-            return _Fault(
-                f"{self.where} {UNREADABLE}: check that base_url is an API's, usually ending with /v1", again=False
-            )
+            raise Fault(f"{self.where} gave a page, no JSON: check that base_url is an API's, usually ending with /v1")
         answer = self._key.hidden_in(found)
         if answer != found:
             self._tell("echo", f"{self.where} sends the key back in its answers: *** is kept in its place.")
-        if not isinstance(answer, dict) or not isinstance(answer.get(holds), list) or not answer[holds]:
-            said = _said(answer) if isinstance(answer, dict) and answer.get("error") else f"no {holds}"
-            return _Fault(f"{self.where} answered with {self._scrubbed(said)}", again=True, unusable=True)
-        counted = self._counted(answer)
-        if not isinstance(counted, _Fault) and (useless := wrong(answer)) is not None:
-            return _Fault(f"{self.where} answered with {self._scrubbed(useless)}", again=True, unusable=True)
-        return counted
+        return answer
 
-    def _status_fault(self, status: int, headers: Any, content: Any, text: str) -> _Fault:
-        settings, content = self.settings, self._key.hidden_in(content)
-        said = self._scrubbed(_said(content) or text)
-        code = str(content.get("code") or content.get("type")) if isinstance(content, dict) else ""
-        if status in WRONG_KEY:
-            have = "refused the key" if self._key.value else "wants a key"
-            return _Fault(
-                f"{self.where} {have} ({status}): set the environment variable {settings.api_key_variable} to one that may "
-                f"use {settings.model!r}",
-                again=False,
-            )
-        if status == 402 or "insufficient_quota" in code:
-            return _Fault(f"{self.where} says that the account's quota is used up ({status}: {said})", again=False)
-        if status == 404:
-            return _Fault(
-                f"{self.where} does not know the model {settings.model!r}, or not at this endpoint (404: {said}): check "
-                "api.model, and api.base_url, which usually ends with /v1",
-                again=False,
-                said=said,
-            )
-        if status in TRANSIENT or status >= 500:
-            return _Fault(f"{self.where} answered {status} ({said})", again=True, wait=_retry_after(headers))
-        parameter = content.get("param") if isinstance(content, dict) else None
-        return _Fault(f"{self.where} refused a request ({status}: {said})", again=False, said=said, parameter=parameter)
+    def _usable(self, answer: Any, holds: str, wrong: Callable[[dict[str, Any]], str | None]) -> dict[str, Any]:
+        """An answer that can be used, its tokens counted; counted are those of a useless one too."""
+        if isinstance(answer, dict) and isinstance(answer.get(holds), list) and answer[holds]:
+            self._count(answer)
+            useless = wrong(answer)
+            if useless is None:
+                return answer
+        else:
+            useless = words_of(answer) if isinstance(answer, dict) and answer.get("error") else f"no {holds}"
+        raise Fault(f"{self.where} answered with {self._key.scrubbed(useless)}", again=True, unusable=True)
 
-    def _begin(self, halt: threading.Event) -> None:
-        """Wait until calls are welcome, count this one, or raise where a limit is reached."""
-        settings = self.settings
-        while (wait := self._not_before - time.monotonic()) > 0 and not halt.is_set():
-            halt.wait(wait)
-        if halt.is_set():
-            raise ApiError("Stopped because another call failed.")
-        with self._lock:
-            tokens = self._spent["prompt_tokens"] + self._spent["completion_tokens"]
-            for name, used, limit in (
-                ("max_calls", self._spent["calls"], settings.max_calls),
-                ("max_tokens", tokens, settings.max_tokens),
-            ):
-                if limit is not None and used >= limit:
-                    raise ApiError(
-                        f"api.{name}={limit} is reached ({used} used by this process). What was finished stays; the same "
-                        "command continues with a limit of its own, or raise it (if no batch fits into it, lower batch_rows)."
-                    )
-            self._spent["calls"] += 1
-
-    def _counted(self, answer: dict[str, Any]) -> dict[str, Any] | _Fault:
+    def _count(self, answer: dict[str, Any]) -> None:
         usage = answer.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         if self.settings.max_tokens is not None and not isinstance(usage.get("prompt_tokens"), int):
-            return _Fault(
-                f"{self.where} does not say how many tokens it used, so api.max_tokens cannot be kept: use api.max_calls",
-                again=False,
+            raise Fault(
+                f"{self.where} does not say how many tokens it used, so api.max_tokens cannot be kept: use api.max_calls"
             )
         with self._lock:
             for name in ("prompt_tokens", "completion_tokens"):
@@ -355,18 +279,33 @@ class Client:
                 self._spent[name] += count if isinstance(count, int) and 0 <= count < 2**53 else 0
             # Names such as gpt-4o move to another model in time: the answers say which one it was.
             model = answer.get("model")
-            by = self._scrubbed(model) if isinstance(model, str) and model else self.settings.model
+            by = self._key.scrubbed(model) if isinstance(model, str) and model else self.settings.model
             self._spent[f"answers of {by}"] += 1
-        return answer
 
-    def _hold_back(self, fault: _Fault, attempt: int, halt: threading.Event) -> None:
-        wait = fault.wait
+    def _begin(self, halt: threading.Event) -> None:
+        """Wait until calls are welcome, count this one, or raise where a limit is reached."""
+        while (wait := self._not_before - time.monotonic()) > 0 and not halt.is_set():
+            halt.wait(wait)
+        if halt.is_set():
+            raise ApiError("Stopped because another call failed.")
+        with self._lock:
+            tokens = self._spent["prompt_tokens"] + self._spent["completion_tokens"]
+            for name, used in (("max_calls", self._spent["calls"]), ("max_tokens", tokens)):
+                if (limit := getattr(self.settings, name)) is not None and used >= limit:
+                    raise ApiError(
+                        f"api.{name}={limit} is reached ({used} used by this process). What was finished stays; the same "
+                        "command continues with a limit of its own, or raise it (if no batch fits into it, lower batch_rows)."
+                    )
+            self._spent["calls"] += 1
+
+    def _hold_back(self, fault: Fault, attempt: int, halt: threading.Event) -> None:
+        longest, wait = self.settings.longest_wait, fault.wait
         if wait is None:
-            wait = min(FIRST_WAIT * 2**attempt, self.settings.longest_wait) * self._random.uniform(0.5, 1.0)
-        elif wait > self.settings.longest_wait:
+            wait = min(FIRST_WAIT * 2**attempt, longest) * random.uniform(0.5, 1.0)
+        elif wait > longest:
             raise ApiError(
-                f"{fault.sentence} and asks for {wait:.0f} s of patience, more than api.longest_wait="
-                f"{self.settings.longest_wait:g}. What was finished stays; start the same command again later."
+                f"{fault.sentence} and asks for {wait:.0f} s of patience, more than api.longest_wait={longest:g}. What was "
+                "finished stays; start the same command again later."
             )
         with self._lock:
             self._spent["retries"] += 1
@@ -409,10 +348,27 @@ class Client:
                 keys.hide_from_logs(self._key)
             return self._openai
 
-    def _scrubbed(self, text: str) -> str:
-        """A server's words without the key, on one line, of bearable length."""
-        text = " ".join(self._key.hidden(text).split())
-        return (text if len(text) <= 300 else text[:300] + "...").rstrip(".")
+
+class ApiBackEnd:
+    """What back ends that call an API share: its client, opened at the first call."""
+
+    api: ApiSettings
+
+    @property
+    def client(self) -> Client:
+        return client(self.api)
+
+    def usage(self) -> dict[str, int]:
+        """Spent so far in this process: calls, retries, prompt_tokens, completion_tokens, and answers of every model."""
+        return self.client.usage()
+
+    def check(self) -> None:
+        """Raise, before any work, where the openai package or the key is missing."""
+        self.client.check()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens them again."""
+        self.client.close()
 
 
 _clients: dict[ApiSettings, Client] = {}
@@ -427,25 +383,3 @@ def close_clients() -> None:
     """Close all connections and forget what was spent."""
     while _clients:
         _clients.popitem()[1].close()
-
-
-def _said(content: Any) -> str:
-    """The words of an error's body, as OpenAI, vLLM and others write it."""
-    if isinstance(content, dict):
-        for key in ("error", "message", "detail"):
-            if content.get(key):
-                return _said(content[key])
-    return "" if content is None else str(content)
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, from a number or a date; None where it does not say."""
-    text = str(headers.get("retry-after", "")).strip()
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None

@@ -18,6 +18,7 @@ Two ways lead there, chosen by `shares_prefix(model)`:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,14 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
+from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, growing_cache, register, shares_prefix
 from qprobe.models.language_model import LanguageModel, ModelSpec
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
 # few: intermediate results stay in its cache, and 512 tokens took 0.75 of the time of 2048 and more (135M, bfloat16).
 TOKENS_PER_PASS = {"cpu": 512}
-TOKENS_PER_PASS_OF_A_GPU = 8192
-
+_TOKENS_PER_PASS_OF_A_GPU = 8192
 
 # How attention is computed, in the words of whoever compares two versions: tables of another one are refused. Version 1 rounded
 # the scores of shared prompts to the model's type, so completions in bfloat16 were not the model's.
@@ -52,7 +52,7 @@ class Prefix:
 
     Args:
         cache: transformers' cache with keys and values (P, heads, S, d) a layer.
-        mask: (P, S) bool, True where a token stands.
+        mask: (P, S) bool, True where there is a token.
         lengths: (P,) int64, tokens of each prompt.
         logits: (P, V) float, scores of the token that follows each prompt; None where they were not asked for.
         states: layer -> (P, D), the hidden state at each prompt's last token.
@@ -78,7 +78,7 @@ class _EnoughLayers(Exception):
 
 
 def plain_name(model: Any) -> str:
-    """The attention of transformers that computes what the model's authors meant."""
+    """The attention of transformers that computes what the model is defined to."""
     # transformers' default (sdpa) leaves the cap on Gemma 2's scores away.
     capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     return "sdpa" if model._supports_sdpa and not capped else "eager"
@@ -101,9 +101,7 @@ class PrefixRun:
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
         self.model = language_model.model
-        # A model that was made in code, and not loaded, has no specification.
-        asked = getattr(getattr(language_model, "spec", None), "attention", "auto")
-        self.shared = asked != "copied" and shares_prefix(self.model)
+        self.shared = language_model.spec.attention != "copied" and shares_prefix(self.model)
         if self.shared:
             register()
             self.model.set_attn_implementation(ATTENTION_NAME)
@@ -113,7 +111,7 @@ class PrefixRun:
     @property
     def tokens_per_pass(self) -> int:
         """Tokens, padding included, that one pass over prompts or completions should hold, for speed."""
-        return TOKENS_PER_PASS.get(self.language_model.device.type, TOKENS_PER_PASS_OF_A_GPU)
+        return TOKENS_PER_PASS.get(self.language_model.device.type, _TOKENS_PER_PASS_OF_A_GPU)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], layers: Sequence[int] = (), logits: bool = False) -> Prefix:
@@ -216,47 +214,30 @@ class PrefixRun:
         """
         last = self.language_model.layer_count
         states: dict[int, Tensor] = {}
-        arguments = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-        } | arguments
+        inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True} | arguments
         stop_at = None if logits or last in layers or not layers else max(layers)
-        with _recording(self.model, [layer for layer in layers if layer < last], states, stop_at):
+        scores: Tensor | None = None
+        with _recording(self.model, layers, last, states, stop_at), contextlib.suppress(_EnoughLayers):
             if logits:
                 # The whole model, so that scaled or capped logits are the model's own.
-                norm_input: dict[int, Tensor] = {}
-                with _recording_final(self.model, last in layers, norm_input):
-                    scores = self.model(**arguments, logits_to_keep=scored).logits
-                return Extension(scores[:, -1] if scored == 1 else scores, states | norm_input)
-            try:
-                output = self.model.base_model(**arguments)
-            except _EnoughLayers:
-                return Extension(None, states)
-        if last in layers:
-            states[last] = output.last_hidden_state
-        return Extension(None, states)
+                scores = self.model(**inputs, logits_to_keep=scored).logits
+            else:
+                self.model.base_model(**inputs)
+        return Extension(scores[:, -1] if scores is not None and scored == 1 else scores, states)
 
 
 class Continuation:
     """Rows that grow from shared prompts. `keep` drops finished rows, `extend` adds tokens to the rest."""
 
     def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
-        from transformers import DynamicCache
-
         self.run = run
         self.owner = owner
         self.length = 0
         self._lengths = prefix.lengths
         self._mask = prefix.mask
         if run.shared:
-            self._cache = DynamicCache()
-            self._prompts = SharedPrompts(
-                _keys(prefix),
-                prefix.mask,
-                owner,
-            )
+            self._cache = growing_cache()
+            self._prompts = SharedPrompts(_keys(prefix), prefix.mask, owner)
         else:
             self._cache = copy.deepcopy(prefix.cache)
             self._cache.batch_select_indices(owner)
@@ -266,7 +247,7 @@ class Continuation:
         """Add tokens to every row.
 
         Args:
-            ids: (R, T) int64; shorter rows are padded on the right with any token (what stands there reaches nothing
+            ids: (R, T) int64; shorter rows are padded on the right with any token (what is there reaches nothing
                 before it).
             layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
             scored: last tokens that logits are made of, (R, scored, V); 1 makes (R, V), 0 is all of them.
@@ -306,6 +287,13 @@ def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
         raise ValueError("No prompts were given: there is nothing to run the model on.")
     if not all(prompts):
         raise ValueError("A prompt has no tokens: an empty prompt cannot be continued; give it at least one token.")
+
+
+def check_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Raise ValueError where prompts and completions do not belong together, or a prompt is empty."""
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts but completions of {len(completions)}: give one list a prompt.")
+    check_prompts(prompts)
 
 
 def parts_of(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
@@ -376,46 +364,33 @@ def decoder_layers(model: Any) -> Any:
 
 
 @contextmanager
-def _recording(model: Any, layers: Sequence[int], states: dict[int, Tensor], stop_at: int | None) -> Iterator[None]:
-    """While inside, write the output of decoder layer L (transformers' hidden_states[L]) into states[L]."""
-    handles = []
-    modules = decoder_layers(model) if layers else []
+def _recording(
+    model: Any, layers: Sequence[int], last: int, states: dict[int, Tensor], stop_at: int | None
+) -> Iterator[None]:
+    """While inside, write the states of layers (`hidden_states` of transformers) into `states`; the last is normed."""
+    modules = decoder_layers(model) if any(layer < last for layer in layers) else []
 
-    def keep_output(layer: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            states[layer] = output[0] if isinstance(output, tuple) else output
-            if layer == stop_at:
-                raise _EnoughLayers
-
-        return hook
-
-    def keep_input(_module: Any, inputs: Any) -> None:
-        states[0] = inputs[0]
-        if stop_at == 0:
+    def kept(layer: int, state: Tensor) -> None:
+        states[layer] = state
+        if layer == stop_at:
             raise _EnoughLayers
 
+    def after(layer: int) -> Any:
+        return lambda _module, _inputs, output: kept(layer, output[0] if isinstance(output, tuple) else output)
+
+    handles = []
     try:
         for layer in layers:
-            if layer == 0:
-                handles.append(modules[0].register_forward_pre_hook(keep_input))
+            if layer == last:
+                hook = model.base_model.register_forward_hook(
+                    lambda _m, _i, output: kept(last, output.last_hidden_state)
+                )
+            elif layer == 0:
+                hook = modules[0].register_forward_pre_hook(lambda _module, inputs: kept(0, inputs[0]))
             else:
-                handles.append(modules[layer - 1].register_forward_hook(keep_output(layer)))
+                hook = modules[layer - 1].register_forward_hook(after(layer))
+            handles.append(hook)
         yield
     finally:
         for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _recording_final(model: Any, wanted: bool, states: dict[int, Tensor]) -> Iterator[None]:
-    """While inside, write the base model's last (normed) hidden state into states[layer_count], if wanted."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> None:
-        states[model.config.get_text_config(decoder=True).num_hidden_layers] = output.last_hidden_state
-
-    handle = model.base_model.register_forward_hook(hook) if wanted else None
-    try:
-        yield
-    finally:
-        if handle is not None:
             handle.remove()

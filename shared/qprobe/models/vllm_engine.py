@@ -1,4 +1,4 @@
-"""vLLM's engine: at most one in this process. It either generates or pools, and its memory is given back before another starts.
+"""vLLM's engine: at most one in this process. It either generates or pools, and ends before another starts.
 
 vLLM runs in processes of its own, started by "spawn": a script that samples with it needs `if __name__ == "__main__":`. What
 these processes print goes to a log, for there, and only there, they say why they failed; the log is kept when they do. They
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from typing import Any
 from qprobe import models
 from qprobe.models.child_processes import Guard
 from qprobe.models.language_model import ModelSpec
+from qprobe.settings import build
 
-INSTALL = "pip install 'qprobe-code-gen[vllm]'"
 # vLLM would take gpu_memory_utilization of a CPU machine's memory, which belongs to others too.
-CPU_KV_CACHE_GIB = 4.0
+_CPU_KV_CACHE_GIB = 4.0
 # vLLM reports its use to its makers and logs at length unless told otherwise; a forked engine hangs on torch's threads.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -40,8 +40,8 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 # Seconds that an engine may take to end by itself before it is ended.
-PATIENCE = 30.0
-RAISED = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception): (?P<said>\S.*)")
+_PATIENCE = 30.0
+_RAISED = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception): (?P<said>\S.*)")
 
 
 class EngineError(RuntimeError):
@@ -68,14 +68,19 @@ class EngineSettings:
     kv_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size < 1:
-            raise ValueError(f"engine: tensor_parallel_size is {self.tensor_parallel_size}: at least 1 GPU is needed.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"engine: gpu_memory_utilization is {self.gpu_memory_utilization}: a share in (0, 1].")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ValueError(f"engine: max_model_len is {self.max_model_len}: at least 1 token, or null.")
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise ValueError(f"engine: kv_cache_gib is {self.kv_cache_gib}: a number above 0, or null.")
+        for name, fits, wanted in (
+            ("tensor_parallel_size", self.tensor_parallel_size >= 1, "at least 1 GPU is needed"),
+            ("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "give a share in (0, 1]"),
+            ("max_model_len", self.max_model_len is None or self.max_model_len >= 1, "at least 1 token, or null"),
+            ("kv_cache_gib", self.kv_cache_gib is None or self.kv_cache_gib > 0, "a number above 0, or null"),
+        ):
+            if not fits:
+                raise ValueError(f"engine: {name} is {getattr(self, name)}: {wanted}.")
+
+    @classmethod
+    def of(cls, given: EngineSettings | Mapping[str, Any] | None) -> EngineSettings:
+        """The settings, or what a configuration says of them."""
+        return given if isinstance(given, EngineSettings) else build(cls, given or {}, "engine")
 
     def context_length(self, model: ModelSpec) -> int | None:
         """The longest prompt with its completion, in tokens; None where nothing bounds it.
@@ -90,6 +95,18 @@ class EngineSettings:
                 "lower it, or null for all of the context."
             )
         return self.max_model_len or own
+
+
+class UsesEngine:
+    """What back ends share that compute by vLLM."""
+
+    def check(self) -> None:
+        """Raise ModuleNotFoundError where vLLM is missing, before any work."""
+        check_installed()
+
+    def close(self) -> None:
+        """End the engine, which frees its memory; the next call starts it again."""
+        shut_down()
 
 
 class Engine:
@@ -177,17 +194,17 @@ class Engine:
             ) from error
 
     def close(self) -> None:
-        """End the engine's processes, which gives back all of its memory."""
+        """End the engine's processes, which frees its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown(timeout=PATIENCE)
+            llm.llm_engine.engine_core.shutdown(timeout=_PATIENCE)
             multiprocessing.active_children()  # takes leave of those that have ended
             self._guard.dismiss()
             self._log.unlink(missing_ok=True)
 
     def _reason(self, start: int) -> str | None:
         """What the engine's processes complained of first, from a place of the log on."""
-        found = RAISED.search(self._log.read_bytes()[start:].decode(errors="replace"))
+        found = _RAISED.search(self._log.read_bytes()[start:].decode(errors="replace"))
         return found["said"].strip().rstrip(".:")[:300] if found else None
 
     def _advice(self, reason: str) -> str:
@@ -235,8 +252,8 @@ def check_installed() -> None:
     """Raise ModuleNotFoundError where vLLM is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError(
-            f"The back end vllm needs the package vllm, which is not installed: run `{INSTALL}` on a machine with a GPU, "
-            "or use the back end hf."
+            "The back end vllm needs the package vllm, which is not installed: run `pip install 'qprobe-code-gen[vllm]'` on a "
+            "machine with a GPU, or use the back end hf."
         )
 
 
@@ -266,7 +283,7 @@ def _arguments(model: ModelSpec, settings: EngineSettings, pooling: bool) -> dic
             f"model.device is {model.device!r}, but the vLLM that is installed runs on {'a CPU' if on_cpu else 'GPUs'}: "
             "use device=auto, or the back end hf."
         )
-    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
+    kv_cache_gib = settings.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
     arguments: dict[str, Any] = {
         "model": folder,
         "revision": revision,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from qprobe import store
 from qprobe.probe.ids import dense_ids
-from qprobe.probe.metrics import mixed_prompts
+from qprobe.probe.ranking import mixed_prompts
 from qprobe.store.table import StoreError, Table
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from qprobe import models
-from qprobe.baselines import Baselines, Lessons, Rival
+from qprobe.baselines import Baselines, Rival, TrainingData
 from qprobe.models import memory
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import Metered
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.run import lengths
+from qprobe.run.pools import Keys, Pool
 from qprobe.run.recording import RecordedEmbedder, RecordedSampler
-from qprobe.run.stages import Keys, Pool
 from qprobe.store.table import Table
 
 CHARACTERS_PER_TOKEN = 4
@@ -142,8 +142,8 @@ def of(pipeline: Pipeline, names: Sequence[str], here: bool = True) -> Needs:
         here: whether this machine does the work; workers elsewhere have a memory of their own.
     """
     work = count(pipeline, names)
-    beside = _baselines(pipeline) if "baselines" in names else []
-    if not work.drawn and not work.read and not work.rewarded and not beside:
+    baselines = _baselines(pipeline) if "baselines" in names else []
+    if not work.drawn and not work.read and not work.rewarded and not baselines:
         return Needs()
     lines, faults = [f"This run needs: {counted(work) or 'only what its baselines do'}."], []
     sampler: Any = pipeline.sampler  # what a back end has besides its protocol is asked for by name
@@ -176,7 +176,7 @@ def of(pipeline: Pipeline, names: Sequence[str], here: bool = True) -> Needs:
         lines.append(f"{size.words(spec)}{_hours_in_words(spec, time, DRAWING[back_end])}.")
         if here and (fault := _memory_fault(spec, size, _devices(spec, pipeline))):
             faults.append(fault)
-    lines += beside
+    lines += baselines
     disk = work.drawn_tokens * BYTES_PER_TOKEN + (features_bytes(work.features, width) if width else 0)
     free = shutil.disk_usage(_existing(pipeline.run)).free
     lines[0] += f" On disk: at most {_bytes(disk)}{'' if width or not work.features else ' and the features'}."
@@ -317,7 +317,7 @@ def _baselines(pipeline: Pipeline) -> list[str]:
     if not pipeline.baselines:
         return []
     split, tested = pipeline.training_split, pipeline.test_pools
-    lessons = None if split is None else Lessons(pipeline.training_pools[0], pipeline.reward_of(split))
+    lessons = None if split is None else TrainingData(pipeline.training_pools[0], pipeline.reward_of(split))
     every = Baselines(pipeline.baselines, pipeline.run, lessons)
     found = [every.identity(pool, pipeline.reward_of(pool.split)) for pool in tested]
     parts = []
@@ -329,7 +329,7 @@ def _baselines(pipeline: Pipeline) -> list[str]:
             parts.append(
                 f"{member.method} ({sum(pool.rows(tuple(pool.task_ids)) for pool in pools):,} candidates to judge)"
             )
-    return [f"Baselines, beside these hours: {', '.join(parts)}."] if parts else []
+    return [f"Baselines, not in these hours: {', '.join(parts)}."] if parts else []
 
 
 def _specs(pipeline: Pipeline, work: Work) -> list[ModelSpec]:

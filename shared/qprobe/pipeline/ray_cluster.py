@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.pipeline import needs
-from qprobe.pipeline.pipeline import SHARDED, Pipeline
-from qprobe.run import stages
+from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline.steps import SHARDED
+from qprobe.run import rewarding, stages
 from qprobe.run.runners.ray import Item, Step, run_steps
 from qprobe.settings import build
 
@@ -71,7 +72,7 @@ def make_batch(pipeline: Pipeline, name: str, pool_name: str, number: int) -> No
     if name == "sample":
         stages.sample(one, progress=False)
     elif name == "reward":
-        stages.reward(one, pipeline.reward_of(pool.split), progress=False)
+        rewarding.reward(one, pipeline.reward_of(pool.split), progress=False)
     elif pool.kind == "sample":  # greedy completions are not embedded
         stages.embed(one, pipeline.embedder, progress=False)
         if model := pipeline.reads(pool):

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qprobe.probe.metrics import Interval, best_of_k, paired_difference, within_prompt_auc
+from qprobe.probe.intervals import Interval, paired_difference
+from qprobe.probe.metrics import best_of_k
+from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.solvers import Rows, Solution, solve
 from qprobe.probe.solvers.solve import SolvedLoss
 

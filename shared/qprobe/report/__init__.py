@@ -1,38 +1,9 @@
-"""What an evaluation found, as data, tables and figures.
+"""What an evaluation found: `results` holds the numbers, `tables` writes them as text, `figures` draws them, `page` shows a run.
 
-`results` holds the numbers, `tables` writes them as Markdown, LaTeX, CSV and plain text, `figures` draws them. The
-figures need matplotlib, so `qprobe.report.figures` is imported by whoever draws and never from here.
+The figures need matplotlib, so `qprobe.report.figures` is imported by whoever draws and never from here.
 """
 
-from qprobe.report.results import (
-    Band,
-    Curve,
-    LayerCurve,
-    LearningCurve,
-    PromptScore,
-    PromptScores,
-    Results,
-    Row,
-    TradeOff,
-    TradeOffPoint,
-)
-from qprobe.report.tables import counts_line, to_csv, to_latex, to_markdown, to_text, write_tables
+from qprobe.report.results import Band
+from qprobe.report.tables import to_text
 
-__all__ = [
-    "Band",
-    "Curve",
-    "LayerCurve",
-    "LearningCurve",
-    "PromptScore",
-    "PromptScores",
-    "Results",
-    "Row",
-    "TradeOff",
-    "TradeOffPoint",
-    "counts_line",
-    "to_csv",
-    "to_latex",
-    "to_markdown",
-    "to_text",
-    "write_tables",
-]
+__all__ = ["Band", "to_text"]

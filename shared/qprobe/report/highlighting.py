@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the page needs Pygments: pip install 'qprobe[report]'", name="pygments") from error
 
-# Looked up from the first to the last: a special kind stands before the kind that holds it.
+# Looked up from the first to the last: a special kind comes before the kind that holds it.
 _COLOURS: tuple[tuple[Any, str], ...] = (
     (Operator.Word, "k"),
     (Keyword.Constant, "n"),

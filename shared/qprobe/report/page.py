@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qprobe.probe.losses import find_loss
-from qprobe.probe.metrics import Distinct, mixed_prompts
+from qprobe.probe.ranking import Distinct, mixed_prompts
 from qprobe.report import figures, highlighting, tables
 from qprobe.report.explored import Explored, ScoredPrompt
 from qprobe.report.results import Results
@@ -38,14 +38,11 @@ _FIGURES = {
 
 
 def to_html(run: str, splits: Sequence[Explored]) -> str:
-    """Set a run as a page.
+    """A run as a whole document.
 
     Args:
         run: its name.
         splits: at least one.
-
-    Returns:
-        A whole document.
     """
     style, script = _own("page.css"), _own("page.js")
     data, notes = _data(splits)
@@ -88,13 +85,11 @@ def _section(results: Results) -> str:
 
 def _data(splits: Sequence[Explored]) -> tuple[dict[str, Any], list[str]]:
     """What the script reads, and what was left out to keep the page small."""
-    shown = [_most_telling(split.prompts) for split in splits]
-    notes = [
-        f"{split.results.pool}: of {len(split.prompts):,} prompts {len(kept):,} are shown, those with good and bad completions "
-        "first."
-        for split, kept in zip(splits, shown, strict=True)
-        if len(kept) < len(split.prompts)
-    ]
+    shown, notes = [_most_telling(split.prompts) for split in splits], []
+    for split, kept in zip(splits, shown, strict=True):
+        if len(kept) < len(split.prompts):
+            counts = f"of {len(split.prompts):,} prompts {len(kept):,} are shown"
+            notes.append(f"{split.results.pool}: {counts}, those with good and bad completions first.")
     ends = _ends_that_fit([prompt for prompts in shown for prompt in prompts])
     if ends is not None:
         notes.append(
@@ -165,17 +160,12 @@ class _Texts:
 
 def _split(name: str, prompts: list[ScoredPrompt], ends: int | None, texts: _Texts) -> dict[str, Any]:
     python = highlighting.look_like_python(text for prompt in prompts for text in prompt.completions)
-    losses = list(prompts[0].q) if prompts else []
-    mixed = _mixed(prompts)
-    binary = all(set(prompt.rewards.tolist()) <= {0.0, 1.0} for prompt in prompts)
+    shown = [_prompt(prompt, _kept(prompt, ends), python, texts) for prompt in prompts]
     return {
         "name": name,
-        "losses": [[loss, find_loss(loss).symbol] for loss in losses],
-        "binary": binary,
-        "prompts": [
-            _prompt(prompt, _kept(prompt, ends), python, texts) | {"mixed": own}
-            for prompt, own in zip(prompts, mixed, strict=True)
-        ],
+        "losses": [[loss, find_loss(loss).symbol] for loss in (prompts[0].q if prompts else ())],
+        "binary": all(set(prompt.rewards.tolist()) <= {0.0, 1.0} for prompt in prompts),
+        "prompts": [{**one, "mixed": mixed} for one, mixed in zip(shown, _mixed(prompts), strict=True)],
     }
 
 

@@ -1,37 +1,69 @@
-"""The results of one evaluation: what the tables and figures are made of, kept as one JSON file.
+"""The results of one evaluation: what tables and figures are made of, kept as one JSON file.
 
-Every class converts its fields when it is built: numpy scalars and arrays become plain numbers and lists, NaN becomes
-None ("not run"), and anything else that does not fit its declared type is an error that names the field. So what was
-built can be written, and what was written reads back equal. An unknown key is an error too: a file of another version
-is refused, not half understood.
+Every class converts its fields when it is built: numpy scalars and arrays become plain numbers and lists, NaN becomes None
+("not run"), and what does not fit its declared type is an error that names the field. So what was built can be written, and
+what was written reads back equal. An unknown key is an error too: a file of another version is refused.
 """
 
 import dataclasses
-import functools
+import itertools
 import json
 import math
-import types
-import typing
-from collections.abc import Hashable
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qprobe.files import write_whole
+from qprobe.settings import build, converted, kinds_of
 
 BASE_METHOD = "pass@1"
 """The row that the differences are paired against: one completion of the base model, drawn at random."""
 
 
+class _Data:
+    """A frozen dataclass whose fields are converted to their declared types.
+
+    Raises:
+        ValueError: a field of the wrong type, or an infinite number.
+    """
+
+    def __post_init__(self) -> None:
+        own: Any = type(self)
+        for name, kind in kinds_of(own).items():
+            where = f"{own.__name__}.{name}"
+            object.__setattr__(self, name, converted(_plain(getattr(self, name), where), kind, where))
+
+    def _refuse_negative(self, where: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{where}: {name} is {value}: it cannot be below 0.")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Without numpy's types; None for NaN."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):
+            return None
+        raise ValueError(f"{where} is {value}: give a finite number.")
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, where) for key, item in value.items()}
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method of the table.
+class Row(_Data):
+    """One method of the table. Intervals `NAME_low` to `NAME_high` are 95 %, by bootstrap over prompts.
 
     Args:
         method: display name, such as "pass@1", "greedy", "Q-probe L_PG", "skyline pass@8".
-        value: mean reward over prompts (and seeds); None if the method was not run.
-        low: lower end of the 95 % interval of `value`, by bootstrap over prompts.
-        high: its upper end.
+        value, low, high: mean reward over prompts (and seeds) with its interval; None if the method was not run.
         prompts: prompts that the value is a mean over.
         samples_per_prompt: completions of a prompt that the method used; where prompts differ, the most.
         fewest_samples: the fewest, where prompts differ; 0 where they do not.
@@ -39,22 +71,14 @@ class Row:
         seed_spread: standard deviation of the value over seeds.
         beta: temperature of the softmax over scores; 0 picks the highest score.
         auc: within-prompt area under the ROC curve, in [0, 1].
-        auc_low: lower end of its 95 % interval.
-        auc_high: upper end of its 95 % interval.
         difference: value minus that of pass@1, paired over prompts.
-        difference_low: lower end of its 95 % interval.
-        difference_high: upper end of its 95 % interval.
         over_greedy: value minus that of greedy decoding, paired over prompts.
-        over_greedy_low: lower end of its 95 % interval.
-        over_greedy_high: upper end of its 95 % interval.
         over_control: value minus that of the best control (`Results.best_control`), paired over prompts; of probes only.
-        over_control_low: lower end of its 95 % interval.
-        over_control_high: upper end of its 95 % interval.
         simulation_error: standard error of the value by drawing candidate sets at random; 0 where it is exact.
         paper: the published value, only where the set-up is the paper's.
 
     Raises:
-        ValueError: if a field has the wrong type, is infinite, or an interval is upside down.
+        ValueError: a field of the wrong type or below 0, an infinite number, or an interval that is upside down.
     """
 
     method: str
@@ -83,38 +107,44 @@ class Row:
     paper: float | None = None
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        super().__post_init__()
         where = f"row {self.method!r}"
-        _refuse_negative(
-            self,
-            ("prompts", "samples_per_prompt", "fewest_samples", "seeds", "seed_spread", "beta", "simulation_error"),
-            where,
-        )
-        for name, low, high in (
-            ("value", self.low, self.high),
-            ("auc", self.auc_low, self.auc_high),
-            ("difference", self.difference_low, self.difference_high),
-            ("over_greedy", self.over_greedy_low, self.over_greedy_high),
-            ("over_control", self.over_control_low, self.over_control_high),
-        ):
+        self._refuse_negative(where, "prompts", "samples_per_prompt", "fewest_samples", "seeds", "seed_spread", "beta")
+        self._refuse_negative(where, "simulation_error")
+        for name in ("", "auc_", "difference_", "over_greedy_", "over_control_"):
+            low, high = getattr(self, f"{name}low"), getattr(self, f"{name}high")
             if low is not None and high is not None and low > high:
-                raise ValueError(f"{where}: the interval of {name} is upside down, [{low}, {high}]: swap its ends.")
+                raise ValueError(f"{where}: {name}low is {low}, above {name}high, {high}: swap them.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Band:
+class Band(_Data):
     """One line of a figure with its 95 % interval, one entry a point of the x axis; None where nothing was measured."""
 
     value: list[float | None]
     low: list[float | None]
     high: list[float | None]
 
-    def __post_init__(self) -> None:
-        _convert_fields(self)
+
+def _check_lines(
+    where: str, xs: Sequence[int], lines: Mapping[str, Sequence[Sequence[Any]]], first: int, step: int
+) -> None:
+    """Raise ValueError where xs begin below `first` or rise by less than `step`, or a line has another length."""
+    if not xs or xs[0] < first or any(b - a < step for a, b in itertools.pairwise(xs)):
+        raise ValueError(f"{where} is {xs}: give rising numbers from {first} up.")
+    for method, parts in lines.items():
+        if lengths := {len(part) for part in parts} - {len(xs)}:
+            raise ValueError(
+                f"{where}, {method!r}: a line has {lengths.pop()} entries: give one for each of {len(xs)}."
+            )
+
+
+def _parts(series: dict[str, Band]) -> dict[str, tuple[Sequence[Any], ...]]:
+    return {method: (band.value, band.low, band.high) for method, band in series.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class Curve(_Data):
     """Reward against the number of candidates (the paper's Fig. 3 and 5).
 
     Args:
@@ -122,27 +152,19 @@ class Curve:
         series: method -> one line; names that begin with "skyline" are drawn as the bound that they are.
 
     Raises:
-        ValueError: if k is not increasing or a line has another length than k.
+        ValueError: k does not increase, or a line has another length.
     """
 
     k: list[int]
     series: dict[str, Band]
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        if not self.k or self.k[0] < 1 or any(b <= a for a, b in zip(self.k, self.k[1:], strict=False)):
-            raise ValueError(f"reward_against_k.k is {self.k}: give increasing numbers of candidates from 1 up.")
-        for method, band in self.series.items():
-            lengths = (len(band.value), len(band.low), len(band.high))
-            if lengths != (len(self.k),) * 3:
-                raise ValueError(
-                    f"reward_against_k, {method!r}: value, low and high have {lengths[0]}, {lengths[1]} and "
-                    f"{lengths[2]} entries, k has {len(self.k)}: give one entry for every k."
-                )
+        super().__post_init__()
+        _check_lines("reward_against_k.k", self.k, _parts(self.series), first=1, step=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningCurve:
+class LearningCurve(_Data):
     """Reward against the number of training prompts.
 
     Args:
@@ -150,25 +172,19 @@ class LearningCurve:
         series: method -> one line, an entry for every number of prompts.
 
     Raises:
-        ValueError: if prompts fall or a line has another length.
+        ValueError: prompts fall, or a line has another length.
     """
 
     prompts: list[int]
     series: dict[str, Band]
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        if not self.prompts or self.prompts[0] < 1 or self.prompts != sorted(self.prompts):
-            raise ValueError(f"reward_against_prompts.prompts is {self.prompts}: give rising numbers from 1 up.")
-        for method, band in self.series.items():
-            if {len(band.value), len(band.low), len(band.high)} != {len(self.prompts)}:
-                raise ValueError(
-                    f"reward_against_prompts, {method!r}: give one entry for each of {len(self.prompts)} numbers of prompts."
-                )
+        super().__post_init__()
+        _check_lines("reward_against_prompts.prompts", self.prompts, _parts(self.series), first=1, step=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerCurve:
+class LayerCurve(_Data):
     """Reward against the hidden layer that probes read, measured on the tested prompts: to be looked at, not to choose by.
 
     Args:
@@ -177,7 +193,7 @@ class LayerCurve:
         taken: method -> how many of its probes took each layer, by their held-out prompts.
 
     Raises:
-        ValueError: if layers do not rise or a line has another length.
+        ValueError: layers do not rise, or a line has another length.
     """
 
     layers: list[int]
@@ -185,27 +201,20 @@ class LayerCurve:
     taken: dict[str, list[int]]
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        if not self.layers or self.layers != sorted(set(self.layers)):
-            raise ValueError(f"reward_against_layer.layers is {self.layers}: give rising numbers of layers.")
-        for method, band in self.series.items():
-            lengths = {len(band.value), len(band.low), len(band.high), len(self.taken.get(method, []))}
-            if lengths != {len(self.layers)}:
-                raise ValueError(
-                    f"reward_against_layer, {method!r}: give one entry for each of {len(self.layers)} layers."
-                )
+        super().__post_init__()
+        lines = {method: (*parts, self.taken.get(method, [])) for method, parts in _parts(self.series).items()}
+        _check_lines("reward_against_layer.layers", self.layers, lines, first=0, step=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TradeOffPoint:
+class TradeOffPoint(_Data):
     """Reward and distance at one temperature.
 
     Args:
         beta: temperature, >= 0; 0 picks the highest score.
         kl: KL(pi_k || p0) in nats, mean over prompts.
         reward: expected reward, mean over prompts.
-        low: lower end of the 95 % interval of the reward, if known.
-        high: its upper end.
+        low, high: ends of the 95 % interval of the reward, if known.
     """
 
     beta: float
@@ -215,22 +224,19 @@ class TradeOffPoint:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        _refuse_negative(self, ("beta",), "reward_against_kl")
+        super().__post_init__()
+        self._refuse_negative("reward_against_kl", "beta")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TradeOff:
+class TradeOff(_Data):
     """Reward against KL to the base policy, one line a method, one point a temperature."""
 
     series: dict[str, list[TradeOffPoint]]
 
-    def __post_init__(self) -> None:
-        _convert_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PromptScore:
+class PromptScore(_Data):
     """Where a probe puts one prompt.
 
     Args:
@@ -243,48 +249,32 @@ class PromptScore:
     base: float
     score: float | None
 
-    def __post_init__(self) -> None:
-        _convert_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PromptScores:
+class PromptScores(_Data):
     """Base expected reward against centred score of every prompt, one cloud a method (the paper's Fig. 4)."""
 
     series: dict[str, list[PromptScore]]
 
-    def __post_init__(self) -> None:
-        _convert_fields(self)
-
     def line(self, method: str) -> tuple[float, float] | None:
-        """Fit score = slope * base + intercept by least squares.
-
-        Args:
-            method: a key of `series`.
-
-        Returns:
-            (slope, intercept), or None if fewer than two different base rewards were measured.
+        """(slope, intercept) of score on base by least squares; None with fewer than two different base rewards.
 
         Source: Fig. 4, where a steep slope says that the probe spends its capacity on the difficulty of prompts.
         """
         points = [(point.base, point.score) for point in self.series[method] if point.score is not None]
         if len({base for base, _ in points}) < 2:
             return None
-        mean_base = math.fsum(base for base, _ in points) / len(points)
-        mean_score = math.fsum(score for _, score in points) / len(points)
-        variance = math.fsum((base - mean_base) ** 2 for base, _ in points)
-        slope = math.fsum((base - mean_base) * (score - mean_score) for base, score in points) / variance
-        return slope, mean_score - slope * mean_base
+        slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+        return slope, intercept
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(_Data):
     """One evaluation, whole.
 
     Args:
         title: what was evaluated, for the head of a table.
-        protocol: what was trained on what: "5-fold cross-validation over prompts", "trained on mbpp-train, tested
-            here".
+        protocol: what was trained on what, such as "5-fold cross-validation over prompts".
         pool: the set of completions, such as "humaneval".
         k: candidates that a method chooses between.
         prompts: prompts of the pool.
@@ -293,17 +283,14 @@ class Results:
         mixed_prompts: prompts with both good and bad completions, the only ones where choosing matters.
         seeds: probes that every trained row averages.
         rows: the table, in the order of printing.
-        reward_against_k: data of the figure of that name, or None.
-        reward_against_kl: data of the figure of that name, or None.
-        reward_against_prompts: data of the figure of that name, or None.
-        reward_against_layer: data of the figure of that name, or None.
-        scores_per_prompt: data of the figure of that name, or None.
+        reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt: data of the
+            figures of these names, or None.
         notes: sentences that belong under the table.
         best_control: the method of the control that earned most on these very prompts; empty where none was run.
         made_from: identity of the inputs; empty where unknown.
 
     Raises:
-        ValueError: if a field has the wrong type, or the counts cannot be.
+        ValueError: a field of the wrong type, or counts that cannot be.
     """
 
     title: str
@@ -326,51 +313,37 @@ class Results:
     made_from: str = ""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        _refuse_negative(
-            self,
-            ("k", "prompts", "samples", "samples_per_prompt", "mixed_prompts", "seeds"),
-            f"results of {self.pool!r}",
-        )
+        super().__post_init__()
+        where = f"results of {self.pool!r}"
+        self._refuse_negative(where, "k", "prompts", "samples", "samples_per_prompt", "mixed_prompts", "seeds")
         if self.mixed_prompts > self.prompts:
-            raise ValueError(
-                f"results of {self.pool!r}: {self.mixed_prompts} prompts with both good and bad completions, "
-                f"of only {self.prompts}: count them again."
-            )
+            raise ValueError(f"{where}: mixed_prompts is {self.mixed_prompts}, of only {self.prompts} prompts.")
 
     def to_json(self) -> str:
-        """Write the results as strict JSON text (no NaN, ends with a newline)."""
+        """The results as strict JSON text (no NaN, ends with a newline)."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Results":
-        """Read what `to_json` wrote.
-
-        Args:
-            text: JSON text.
-
-        Returns:
-            Results equal to those that were written.
+        """Results equal to those that `to_json` wrote.
 
         Raises:
-            ValueError: if the text is not JSON, or a key is unknown, missing or of the wrong type.
+            ValueError: the text is not JSON, or a key is unknown, missing or of the wrong type.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"the results are not JSON ({error}): evaluate again to write them anew.") from error
-        converted = _convert(data, cls, "results")
-        assert isinstance(converted, cls)
-        return converted
+        try:
+            return build(cls, data, "results")
+        except ValueError as error:
+            raise ValueError(f"{error} The file may come from another version of qprobe: evaluate again.") from error
 
     def write(self, path: Path) -> None:
-        """Write the results to a JSON file, whole or not at all.
-
-        Args:
-            path: the file; its folder is made if missing.
+        """Write the results to a JSON file, whole or not at all; its folder is made if missing.
 
         Raises:
-            OSError: if the file cannot be written; what was there before is untouched.
+            OSError: the file cannot be written; what was there before is untouched.
         """
         write_whole(path, self.to_json().encode())
 
@@ -378,14 +351,8 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Read a file that `write` wrote.
 
-        Args:
-            path: the file.
-
-        Returns:
-            The results.
-
         Raises:
-            ValueError: if the file does not hold results, with its path.
+            ValueError: the file does not hold results; with its path.
         """
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -395,76 +362,3 @@ class Results:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"the results hold {name}, which is not JSON: write null for what was not measured.")
-
-
-def _refuse_negative(holder: Any, names: tuple[str, ...], where: str) -> None:
-    for name in names:
-        value = getattr(holder, name)
-        if value is not None and value < 0:
-            raise ValueError(f"{where}: {name} is {value}: it cannot be below 0.")
-
-
-@functools.cache
-def _hints(cls: Hashable) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _convert_fields(holder: object) -> None:
-    cls: type = type(holder)
-    for name, hint in _hints(cls).items():
-        converted = _convert(getattr(holder, name), hint, f"{cls.__name__}.{name}")
-        object.__setattr__(holder, name, converted)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Fit a value to a declared type; the error names the place."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return None
-        return _convert(value, arguments[0], where)
-    if origin is list and isinstance(value, list | tuple):
-        return [_convert(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {
-            _convert(key, arguments[0], where): _convert(item, arguments[1], f"{where}[{key!r}]")
-            for key, item in value.items()
-        }
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, dict):
-            return _build(hint, value, where)
-    if hint is str and isinstance(value, str):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}: give a finite number.")
-        return float(value)
-    expected = hint.__name__ if origin is None else str(hint)
-    raise ValueError(f"{where} is {value!r}: it should be {expected}.")
-
-
-def _build(cls: type, data: dict[str, Any], where: str) -> Any:
-    hints = _hints(cls)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ValueError(
-            f"{where} has the unknown key {', '.join(map(repr, unknown))}: it knows {', '.join(hints)}. "
-            "The file may come from another version of qprobe: evaluate again."
-        )
-    required = [
-        entry.name
-        for entry in dataclasses.fields(cls)
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(
-            f"{where} lacks the key {', '.join(map(repr, missing))}: evaluate again to write the file anew."
-        )
-    return cls(**{name: _convert(value, hints[name], f"{where}.{name}") for name, value in data.items()})

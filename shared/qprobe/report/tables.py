@@ -1,11 +1,9 @@
-"""The table of an evaluation as Markdown, LaTeX, HTML, CSV and plain text.
+"""The tables of an evaluation as Markdown, LaTeX, HTML, CSV and plain text.
 
-What is read by people has two blocks. The first holds what was reached: reward, paired difference, counts, and the
-paper's value where one belongs. The second is for the rows that score completions: within-prompt AUC, temperature,
-seeds and their spread, which stays apart from the interval because it answers another question. Where probes chose among layers a
-third one compares these. A cell says "not run"
-where a number could have been and is not; a dash where none could be. The CSV has one line a method with every number
-in full precision, and a column `status` in place of words.
+The first holds what was reached: reward, paired difference, counts, and the paper's value where one belongs. The second is for
+the rows that score completions: within-prompt AUC, temperature, seeds and their spread, which is another thing than the
+interval. Where probes chose among layers a third one compares these. A cell says "not run" where a number could have been and
+is not; a dash where none could be.
 """
 
 import csv
@@ -13,7 +11,6 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,9 +18,11 @@ from qprobe.files import write_whole
 from qprobe.report.results import BASE_METHOD, LayerCurve, Results, Row
 
 NOT_RUN = "not run"
-TEXT_WIDTH = 100
+_TEXT_WIDTH = 100
 
 _DASH = "-"
+# Columns that hold bare numbers, set to the right; those of published values are read by their points.
+_NUMBERS = {"prompts", "samples each", "beta", "seeds", "seed spread", "layer", "taken by probes"}
 _INTERVALS = f"In brackets: 95 % interval by bootstrap over prompts; differences are paired against {BASE_METHOD}."
 _SPREAD = "Seed spread: standard deviation of the reward over seeds."
 
@@ -44,37 +43,23 @@ class Block:
 
 
 def to_text(results: Results) -> str:
-    """Set the results for a terminal, at most 100 columns wide.
-
-    Args:
-        results: one evaluation.
-
-    Returns:
-        Title, protocol, counts, the table and the notes, with a newline at the end.
-    """
+    """Results for a terminal, at most 100 columns wide: title, protocol, counts, the tables and the notes."""
     return text_page(_head(results), _blocks(results), _foot(results))
 
 
 def text_page(head: list[str], blocks: list[Block], foot: list[str]) -> str:
     """Set tables for a terminal: lines above, the tables, notes below."""
-    lines = [line for part in head for line in textwrap.wrap(part, TEXT_WIDTH, break_on_hyphens=False)]
+    lines = [line for part in head for line in textwrap.wrap(part, _TEXT_WIDTH, break_on_hyphens=False)]
     for block in blocks:
         lines += ["", *_aligned(block)]
     lines.append("")
     for note in foot:
-        lines += textwrap.wrap(note, TEXT_WIDTH, break_on_hyphens=False)
+        lines += textwrap.wrap(note, _TEXT_WIDTH, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
 def to_markdown(results: Results) -> str:
-    """Set the results as Markdown (GitHub's tables).
-
-    Args:
-        results: one evaluation.
-
-    Returns:
-        A heading, the counts, the table and the notes, with a newline at the end.
-    """
+    """Results as Markdown (GitHub's tables)."""
     return markdown_page(_head(results), _blocks(results), _foot(results))
 
 
@@ -87,18 +72,11 @@ def markdown_page(head: list[str], blocks: list[Block], foot: list[str]) -> str:
         body = [[_escape_markdown(row[0]), *row[1:]] for row in block.rows]
         parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in [block.header, rule, *body]))
     parts.append("\n".join(f"- {_escape_markdown(note)}" for note in foot))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def to_latex(results: Results) -> str:
-    r"""Set the results as a LaTeX `table` for the package booktabs.
-
-    Args:
-        results: one evaluation.
-
-    Returns:
-        LaTeX to `\input`, every character of a name or note escaped, labelled `tab:<pool>`.
-    """
+    r"""Results as a LaTeX `table` to `\input`, for the package booktabs, labelled `tab:<pool>`; everything escaped."""
     return latex_page(_head(results), _blocks(results), _foot(results), results.pool)
 
 
@@ -127,14 +105,7 @@ def latex_page(head: list[str], blocks: list[Block], foot: list[str], name: str)
 
 
 def to_html(results: Results) -> str:
-    """Set the results as HTML, for a page that says its title and pool.
-
-    Args:
-        results: one evaluation.
-
-    Returns:
-        The setting, the counts, tables with captions and scoped headers, and the notes; everything escaped.
-    """
+    """Results as HTML, everything escaped, for a page that says their title and pool: tables have captions and scoped headers."""
     _, setting, counts = _head(results)
     own = setting.removeprefix(f"{_one_line(results.pool)}, ")
     parts = [f"<p>{html.escape(_sentence(line))}</p>" for line in (own, counts)]
@@ -153,14 +124,9 @@ def to_html(results: Results) -> str:
 
 
 def to_csv(results: Results) -> str:
-    """Write the rows for programs: one line a method, full precision, an empty cell where there is no number.
+    """The rows for programs, in full precision: pool, protocol, k, status ("run" or "not run"), and the fields of `Row`.
 
-    Args:
-        results: one evaluation.
-
-    Returns:
-        CSV with the columns pool, protocol, k, status ("run" or "not run"), and the fields of `Row`; files of several
-        evaluations can be joined end to end.
+    An empty cell is a number that is not there. Files of several evaluations can be joined end to end.
     """
     names = [entry.name for entry in fields(Row)]
     out = io.StringIO()
@@ -174,20 +140,12 @@ def to_csv(results: Results) -> str:
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
-    """Write the table in all four formats.
-
-    Args:
-        results: one evaluation.
-        folder: where POOL.md, POOL.tex, POOL.csv and POOL.txt go, so that several pools can share it; it is made if
-            missing.
-
-    Returns:
-        The four paths.
+    """Write POOL.md, POOL.tex, POOL.csv and POOL.txt into a folder that several pools can share; returns the four paths.
 
     Raises:
-        OSError: if a file cannot be written; that file is then as it was before.
+        OSError: a file cannot be written; it is then as it was before.
     """
-    formats: dict[str, Callable[[Results], str]] = {"md": to_markdown, "tex": to_latex, "csv": to_csv, "txt": to_text}
+    formats = {"md": to_markdown, "tex": to_latex, "csv": to_csv, "txt": to_text}
     return write_formats({suffix: render(results) for suffix, render in formats.items()}, folder, results.pool)
 
 
@@ -201,14 +159,7 @@ def write_formats(texts: dict[str, str], folder: Path, name: str) -> list[Path]:
 
 
 def counts_line(results: Results) -> str:
-    """Say how much was evaluated, and on how much of it a choice could matter.
-
-    Args:
-        results: one evaluation.
-
-    Returns:
-        One line, such as "164 prompts x 8 samples, 31 prompts have both good and bad completions (...)".
-    """
+    """How much was evaluated, and on how much of it a choice could matter: "164 prompts x 8 samples, 31 prompts have ..."."""
     prompts = _count(results.prompts, "prompt")
     if results.samples == results.prompts * results.samples_per_prompt:
         size = f"{prompts} x {_count(results.samples_per_prompt, 'sample')}"
@@ -241,64 +192,66 @@ def _one_line(text: str) -> str:
 
 
 def _blocks(results: Results) -> list[Block]:
-    rewards = Block(
-        header=["method", "reward", f"difference to {BASE_METHOD}", "prompts", "samples each"],
-        right=[False, False, False, True, True],
-        rows=[_reward_cells(row) for row in results.rows],
+    paper = any(row.paper is not None for row in results.rows)
+    greedy = any(row.over_greedy is not None for row in results.rows)
+    probes = [row for row in results.rows if _is_probe(row)]
+    tables = (
+        [_reward_cells(row, paper) for row in results.rows],
+        [_probe_cells(row, greedy, results.mixed_prompts) for row in probes],
+        _layer_cells(results.reward_against_layer),
     )
-    if any(row.paper is not None for row in results.rows):
-        rewards.header.append("paper")
-        rewards.right.append(False)  # .34 and .3457 are read by their points
-        for cells, row in zip(rewards.rows, results.rows, strict=True):
-            cells.append(_DASH if row.paper is None else _published(row.paper))
-    probes = Block(
-        header=["method", "within-prompt AUC", "beta", "seeds", "seed spread"],
-        right=[False, False, True, True, True],
-        rows=[_probe_cells(row, results.mixed_prompts) for row in results.rows if _is_probe(row)],
-    )
-    if any(row.over_greedy is not None for row in results.rows):
-        probes.header.insert(2, "difference to greedy")
-        probes.right.insert(2, False)
-        for cells, row in zip(probes.rows, filter(_is_probe, results.rows), strict=True):
-            cells.insert(2, _interval(row.over_greedy, row.over_greedy_low, row.over_greedy_high, signed=True))
-    blocks = [rewards, probes] if probes.rows else [rewards]
-    return blocks if results.reward_against_layer is None else [*blocks, _layer_block(results.reward_against_layer)]
-
-
-def _layer_block(curve: LayerCurve) -> Block:
-    rows = [
-        [_one_line(method), str(layer), _interval(value, low, high), f"{taken} of {sum(curve.taken[method])}"]
-        for method, band in curve.series.items()
-        for layer, value, low, high, taken in zip(
-            curve.layers, band.value, band.low, band.high, curve.taken[method], strict=True
-        )
+    return [
+        Block(list(cells[0]), [name in _NUMBERS for name in cells[0]], [list(row.values()) for row in cells])
+        for cells in tables
+        if cells
     ]
-    return Block(["method", "layer", "reward", "taken by probes"], [False, True, False, True], rows)
 
 
-def _reward_cells(row: Row) -> list[str]:
+def _reward_cells(row: Row, paper: bool) -> dict[str, str]:
     difference = _interval(row.difference, row.difference_low, row.difference_high, signed=True)
-    if row.method == BASE_METHOD and row.value is not None:
-        difference = _DASH
-    prompts, samples = (str(number) if number else _DASH for number in (row.prompts, row.samples_per_prompt))
-    if row.fewest_samples:
-        samples = f"{row.fewest_samples} to {samples}"
-    return [_one_line(row.method), _interval(row.value, row.low, row.high), difference, prompts, samples]
+    cells = {
+        "method": _one_line(row.method),
+        "reward": _interval(row.value, row.low, row.high),
+        f"difference to {BASE_METHOD}": _DASH if row.method == BASE_METHOD and row.value is not None else difference,
+        "prompts": str(row.prompts or _DASH),
+        "samples each": (f"{row.fewest_samples} to " if row.fewest_samples else "")
+        + str(row.samples_per_prompt or _DASH),
+    }
+    return cells | ({"paper": _DASH if row.paper is None else _published(row.paper)} if paper else {})
 
 
 def _is_probe(row: Row) -> bool:
     return row.seeds > 0 or row.beta is not None or row.auc is not None or row.seed_spread is not None
 
 
-def _probe_cells(row: Row, mixed_prompts: int) -> list[str]:
+def _probe_cells(row: Row, greedy: bool, mixed_prompts: int) -> dict[str, str]:
     # Without a prompt that has both good and bad completions there is no AUC, and one seed has no spread.
     auc = _interval(row.auc, row.auc_low, row.auc_high) if row.auc is not None or mixed_prompts else _DASH
-    if row.seed_spread is not None:
-        spread = f"{row.seed_spread:.3f}"
-    else:
-        spread = _DASH if row.value is not None and row.seeds <= 1 else NOT_RUN
-    beta = _DASH if row.beta is None else f"{row.beta:.3g}"
-    return [_one_line(row.method), auc, beta, str(row.seeds) if row.seeds else _DASH, spread]
+    spread = _DASH if row.value is not None and row.seeds <= 1 else NOT_RUN
+    over_greedy = _interval(row.over_greedy, row.over_greedy_low, row.over_greedy_high, signed=True)
+    return {
+        "method": _one_line(row.method),
+        "within-prompt AUC": auc,
+        **({"difference to greedy": over_greedy} if greedy else {}),
+        "beta": _DASH if row.beta is None else f"{row.beta:.3g}",
+        "seeds": str(row.seeds or _DASH),
+        "seed spread": spread if row.seed_spread is None else f"{row.seed_spread:.3f}",
+    }
+
+
+def _layer_cells(curve: LayerCurve | None) -> list[dict[str, str]]:
+    if curve is None:
+        return []
+    return [
+        {
+            "method": _one_line(method),
+            "layer": str(layer),
+            "reward": _interval(band.value[place], band.low[place], band.high[place]),
+            "taken by probes": f"{curve.taken[method][place]} of {sum(curve.taken[method])}",
+        }
+        for method, band in curve.series.items()
+        for place, layer in enumerate(curve.layers)
+    ]
 
 
 def _interval(value: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
@@ -325,8 +278,8 @@ def _aligned(block: Block) -> list[str]:
     table = [block.header, *block.rows]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(block.header))]
     # Only a method's name may be long: it takes what the numbers leave, and goes on below.
-    room = TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
-    widths[0] = min(widths[0], max(room, 12))
+    left = _TEXT_WIDTH - sum(widths[1:]) - len(gap) * (len(widths) - 1)
+    widths[0] = min(widths[0], max(left, 12))
     lines = []
     for cells in table:
         names = textwrap.wrap(cells[0], widths[0], break_on_hyphens=False) or [""]

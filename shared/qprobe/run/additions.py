@@ -19,7 +19,7 @@ import pyarrow as pa
 from qprobe import store
 from qprobe.files import write_whole
 from qprobe.prompts import Prompt
-from qprobe.run.stages import Pool, Reward
+from qprobe.run.pools import Pool, Reward
 from qprobe.store.table import StoreError, Table
 
 # Says that the new rows of a run folder are whole, and that tables of the former file may go.
@@ -176,13 +176,13 @@ def _short(text: str) -> str:
 
 
 def _taken_over(folder: Path, pool: Pool, former: Former, rendered: Mapping[str, str]) -> Path | None:
-    """A table beside another one, with those batches of the new pool whose rows are all in the old; None for a foreign table."""
+    """A table next to another one, with those batches of the new pool whose rows are all in the old; None for a foreign table."""
     old = store.found_table(folder)
     if old.inputs.get("completions") != former.identity:
         return None
-    beside = folder.with_name(f".{folder.name}.adding")
-    shutil.rmtree(beside, ignore_errors=True)
-    new = Table(beside, {**old.inputs, "completions": pool.completions.identity}, None)
+    staged = folder.with_name(f".{folder.name}.adding")
+    shutil.rmtree(staged, ignore_errors=True)
+    new = Table(staged, {**old.inputs, "completions": pool.completions.identity}, None)
     new.begin()
     features = folder.name.startswith("layer=")
     rows = (old if features else store.found_table(folder, store.LIKELIHOODS)).read()
@@ -202,8 +202,8 @@ def _taken_over(folder: Path, pool: Pool, former: Former, rendered: Mapping[str,
         part = rows.take(pa.array(places))
         part = part.set_column(0, rows.schema.field(0), pa.array(task_ids, pa.string()))
         part = part.set_column(1, rows.schema.field(1), pa.array(samples, pa.int32()))
-        Table(beside, new.inputs, None if features else store.LIKELIHOODS).write(keys, part)
-    return beside
+        Table(staged, new.inputs, None if features else store.LIKELIHOODS).write(keys, part)
+    return staged
 
 
 def _clear(pool: Pool, reward: str) -> None:
@@ -223,9 +223,9 @@ def _clear(pool: Pool, reward: str) -> None:
 
 def _recover(pool: Pool) -> None:
     """Finish what a call that was stopped had begun: a whole new table takes its place, what was moved aside goes."""
-    for beside in list(pool.run.rglob(".*.adding")):
-        folder = beside.with_name(beside.name.removeprefix(".").removesuffix(".adding"))
+    for staged in list(pool.run.rglob(".*.adding")):
+        folder = staged.with_name(staged.name.removeprefix(".").removesuffix(".adding"))
         if not folder.exists():
-            beside.rename(folder)
+            staged.rename(folder)
     for aside in list(pool.run.rglob(".*.former")):
         shutil.rmtree(aside)

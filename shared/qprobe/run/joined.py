@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from qprobe.embedding import Embedder
 from qprobe.models.likelihood import Likelihood
-from qprobe.run.stages import KEY_COLUMNS, Pool, Reward
+from qprobe.run.pools import KEY_COLUMNS, Pool, Reward
 from qprobe.store.table import StoreError
 
 

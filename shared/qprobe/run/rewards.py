@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from qprobe.files import fingerprint
-from qprobe.run.stages import RewardBatch, RewardRow
+from qprobe.run.pools import RewardBatch, RewardRow
 from qprobe.store.jsonl import PromptRow
 
 
@@ -230,7 +230,7 @@ class RecordedReward:
 
 
 def _module(name: str) -> ModuleType:
-    _find_beside(Path.cwd())
+    _make_importable(Path.cwd())
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
@@ -246,7 +246,7 @@ def _file_module(file: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"There is no file {file}: the reward is named as file.py:function or module:function.")
-    _find_beside(path.parent)
+    _make_importable(path.parent)
     name = f"qprobe_reward_{path.stem}"  # a name of its own, so that no installed package is hidden
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None  # a path that ends in .py has one
@@ -260,7 +260,7 @@ def _file_module(file: str) -> ModuleType:
     return module
 
 
-def _find_beside(folder: Path) -> None:
+def _make_importable(folder: Path) -> None:
     """Have modules of a folder found, as Python does for a script that lies there."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

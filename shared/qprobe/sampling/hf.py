@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from qprobe import models
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.memory import SCORES_AT_ONCE, Footprint, Passes
+from qprobe.models.memory import SCORES_AT_ONCE, UsesModel
 from qprobe.models.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
-from qprobe.sampling.law import Drawn, LawCheck, compare, refuse
+from qprobe.sampling.law import LawCheck, compare, refuse
 from qprobe.sampling.local import LocalSampler
-from qprobe.sampling.stopping import StopTexts
+from qprobe.sampling.stopping import Growing, StopTexts
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
 # Sorting 49,152 scores of every row at every step costs more than a 135M-parameter model on a CPU.
@@ -33,7 +33,7 @@ CANDIDATES = 256
 _checked: dict[ModelSpec, LawCheck] = {}
 
 
-class HFSampler(LocalSampler):
+class HFSampler(UsesModel, LocalSampler):
     """Completions by transformers.
 
     Args:
@@ -46,53 +46,28 @@ class HFSampler(LocalSampler):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def __init__(self, model: ModelSpec, settings: SamplingSettings) -> None:
-        super().__init__(model, settings)
-        self._run: PrefixRun | None = None
-        self._passes: Passes | None = None
-
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
         check_prompts(prompts)
-        if self._run is None or self._passes is None:
-            self._run = PrefixRun(models.load(self.model))
-            self._passes = Passes(self._run.language_model)
-        run, tokenizer, n = self._run, models.load_tokenizer(self.model), self.settings.n
+        run, settings = self.passes.run, self.settings
         self.check_length(prompts, run.language_model.context_length)
-        footprint = Footprint(run.language_model, run.shared, run.tokens_per_pass)
+        n, greedy = settings.n, settings.temperature == 0
         owner = [p for p in range(len(prompts)) for _ in range(n)]
-        lengths = [len(prompt) for prompt in prompts]
-        completions: dict[int, Completion] = {}
-        drawn: dict[int, Drawn] = {}
+        stops, eos = StopTexts(models.load_tokenizer(self.model), settings), run.language_model.eos_token_ids
+        made: dict[int, Growing] = {}
 
-        def need(rows: Sequence[int]) -> int:
-            used = {owner[row] for row in rows}
-            width = max(lengths[p] for p in used)
-            settings = self.settings
-            return footprint.sampling(
-                len(used), width, len(rows), settings.max_new_tokens, greedy=settings.temperature == 0
-            )
+        def need(count: int, width: int, rows: Sequence[int]) -> int:
+            return self.passes.footprint.sampling(count, width, len(rows), settings.max_new_tokens, greedy)
 
-        def draw(rows: list[int]) -> None:
-            used = list(dict.fromkeys(owner[row] for row in rows))
-            places = {p: place for place, p in enumerate(used)}
-            batch = _Batch(
-                run,
-                tokenizer,
-                self.settings,
-                [prompts[p] for p in used],
-                [places[owner[row]] for row in rows],
-                [seeds[owner[row]][row % n] for row in rows],
-            )
-            completions.update(zip(rows, batch.run(), strict=True))
-            drawn.update(zip(rows, batch.drawn(), strict=True))
+        def draw(rows: list[int], used: list[Sequence[int]], places: list[int]) -> None:
+            growing = [Growing(prompts[owner[row]], seeds[owner[row]][row % n], eos, stops) for row in rows]
+            _draw(run, used, places, growing, settings)
+            made.update(zip(rows, growing, strict=True))
 
-        self._passes.run(range(len(owner)), owner, lengths, need, draw)
-        if not self._drawn:
-            self._drawn = [[drawn[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
-        return [[completions[p * n + sample] for sample in range(n)] for p in range(len(prompts))]
+        self.passes.each(range(len(owner)), owner, prompts, need, draw)
+        return self.finished([made[row] for row in range(len(owner))])
 
     def verify(self) -> LawCheck:
         """The first batch compared with the model; samplers of one model in one process share the answer.
@@ -108,94 +83,38 @@ class HFSampler(LocalSampler):
         return _checked[self.model]
 
 
-class _Batch:
-    """The completions of one pass in the making: row r continues prompt `owner[r]`, prompts in rising order."""
-
-    def __init__(
-        self,
-        run: PrefixRun,
-        tokenizer: models.Tokenizer,
-        settings: SamplingSettings,
-        prompts: Sequence[Sequence[int]],
-        owner: Sequence[int],
-        seeds: Sequence[int],
-    ) -> None:
-        self.run_model = run
-        self.settings = settings
-        self.prompts = prompts
-        self.owner = owner
-        self.seeds = seeds
-        count = len(seeds)
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.ends: list[list[int]] = [[] for _ in range(count)]
-        self.logprobs: list[list[float]] = [[] for _ in range(count)]
-        self.finished: list[Completion | None] = [None] * count
-        self.eos = run.language_model.eos_token_ids
-        self.stops = StopTexts(tokenizer, settings)
-
-    def run(self) -> list[Completion]:
-        device = self.run_model.language_model.device
-        uniforms = torch.stack(
-            [
-                torch.rand(
-                    self.settings.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-                )
-                for seed in self.seeds
-            ]
-        ).to(device)
-        prefix = self.run_model.prefill(self.prompts, logits=True)
-        owner = torch.tensor(self.owner)
-        assert prefix.logits is not None  # asked for
-        logits = prefix.logits[owner.to(device)]
-        continuation = self.run_model.continuation(prefix, owner)
-        del prefix
-        alive = list(range(len(self.seeds)))
-        for step in range(self.settings.max_new_tokens):
-            chosen, logprobs = draw_tokens(logits, uniforms[alive, step], self.settings)
-            going_on = self._take(alive, chosen.tolist(), logprobs.tolist())
-            if not going_on:
-                break
-            if len(going_on) < len(alive):
-                rows = torch.tensor(going_on, device=device)
-                continuation.keep(rows)
-                chosen = chosen[rows]
-                alive = [alive[i] for i in going_on]
-            output = continuation.extend(chosen[:, None], logits=True)
-            assert output.logits is not None  # asked for
-            logits = output.logits
-        completions = [completion for completion in self.finished if completion is not None]
-        assert len(completions) == len(self.seeds)
-        return completions
-
-    def drawn(self) -> list[Drawn]:
-        """The rows with all their tokens."""
-        return [
-            Drawn(self.prompts[p], [*tokens, *end], float(sum(logprobs)), logprobs)
-            for p, tokens, end, logprobs in zip(self.owner, self.tokens, self.ends, self.logprobs, strict=True)
-        ]
-
-    def _take(self, alive: list[int], tokens: list[int], logprobs: list[float]) -> list[int]:
-        """Add a token to every living row; returns the places (in `alive`) of the rows that go on."""
-        going_on = []
-        for place, (row, token, logprob) in enumerate(zip(alive, tokens, logprobs, strict=True)):
-            self.logprobs[row].append(logprob)
-            if token in self.eos:
-                self.ends[row] = [token]
-                self._finish(row, "stop")
-                continue
-            self.tokens[row].append(token)
-            if self.stops.reached(self.prompts[self.owner[row]], self.tokens[row]):
-                self._finish(row, "stop")
-            elif len(self.tokens[row]) == self.settings.max_new_tokens:
-                self._finish(row, "length")
-            else:
-                going_on.append(place)
-        return going_on
-
-    def _finish(self, row: int, reason: str) -> None:
-        text, kept = self.stops.cut(self.prompts[self.owner[row]], self.tokens[row])
-        logprob = float(sum(self.logprobs[row]))
-        self.finished[row] = Completion(text, self.tokens[row][:kept], reason, logprob, self.seeds[row])
+def _draw(
+    run: PrefixRun,
+    prompts: Sequence[Sequence[int]],
+    owner: Sequence[int],
+    rows: Sequence[Growing],
+    settings: SamplingSettings,
+) -> None:
+    """Let the rows of a pass grow to their ends: row r continues prompt `owner[r]`, prompts in rising order."""
+    device, length = run.language_model.device, settings.max_new_tokens
+    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+    uniforms = torch.stack([torch.rand(length, generator=own, dtype=torch.float64) for own in generators]).to(device)
+    prefix = run.prefill(prompts, logits=True)
+    places = torch.tensor(owner)
+    assert prefix.logits is not None  # asked for
+    logits = prefix.logits[places.to(device)]
+    continuation = run.continuation(prefix, places)
+    del prefix
+    alive = list(range(len(rows)))
+    for step in range(length):
+        chosen, logprobs = draw_tokens(logits, uniforms[alive, step], settings)
+        drawn = enumerate(zip(alive, chosen.tolist(), logprobs.tolist(), strict=True))
+        going_on = [place for place, (row, token, logprob) in drawn if rows[row].take(token, logprob)]
+        if not going_on:
+            return
+        if len(going_on) < len(alive):
+            kept = torch.tensor(going_on, device=device)
+            continuation.keep(kept)
+            chosen = chosen[kept]
+            alive = [alive[place] for place in going_on]
+        output = continuation.extend(chosen[:, None], logits=True)
+        assert output.logits is not None  # asked for
+        logits = output.logits
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from qprobe.models.language_model import LanguageModel, ModelSpec, Tokenizer
+from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.prefix import plain_attention
+from qprobe.models.tokenizer import Tokenizer
 
 # Nats a token beyond which the laws differ, on top of three standard errors; and nats by which no single token may be off.
-LIMIT, ERRORS, LARGEST = 0.05, 3.0, 2.0
+LIMIT, _ERRORS, _LARGEST = 0.05, 3.0, 2.0
 # Completions that are read, of as many prompts as there are; and how many at most where the first ones leave it open.
-COMPLETIONS, MOST = 24, 72
+_COMPLETIONS, _MOST = 24, 72
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class TellsDrawn(Protocol):
     """A sampler that remembers the completions of its first batch."""
 
     def draws_from(self, spec: ModelSpec) -> bool:
-        """Whether `spec` is the model that they are from."""
+        """Whether they are from this model."""
 
     def drawn(self, tokenizer: Tokenizer) -> list[list[Drawn]]:
         """By prompt. `tokenizer` is for those that are known as text only."""
@@ -95,8 +96,8 @@ class LawCheck:
     @property
     def holds(self) -> bool:
         """False where the two laws are plainly not one."""
-        mean = math.isfinite(self.distance) and self.distance <= LIMIT + ERRORS * self.error
-        return mean and self.largest <= LARGEST
+        mean = math.isfinite(self.distance) and self.distance <= LIMIT + _ERRORS * self.error
+        return mean and self.largest <= _LARGEST
 
     @property
     def open(self) -> bool:
@@ -105,14 +106,16 @@ class LawCheck:
 
     def sentence(self) -> str:
         """For the user."""
-        read = f"{self.completions} completions of {self.prompts} prompts ({self.tokens:,} tokens)"
+        begins = f"Law of {self.model} in {self.dtype}:"
         if not self.completions:
-            return f"Law of {self.model} in {self.dtype}: not compared, the model's plain pass is not finite in it."
+            return f"{begins} not compared, the model's plain pass is not finite in it."
         error = f" ± {self.error:.4f}" if math.isfinite(self.error) else ""
-        told = f"Law of {self.model} in {self.dtype}: {read}, read again by its plain attention, differ by {self.distance:.4f}"
-        more = f"; {self.unread} more could not be read, their plain pass is not finite" if self.unread else ""
         furthest = f", one token by {self.largest:.2f}" if self.largest else ""
-        return f"{told}{error} nats a token from what they were drawn with{furthest}{more}."
+        more = f"; {self.unread} more could not be read, their plain pass is not finite" if self.unread else ""
+        return (
+            f"{begins} {self.completions} completions of {self.prompts} prompts ({self.tokens:,} tokens), read again by its "
+            f"plain attention, differ by {self.distance:.4f}{error} nats a token from what they were drawn with{furthest}{more}."
+        )
 
 
 def compare(language_model: LanguageModel, drawn: Sequence[Sequence[Drawn]]) -> LawCheck:
@@ -130,9 +133,9 @@ def compare(language_model: LanguageModel, drawn: Sequence[Sequence[Drawn]]) -> 
     with plain_attention(language_model.model):
         check = _summed(language_model, found)
         while waiting and (not found or check.open):
-            chosen, waiting = waiting[:COMPLETIONS], waiting[COMPLETIONS:]
+            chosen, waiting = waiting[:_COMPLETIONS], waiting[_COMPLETIONS:]
             found += [(row, _plain_logprobs(language_model, row)) for row in chosen]
-            if len(found) >= MOST:
+            if len(found) >= _MOST:
                 waiting = []
             check = _summed(language_model, found)
     return check
@@ -150,7 +153,7 @@ def refuse(check: LawCheck, spec: ModelSpec) -> None:
     ways = [] if check.dtype == "float32" else ["model.dtype=float32"]
     ways += [] if spec.attention == "copied" else ["model.attention=copied"]
     raise RuntimeError(
-        f"{check.sentence()} More than {LIMIT} and {ERRORS:.0f} standard errors, or {LARGEST} for one token, is no rounding: "
+        f"{check.sentence()} More than {LIMIT} and {_ERRORS:.0f} standard errors, or {_LARGEST} for one token, is no rounding: "
         "what was drawn is not the model's, and nothing of this batch is kept. "
         f"Use {' or '.join(ways) or 'another back end'}, and please report it."
     )
@@ -165,7 +168,7 @@ def noted(check: LawCheck) -> dict[str, Any]:
 def _spread(drawn: Sequence[Sequence[Drawn]]) -> list[Drawn]:
     """Completions as they are read: one of every prompt, prompts far apart first, then the next one of each."""
     own = [list(rows) for rows in drawn if rows]
-    step = max(1, len(own) // COMPLETIONS)
+    step = max(1, len(own) // _COMPLETIONS)
     order = [p for first in range(step) for p in range(first, len(own), step)]
     return [own[p][number] for number in range(max(map(len, own), default=0)) for p in order if number < len(own[p])]
 

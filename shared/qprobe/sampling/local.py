@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from qprobe import models
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.sampling.base import LOGPROB, SamplingSettings
+from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings
 from qprobe.sampling.law import Drawn
+from qprobe.sampling.stopping import Growing
 
 
 class LocalSampler:
@@ -34,6 +35,13 @@ class LocalSampler:
     def drawn(self, tokenizer: models.Tokenizer | None = None) -> list[list[Drawn]]:
         """The completions of the first batch, by prompt, as they were drawn."""
         return self._drawn
+
+    def finished(self, rows: Sequence[Growing]) -> list[list[Completion]]:
+        """Completions of every prompt, n rows each; those of the first batch are remembered as they were drawn."""
+        n = self.settings.n
+        own = [rows[start : start + n] for start in range(0, len(rows), n)]
+        self._drawn = self._drawn or [[row.drawn() for row in of_prompt] for of_prompt in own]
+        return [[row.completion() for row in of_prompt] for of_prompt in own]
 
     def identity(self) -> dict[str, Any]:
         identity = {"sampler": self.back_end, "model": self.model.identity(), **self.settings.identity()}

@@ -28,15 +28,16 @@ from tqdm import tqdm
 
 from qprobe.models import choices
 from qprobe.models.choices import Said
-from qprobe.models.language_model import ModelSpec, Tokenizer
-from qprobe.models.openai_client import ApiRefused, ApiSettings, Client, client
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.openai_client import ApiBackEnd, ApiRefused, ApiSettings
+from qprobe.models.tokenizer import Tokenizer
 from qprobe.prompts import Prompt
 from qprobe.sampling.base import LOGPROB, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import Drawn
 from qprobe.settings import build
 
-OPENINGS = ("continue_final_message", "prefix")
-LEFT_AWAY = {
+_OPENINGS = ("continue_final_message", "prefix")
+_LEFT_AWAY = {
     "n": "completions are asked for one by one",
     "seed": "completions cannot be repeated",
     "stop": "completions are cut here, and cost tokens up to max_new_tokens",
@@ -54,7 +55,7 @@ class _Job:
     stop: bool = True
 
 
-class OpenAISampler:
+class OpenAISampler(ApiBackEnd):
     """Completions by an OpenAI-compatible API.
 
     Args:
@@ -84,8 +85,8 @@ class OpenAISampler:
             raise ValueError(f"choices_per_call is {choices_per_call}: at least 1, or null for all of a prompt.")
         if stop_limit < 0:
             raise ValueError(f"stop_limit is {stop_limit}: 0 or more.")
-        if opening is not None and opening not in OPENINGS:
-            raise ValueError(f"opening is {opening!r}: choose {' or '.join(OPENINGS)}, or null.")
+        if opening is not None and opening not in _OPENINGS:
+            raise ValueError(f"opening is {opening!r}: choose {' or '.join(_OPENINGS)}, or null.")
         self.settings = settings
         self.api = api if isinstance(api, ApiSettings) else build(ApiSettings, api, "sampler.api")
         self.opening = opening
@@ -97,21 +98,6 @@ class OpenAISampler:
         self._left_away: set[str] = set()
         # Of the first batch, by prompt: request, text, and the log-probability of the text alone.
         self._first: list[list[tuple[dict[str, Any], str, float]]] = []
-
-    @property
-    def client(self) -> Client:
-        return client(self.api)
-
-    def usage(self) -> dict[str, int]:
-        return self.client.usage()
-
-    def check(self) -> None:
-        """Raise, before any work, where the openai package or the key is missing."""
-        self.client.check()
-
-    def close(self) -> None:
-        """Close the connections; the next call opens them again."""
-        self.client.close()
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -233,7 +219,7 @@ class OpenAISampler:
                         f"A prompt with max_new_tokens={self.settings.max_new_tokens} exceeds the context of "
                         f"{self.api.model} ({error.said}): shorten the prompt or lower max_new_tokens."
                     ) from None
-                name = next((name for name in LEFT_AWAY if name in body and _names(error, name)), None)
+                name = next((name for name in _LEFT_AWAY if name in body and _names(error, name)), None)
                 if name is None:
                     raise
                 self._leave_away(name)
@@ -241,7 +227,7 @@ class OpenAISampler:
     def _leave_away(self, name: str) -> None:
         if name not in self._left_away:
             self._left_away.add(name)
-            tqdm.write(f"{self.client.where} refuses {name}: {LEFT_AWAY[name]}.", file=sys.stderr)
+            tqdm.write(f"{self.client.where} refuses {name}: {_LEFT_AWAY[name]}.", file=sys.stderr)
         if name == "n":
             self.choices_per_call = 1
 

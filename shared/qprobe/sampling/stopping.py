@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from qprobe.models.language_model import Tokenizer
-from qprobe.sampling.base import SamplingSettings
+from qprobe.models.tokenizer import Tokenizer
+from qprobe.sampling.base import Completion, SamplingSettings
+from qprobe.sampling.law import Drawn
 
 # Tokens whose text a rule is shown after every token: enough for a line's end and what begins the next line.
-RECENT = 24
+_RECENT = 24
 
 
 class StopTexts:
@@ -23,7 +25,7 @@ class StopTexts:
         self.tokenizer = tokenizer
         self.settings = settings
         # Enough tokens to hold the longest stop text, whatever its cut: a token has a byte at least.
-        self._tail = RECENT if settings.rule else max((len(s.encode()) for s in settings.stop), default=0) + 1
+        self._tail = _RECENT if settings.rule else max((len(s.encode()) for s in settings.stop), default=0) + 1
         self._prompts: dict[tuple[int, ...], str] = {}
 
     def reached(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
@@ -58,3 +60,47 @@ class StopTexts:
         if key not in self._prompts:
             self._prompts[key] = self.tokenizer.decode_completion([], prompt)
         return self._prompts[key]
+
+
+@dataclass
+class Growing:
+    """A completion while its tokens are drawn.
+
+    Args:
+        prompt: token ids.
+        seed: of the sample.
+        eos: tokens that end a completion.
+        stops: of the sampler's settings.
+        tokens: drawn so far, without the end of sequence.
+        reason: why it ended; empty while it goes on.
+    """
+
+    prompt: Sequence[int]
+    seed: int
+    eos: frozenset[int]
+    stops: StopTexts
+    tokens: list[int] = field(default_factory=list)
+    reason: str = ""
+    _end: list[int] = field(default_factory=list)
+    _logprobs: list[float] = field(default_factory=list)
+
+    def take(self, token: int, logprob: float) -> bool:
+        """Add a token that was drawn; returns whether the completion goes on."""
+        self._logprobs.append(logprob)
+        if token in self.eos:
+            self._end, self.reason = [token], "stop"
+            return False
+        self.tokens.append(token)
+        if self.stops.reached(self.prompt, self.tokens):
+            self.reason = "stop"
+        elif len(self.tokens) == self.stops.settings.max_new_tokens:
+            self.reason = "length"
+        return not self.reason
+
+    def completion(self) -> Completion:
+        text, kept = self.stops.cut(self.prompt, self.tokens)
+        return Completion(text, self.tokens[:kept], self.reason, float(sum(self._logprobs)), self.seed)
+
+    def drawn(self) -> Drawn:
+        """With all its tokens."""
+        return Drawn(self.prompt, [*self.tokens, *self._end], float(sum(self._logprobs)), self._logprobs)

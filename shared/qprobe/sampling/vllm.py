@@ -17,18 +17,16 @@ from qprobe import models
 from qprobe.models import vllm_engine
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.prefix import check_prompts
-from qprobe.models.vllm_engine import EngineSettings
+from qprobe.models.vllm_engine import EngineSettings, UsesEngine
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
-from qprobe.sampling.law import Drawn
 from qprobe.sampling.local import LocalSampler
-from qprobe.sampling.stopping import StopTexts
-from qprobe.settings import build
+from qprobe.sampling.stopping import Growing, StopTexts
 
 # vLLM raises a temperature below this to it.
-LOWEST_TEMPERATURE = 0.01
+_LOWEST_TEMPERATURE = 0.01
 
 
-class VLLMSampler(LocalSampler):
+class VLLMSampler(UsesEngine, LocalSampler):
     """Completions by vLLM.
 
     Args:
@@ -45,45 +43,37 @@ class VLLMSampler(LocalSampler):
     def __init__(
         self, model: ModelSpec, settings: SamplingSettings, engine: EngineSettings | Mapping[str, Any] | None = None
     ) -> None:
-        if 0 < settings.temperature < LOWEST_TEMPERATURE:
+        if 0 < settings.temperature < _LOWEST_TEMPERATURE:
             raise ValueError(
-                f"sampling: vLLM draws at temperature {LOWEST_TEMPERATURE} at least, not {settings.temperature}: use 0 for "
+                f"sampling: vLLM draws at temperature {_LOWEST_TEMPERATURE} at least, not {settings.temperature}: use 0 for "
                 "greedy decoding."
             )
         super().__init__(model, settings)
-        self.engine = engine if isinstance(engine, EngineSettings) else build(EngineSettings, engine or {}, "engine")
-
-    def check(self) -> None:
-        """Raise ModuleNotFoundError where vLLM is missing, before any work."""
-        vllm_engine.check_installed()
-
-    def close(self) -> None:
-        """Give back the engine's memory; the next call starts it again."""
-        vllm_engine.shut_down()
+        self.engine = EngineSettings.of(engine)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
-        n = self.settings.n
-        check_seeds(prompts, seeds, n)
+        check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
-        vllm_engine.check_installed()
+        self.check()
         check_prompts(prompts)
         self.check_length(prompts, self.engine.context_length(self.model))
         engine = vllm_engine.start(self.model, self.engine, pooling=False)
         stops = StopTexts(models.load_tokenizer(self.model), self.settings)
         eos = models.outline(self.model).eos_token_ids
         rows = [
-            _Row(prompt, seed, self.settings.max_new_tokens, eos, stops)
+            Growing(prompt, seed, eos, stops)
             for prompt, of_prompt in zip(prompts, seeds, strict=True)
             for seed in of_prompt
         ]
         params = [self._params(row.seed, eos) for row in rows]
-        engine.run([row.prompt for row in rows], params, lambda place, outputs: rows[place].take(outputs[0]))
-        completions = [row.completion() for row in rows]
-        if not self._drawn:
-            drawn = [row.drawn() for row in rows]
-            self._drawn = [drawn[p * n : (p + 1) * n] for p in range(len(prompts))]
-        return [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
+        engine.run([row.prompt for row in rows], params, lambda place, outputs: _take(rows[place], outputs[0]))
+        for row in rows:
+            if not row.reason:
+                raise RuntimeError(
+                    f"vLLM ended the completion of seed {row.seed} after {len(row.tokens)} tokens, unasked."
+                )
+        return self.finished(rows)
 
     def _params(self, seed: int, eos: frozenset[int]) -> Any:
         from vllm import SamplingParams
@@ -105,47 +95,9 @@ class VLLMSampler(LocalSampler):
         )
 
 
-class _Row:
-    """A completion in the making."""
-
-    def __init__(
-        self, prompt: Sequence[int], seed: int, max_new_tokens: int, eos: frozenset[int], stops: StopTexts
-    ) -> None:
-        self.prompt = prompt
-        self.seed = seed
-        self.max_new_tokens = max_new_tokens
-        self.eos = eos
-        self.stops = stops
-        self.tokens: list[int] = []
-        self.ends: list[int] = []
-        self.logprobs: list[float] = []
-        self.reason = ""
-
-    def take(self, output: Any) -> bool:
-        """Add what vLLM drew, token by token; returns whether the completion goes on."""
-        for token, of_token in zip(output.token_ids, output.logprobs, strict=True):
-            self.logprobs.append(of_token[token].logprob)
-            if token in self.eos:
-                self.ends = [token]
-                self.reason = "stop"
-                return False
-            self.tokens.append(token)
-            if self.stops.reached(self.prompt, self.tokens):
-                self.reason = "stop"
-                return False
-            if len(self.tokens) == self.max_new_tokens:
-                self.reason = "length"
-                return False
-        return True
-
-    def drawn(self) -> Drawn:
-        """With all its tokens."""
-        return Drawn(self.prompt, [*self.tokens, *self.ends], float(sum(self.logprobs)), self.logprobs)
-
-    def completion(self) -> Completion:
-        if not self.reason:
-            raise RuntimeError(
-                f"vLLM ended the completion of seed {self.seed} after {len(self.tokens)} tokens, unasked."
-            )
-        text, kept = self.stops.cut(self.prompt, self.tokens)
-        return Completion(text, self.tokens[:kept], self.reason, float(sum(self.logprobs)), self.seed)
+def _take(row: Growing, output: Any) -> bool:
+    """Add what vLLM drew, token by token; returns whether the completion goes on."""
+    return all(
+        row.take(token, of_token[token].logprob)
+        for token, of_token in zip(output.token_ids, output.logprobs, strict=True)
+    )

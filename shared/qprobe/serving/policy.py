@@ -107,7 +107,7 @@ class Policy:
             seed: of candidates and choice; None takes a new one at every call.
 
         Raises:
-            ValueError: plain text where no style is known, a prompt that is none, or one that the model has no room for.
+            ValueError: plain text where no style is known, a prompt that is none, or one beyond the context of the model.
         """
         return self._chosen(prompt, seed)
 
@@ -165,7 +165,7 @@ class Policy:
             raise ValueError(f"A prompt of the list is {prompt!r:.60}: give a text, a conversation, or a Prompt.")
         if self.style is None:
             raise ValueError(
-                "The probe does not say how plain text was put to the model: give Policy a style (chat or text), or give it "
+                "The probe does not say how plain text was rendered in training: give Policy a style (chat or text), or give it "
                 "a conversation."
             )
         return plain_prompt("answer", prompt, self.style)

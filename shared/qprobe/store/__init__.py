@@ -1,19 +1,15 @@
 """The files of a run folder: tables of Parquet parts, and JSON lines. It knows files and nothing of what they mean."""
 
-from qprobe.store.table import (
+from qprobe.store.parts import (
     COMPLETIONS,
     LIKELIHOODS,
     PROMPTS,
-    REMADE,
     REWARDS,
     StoreError,
-    Table,
     embeddings_of,
     feature_rows,
-    features_schema,
-    found_table,
-    open_table,
 )
+from qprobe.store.table import REMADE, Table, found_table, open_table
 
 __all__ = [
     "COMPLETIONS",
@@ -25,7 +21,6 @@ __all__ = [
     "Table",
     "embeddings_of",
     "feature_rows",
-    "features_schema",
     "found_table",
     "open_table",
 ]

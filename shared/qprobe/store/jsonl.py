@@ -16,7 +16,7 @@ from typing import Any
 from qprobe.files import read_text
 from qprobe.prompts import Prompt, wrong_messages
 
-OWN_FIELDS = {"prompt", "messages", "task_id"}
+_OWN_FIELDS = {"prompt", "messages", "task_id"}
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,15 @@ def read_prompts(path: Path, split: str) -> list[PromptRow]:
     rows: list[PromptRow] = []
     by_id: dict[str, PromptRow] = {}
     by_prompt: dict[str, PromptRow] = {}
-    for number, values in _lines(path):
-        row = _prompt_row(path, number, values, split)
+    for line in _lines(path):
+        row = line.prompt_row(split)
         if (other := by_id.setdefault(row.task_id, row)) is not row:
-            raise _wrong(
-                path, number, f"the task_id {row.task_id!r} was given to line {other.line} too; give each its own"
-            )
+            raise line.wrong(f"the task_id {row.task_id!r} was given to line {other.line} too; give each its own")
         if (other := by_prompt.setdefault(json.dumps(row.prompt), row)) is not row:
             # Twice the same prompt would be trained on and tested on at once.
-            raise _wrong(path, number, f"the prompt is that of line {other.line} again; keep one of them")
+            raise line.wrong(f"the prompt is that of line {other.line} again; keep one of them")
         if clash := sorted({"completion", "prompts", "completions"} & set(row.fields)):
-            raise _wrong(
-                path, number, f"the field {clash[0]!r} has the name of what the reward function is given; rename it"
-            )
+            raise line.wrong(f"the field {clash[0]!r} has the name of what the reward function is given; rename it")
         rows.append(row)
     if not rows:
         raise ValueError(f'{_named(path)} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
@@ -136,35 +132,31 @@ def read_candidates(path: Path, split: str) -> Candidates:
     rewards: dict[str, list[float]] = {}
     lines: dict[str, list[int]] = {}
     repeated: list[int] = []
-    extra: dict[str, None] = {}
-    for number, values in _lines(path):
-        row = _prompt_row(path, number, values, split)
+    extra: set[str] = set()
+    for line in _lines(path):
+        row = line.prompt_row(split)
         own = json.dumps(row.prompt)
         known = by_prompt.get(own)
-        if "task_id" not in values and known is not None:
+        if known is not None and "task_id" not in line.values:
             row = known
         if known is not None and known.task_id != row.task_id:
-            raise _wrong(
-                path,
-                number,
-                f"its prompt has the task_id {known.task_id!r} at line {known.line} and {row.task_id!r} here; a prompt has one",
+            raise line.wrong(
+                f"its prompt has the task_id {known.task_id!r} at line {known.line} and {row.task_id!r} here; a prompt has one"
             )
         first = groups.setdefault(row.task_id, row)
         if json.dumps(first.prompt) != own:
-            raise _wrong(
-                path,
-                number,
-                f"the task_id {row.task_id!r} stands for another prompt at line {first.line}; give each its own",
+            raise line.wrong(
+                f"the task_id {row.task_id!r} is that of another prompt at line {first.line}; give each its own"
             )
         by_prompt.setdefault(own, first)
-        completion, reward = _candidate(path, number, values)
+        completion, reward = line.candidate()
         of_prompt = completions.setdefault(row.task_id, [])
         if completion in of_prompt:
-            repeated.append(number)
+            repeated.append(line.number)
         of_prompt.append(completion)
         rewards.setdefault(row.task_id, []).append(reward)
-        lines.setdefault(row.task_id, []).append(number)
-        extra |= dict.fromkeys(name for name in values if name not in OWN_FIELDS | {"completion", "reward"})
+        lines.setdefault(row.task_id, []).append(line.number)
+        extra |= set(line.values) - _OWN_FIELDS - {"completion", "reward"}
     if not groups:
         raise ValueError(
             f'{_named(path)} has no candidates: give one JSON object a line, such as {{"prompt": "...", "completion": "...", '
@@ -188,53 +180,75 @@ def read_candidates(path: Path, split: str) -> Candidates:
             f"{len(alone)} of {len(groups)} prompts have a single candidate (the first: line {groups[alone[0]].line}): there is "
             "nothing to choose, and they are left out."
         )
-    kept = [task_id for task_id in groups if len(completions[task_id]) > 1]
-    return Candidates(
-        [groups[task_id] for task_id in kept],
-        {task_id: completions[task_id] for task_id in kept},
-        {task_id: rewards[task_id] for task_id in kept},
-        notes,
-        {task_id: lines[task_id] for task_id in kept},
-    )
+    for task_id in alone:
+        del groups[task_id], completions[task_id], rewards[task_id], lines[task_id]
+    return Candidates(list(groups.values()), completions, rewards, notes, lines)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of every line that is not empty."""
+@dataclass(frozen=True)
+class _Line:
+    """The object of a line of a file; `number` from 1."""
+
+    path: Path
+    number: int
+    values: dict[str, Any]
+
+    def wrong(self, what: str) -> ValueError:
+        return ValueError(f"{_named(self.path)}, line {self.number}: {what}.")
+
+    def prompt_row(self, split: str) -> PromptRow:
+        task_id = self.values.get("task_id", f"{split}-{self.number:05d}")
+        if isinstance(task_id, int) and not isinstance(task_id, bool):
+            task_id = str(task_id)
+        if not isinstance(task_id, str) or not task_id:
+            raise self.wrong(f"task_id is {task_id!r}; give a text or a whole number")
+        if ("prompt" in self.values) == ("messages" in self.values):
+            given = "both prompt and messages" if "prompt" in self.values else "neither prompt nor messages"
+            raise self.wrong(f"it has {given}; give one of them")
+        fields = {name: value for name, value in self.values.items() if name not in _OWN_FIELDS}
+        prompt = self._messages() if "messages" in self.values else self._text("prompt", self.values["prompt"])
+        if isinstance(prompt, str) and not prompt.strip():
+            raise self.wrong("the prompt is empty")
+        return PromptRow(self._text("task_id", task_id), self.number, prompt, fields)
+
+    def candidate(self) -> tuple[str, float]:
+        """Completion and reward."""
+        if missing := [name for name in ("completion", "reward") if name not in self.values]:
+            raise self.wrong(f"it has no {' and no '.join(missing)}; every candidate has both")
+        reward = self.values["reward"]
+        if not isinstance(reward, int | float) or not abs(reward) < 1e38:
+            raise self.wrong(f"the reward is {reward!r:.60}; give a finite number")
+        return self._text("completion", self.values["completion"]), float(reward)
+
+    def _messages(self) -> list[dict[str, str]]:
+        messages: list[dict[str, str]] = self.values["messages"]
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise self.wrong('messages is no conversation; give [{"role": "user", "content": "..."}, ...]')
+        if why := wrong_messages(messages):
+            raise self.wrong(why)
+        return messages
+
+    def _text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.wrong(f"{name} is {value!r:.60}; give a text")
+        if not _is_unicode(value):
+            raise self.wrong(f"{name} holds half of a character (a lone surrogate); correct the text")
+        return value
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Every line that is not empty."""
     # Only line feeds end a line: JSON may hold the other separators that str.splitlines knows.
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
             continue
         try:
-            values = json.loads(line)
+            line = _Line(path, number, json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise _wrong(path, number, f"this is no JSON ({error}); write one JSON object a line") from error
-        if not isinstance(values, dict):
-            raise _wrong(path, number, "this is no JSON object; write {...} with its fields")
-        yield number, values
-
-
-def _prompt_row(path: Path, number: int, values: dict[str, Any], split: str) -> PromptRow:
-    task_id = values.get("task_id", f"{split}-{number:05d}")
-    if isinstance(task_id, int) and not isinstance(task_id, bool):
-        task_id = str(task_id)
-    if not isinstance(task_id, str) or not task_id:
-        raise _wrong(path, number, f"task_id is {task_id!r}; give a text or a whole number")
-    if ("prompt" in values) == ("messages" in values):
-        given = "both prompt and messages" if "prompt" in values else "neither prompt nor messages"
-        raise _wrong(path, number, f"it has {given}; give one of them")
-    fields = {name: value for name, value in values.items() if name not in OWN_FIELDS}
-    if "messages" in values:
-        messages = values["messages"]
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise _wrong(path, number, 'messages is no conversation; give [{"role": "user", "content": "..."}, ...]')
-        if why := wrong_messages(messages):
-            raise _wrong(path, number, why)
-        return PromptRow(_text(path, number, "task_id", task_id), number, messages, fields)
-    prompt = _text(path, number, "prompt", values["prompt"])
-    if not prompt.strip():
-        raise _wrong(path, number, "the prompt is empty")
-    return PromptRow(_text(path, number, "task_id", task_id), number, prompt, fields)
+            raise _Line(path, number, {}).wrong(f"this is no JSON ({error}); write one JSON object a line") from error
+        if not isinstance(line.values, dict):
+            raise line.wrong("this is no JSON object; write {...} with its fields")
+        yield line
 
 
 def _is_message(message: Any) -> bool:
@@ -245,29 +259,8 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _candidate(path: Path, number: int, values: dict[str, Any]) -> tuple[str, float]:
-    if missing := [name for name in ("completion", "reward") if name not in values]:
-        raise _wrong(path, number, f"it has no {' and no '.join(missing)}; every candidate has both")
-    reward = values["reward"]
-    if not isinstance(reward, int | float) or not abs(reward) < 1e38:
-        raise _wrong(path, number, f"the reward is {reward!r:.60}; give a finite number")
-    return _text(path, number, "completion", values["completion"]), float(reward)
-
-
-def _text(path: Path, number: int, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong(path, number, f"{name} is {value!r:.60}; give a text")
-    if not _is_unicode(value):
-        raise _wrong(path, number, f"{name} holds half of a character (a lone surrogate); correct the text")
-    return value
-
-
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _wrong(path: Path, number: int, what: str) -> ValueError:
-    return ValueError(f"{_named(path)}, line {number}: {what}.")
 
 
 def _named(path: Path) -> str:

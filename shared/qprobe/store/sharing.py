@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.files import write_whole
+from qprobe.store.parts import StoreError, inputs_of
 
 # A file of a run folder that names the others, and how far above the folder of a table's run it may lie (run/policies/<name>).
 NAME, DEPTH = "shared.json", 3
@@ -51,8 +52,8 @@ def take(run: Path, folder: Path, inputs: dict[str, Any]) -> None:
 def _inputs(manifest: Path) -> Any:
     """What a manifest names; None where it cannot be read, which its own table says."""
     try:
-        return json.loads(manifest.read_text())["inputs"]
-    except (ValueError, KeyError, TypeError, OSError):
+        return inputs_of(manifest)
+    except StoreError:
         return None
 
 

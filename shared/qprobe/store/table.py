@@ -11,16 +11,16 @@ learning rate disowns nothing.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
+import importlib.metadata
 import json
 import platform
 import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ from tqdm import tqdm
 
 from qprobe.files import fingerprint, remove_abandoned, write_whole
 from qprobe.store import sharing
+from qprobe.store.parts import COMPLETIONS as COMPLETIONS
+from qprobe.store.parts import PROMPTS as PROMPTS
+from qprobe.store.parts import REWARDS as REWARDS
+from qprobe.store.parts import StoreError as StoreError
+from qprobe.store.parts import check_widths, features_shape, inputs_of, joined, read_part
+from qprobe.store.parts import embeddings_of as embeddings_of
+from qprobe.store.parts import feature_rows as feature_rows
 
 # Embeddings above this size are read into a temporary file that is mapped, so that the kernel may drop what is not in use:
 # memory then does not grow with the number of samples. Below it a file would only cost time.
@@ -39,8 +46,8 @@ MAPPED_ABOVE = 256 * 2**20
 # Note on a table: how many of its parts were made anew from the same inputs, as those with replies that could not be read.
 REMADE = "remade"
 
-# What stands behind the fingerprints of inputs: a fingerprint tells a user nothing.
-MEANINGS = {
+# What the fingerprints of inputs are of: a fingerprint tells a user nothing.
+_MEANINGS = {
     "completions": "the completions that it was made of",
     "prompts": "the prompts that it was made of",
     "split.file": "the content of the file of prompts",
@@ -51,48 +58,6 @@ MEANINGS = {
     "reward.fields": "the fields of the prompts' lines that the reward reads",
 }
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
-
-KEY = [pa.field("task_id", pa.string(), nullable=False), pa.field("sample", pa.int32(), nullable=False)]
-PROMPTS = pa.schema(
-    [
-        pa.field("task_id", pa.string(), nullable=False),
-        pa.field("messages", pa.string()),  # JSON; null for a prompt of plain text
-        pa.field("prompt", pa.string(), nullable=False),  # as rendered
-        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
-    ]
-)
-COMPLETIONS = pa.schema(
-    [
-        *KEY,
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.int32())),  # null where the back end gives none
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("logprob", pa.float32(), nullable=False),  # untempered, summed, nats; NaN where unknown
-    ]
-)
-LIKELIHOODS = pa.schema(
-    [*KEY, pa.field("logprob", pa.float32(), nullable=False), pa.field("tokens", pa.int32(), nullable=False)]
-)
-REWARDS = pa.schema(
-    [
-        *KEY,
-        pa.field("reward", pa.float32(), nullable=False),
-        pa.field("verdict", pa.string(), nullable=False),
-        pa.field("seconds", pa.float32(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ]
-)
-
-
-def features_schema(dimension: int, exact: bool = False) -> pa.Schema:
-    """Rows of embeddings; float16, or float32 (`exact`) where a value does not fit."""
-    values = pa.list_(pa.float32() if exact else pa.float16(), dimension)
-    return pa.schema([*KEY, pa.field("embedding", values, nullable=False)])
-
-
-class StoreError(RuntimeError):
-    """The run folder cannot be used as it is; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +111,7 @@ class Table:
             if self.parts():
                 raise StoreError(f"{self.name} has parts but no manifest.json: move it away or delete it.")
             return
-        try:
-            found = json.loads(self._manifest.read_text())["inputs"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{self._manifest} cannot be read ({error}): move the table away or delete it.") from error
+        found = inputs_of(self._manifest)
         if found != json.loads(json.dumps(self.inputs)) and not self.outdated:
             raise StoreError(
                 f"{self.name} was made from other inputs ({_difference(found, self.inputs)}): choose another run folder, or "
@@ -163,8 +125,8 @@ class Table:
         A version is a number by itself under the key "version", such as `{"reader": {"version": 2}}`. It is for what costs little
         to make anew."""
         try:
-            found = json.loads(self._manifest.read_text())["inputs"]
-        except (ValueError, KeyError, TypeError, OSError):
+            found = inputs_of(self._manifest)
+        except StoreError:
             return False  # what is wrong with it is said by `check_inputs`
         wanted = json.loads(json.dumps(self.inputs))
         return bool(found != wanted) and _is_older(found, wanted)
@@ -212,10 +174,8 @@ class Table:
             StoreError: a part is missing, unreadable or foreign; the message names it.
         """
         paths = self._paths_of(batches)
-        tables = [_read_part(path, self.schema, columns) for path in paths]
-        if self.schema is None:
-            tables = _same_width(tables, paths)
-        return pa.concat_tables(tables)
+        tables = [read_part(path, self.schema, columns) for path in paths]
+        return joined(tables, paths) if self.schema is None else pa.concat_tables(tables)
 
     def read_embeddings(self, batches: Iterable[Sequence[str]]) -> tuple[list[tuple[str, int]], np.ndarray]:
         """The keys and embeddings of a features table, with one part at a time in memory besides the result.
@@ -230,18 +190,15 @@ class Table:
             StoreError: as `read`, or the disk has no room for that file.
         """
         paths = self._paths_of(batches)
-        shapes = [_features_shape(path) for path in paths]
-        width = shapes[0].width
-        for shape, path in zip(shapes, paths, strict=True):
-            if shape.width != width:
-                raise StoreError(_other_width(path, shape.width, paths[0], width))
+        shapes = [features_shape(path) for path in paths]
+        check_widths([shape.width for shape in shapes], paths)
         dtype = np.dtype(np.float32 if any(shape.exact for shape in shapes) else np.float16)
-        rows = sum(shape.rows for shape in shapes)
+        rows, width = sum(shape.rows for shape in shapes), shapes[0].width
         keys: list[tuple[str, int]] = []
 
         def parts() -> Iterable[np.ndarray]:
             for path in paths:
-                part = _read_part(path, None)  # as many rows as its footer said, or it is unreadable
+                part = read_part(path, None)  # as many rows as its footer said, or it is unreadable
                 keys.extend(zip(part["task_id"].to_pylist(), part["sample"].to_pylist(), strict=True))
                 yield embeddings_of(part).astype(dtype, copy=False)
 
@@ -265,8 +222,8 @@ class Table:
         except OSError as error:
             size = shape[0] * shape[1] * dtype.itemsize / 2**30
             raise StoreError(
-                f"The embeddings of {self.name} do not fit a temporary file beside them ({error.strerror or error}): training "
-                f"and evaluation need {size:.1f} GiB there while they run; make room, then start the same command again."
+                f"The embeddings of {self.name} do not fit a temporary file in their folder ({error.strerror or error}): "
+                f"training and evaluation need {size:.1f} GiB there while they run; make room, then start the same command again."
             ) from error
 
     def _paths_of(self, batches: Iterable[Sequence[str]] | None) -> list[Path]:
@@ -284,7 +241,7 @@ class Table:
         return paths
 
     def note(self, name: str, value: Any) -> None:
-        """Write down something of how the table was made, beside its inputs: it is no input, no later table depends on it."""
+        """Write down something of how the table was made, in its manifest: it is no input, no later table depends on it."""
         manifest = json.loads(self._manifest.read_text())
         write_whole(self._manifest, json.dumps(manifest | {name: value}, indent=2).encode())
 
@@ -327,127 +284,7 @@ def found_table(folder: Path, schema: pa.Schema | None = None) -> Table:
     manifest = folder / "manifest.json"
     if not manifest.exists():
         raise StoreError(f"{folder} is no table of a run folder: it has no manifest.json.")
-    try:
-        return Table(folder, dict(json.loads(manifest.read_text())["inputs"]), schema)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StoreError(f"{manifest} cannot be read ({error}): move the table away or delete it.") from error
-
-
-def feature_rows(task_ids: Sequence[str], samples: Sequence[int], values: np.ndarray) -> tuple[pa.Table, bool]:
-    """Rows of a features part.
-
-    Args:
-        task_ids, samples: (N,) keys.
-        values: (N, D) float32.
-
-    Returns: (table, exact): exact says that float16 could not hold the values and float32 was used.
-
-    Raises:
-        StoreError: a value is not finite.
-    """
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise StoreError(
-            f"The embedding of {task_ids[row]}, sample {samples[row]}, is not finite: the model overflows in its dtype; use "
-            "bfloat16 or float32."
-        )
-    exact = bool(np.abs(values).max(initial=0.0) > np.finfo(np.float16).max)
-    flat = values.astype(np.float32 if exact else np.float16).ravel()
-    schema = features_schema(values.shape[1], exact)
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
-    arrays = [pa.array(task_ids, pa.string()), pa.array(samples, pa.int32()), embedding]
-    return pa.Table.from_arrays(arrays, schema=schema), exact
-
-
-def embeddings_of(table: pa.Table) -> np.ndarray:
-    """The (N, D) matrix of a features table, float16 or float32 as stored."""
-    column = table.column("embedding").combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # more than 2**31 values stay in chunks
-        return np.concatenate([_matrix(chunk) for chunk in column.chunks])
-    return _matrix(column)
-
-
-def _matrix(column: Any) -> np.ndarray:
-    return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), -1)
-
-
-def _read_part(path: Path, schema: pa.Schema | None, columns: Sequence[str] | None = None) -> pa.Table:
-    with _readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_schema(path, file.schema_arrow, schema)
-        return file.read(columns=None if columns is None else list(columns))
-
-
-@dataclass(frozen=True)
-class _Shape:
-    rows: int
-    width: int
-    exact: bool
-
-
-def _features_shape(path: Path) -> _Shape:
-    """What a part's footer says of its embeddings."""
-    with _readable(path), pq.ParquetFile(path) as file:
-        _check_schema(path, file.schema_arrow, None)
-        kind = file.schema_arrow.field("embedding").type
-        shape = _Shape(file.metadata.num_rows, kind.list_size, kind.value_type == pa.float32())
-        if shape.rows * shape.width * 2 > path.stat().st_size:  # no checksum guards the footer
-            raise pa.ArrowInvalid(f"its footer names {shape.rows} rows, more than it can hold")
-        return shape
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (
-        pa.ArrowException,
-        OSError,
-        UnicodeDecodeError,
-    ) as error:  # a damaged footer may hold bytes that are no text
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(
-            f"{path} cannot be read ({first}): delete this part and start the same command again."
-        ) from error
-
-
-def _check_schema(path: Path, found: pa.Schema, schema: pa.Schema | None) -> None:
-    names = found.names
-    if not (_is_features(found) if schema is None else found.equals(schema)):
-        raise StoreError(f"{path} is foreign: its columns are {names}; move it away.")
-
-
-def _is_features(schema: pa.Schema) -> bool:
-    if "embedding" not in schema.names or not pa.types.is_fixed_size_list(kind := schema.field("embedding").type):
-        return False
-    return any(schema.equals(features_schema(kind.list_size, exact)) for exact in (False, True))
-
-
-def _other_width(path: Path, width: int, first: Path, wanted: int) -> str:
-    return f"{path} is foreign: its embeddings have {width} values, {first.name} has {wanted}."
-
-
-def _same_width(tables: list[pa.Table], paths: list[Path]) -> list[pa.Table]:
-    """Parts of one dimension, all float32 as soon as one of them is."""
-    kinds = [table.schema.field("embedding").type for table in tables]
-    for kind, path in zip(kinds, paths, strict=True):
-        if kind.list_size != kinds[0].list_size:
-            raise StoreError(_other_width(path, kind.list_size, paths[0], kinds[0].list_size))
-    if all(kind.value_type == pa.float16() for kind in kinds):
-        return tables
-    exact = features_schema(kinds[0].list_size, exact=True)
-    return [
-        pa.Table.from_arrays(
-            [
-                table.column("task_id").combine_chunks(),
-                table.column("sample").combine_chunks(),
-                pa.FixedSizeListArray.from_arrays(
-                    pa.array(embeddings_of(table).astype(np.float32).ravel()), exact.field(2).type.list_size
-                ),
-            ],
-            schema=exact,
-        )
-        for table in tables
-    ]
+    return Table(folder, inputs_of(manifest), schema)
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:
@@ -461,8 +298,8 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
         return "; ".join([line for line in lines if line][:4])
     if found == json.loads(json.dumps(wanted)):
         return ""
-    if path in MEANINGS and isinstance(wanted, str):
-        return f"{MEANINGS[path]} changed"
+    if path in _MEANINGS and isinstance(wanted, str):
+        return f"{_MEANINGS[path]} changed"
     if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (found, wanted)):
         return f"the content of {path} changed"
     return f"{path} was {found!r:.80}, now {wanted!r:.80}"
@@ -485,8 +322,6 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    import importlib.metadata
-
     versions = {"python": platform.python_version()}
     for package in ("qprobe", "torch", "transformers", "numpy", "pyarrow"):
         try:

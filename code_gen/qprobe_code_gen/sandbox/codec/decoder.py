@@ -12,55 +12,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from .tags import (
-    ARRAY,
-    BIG,
-    BYTEARRAY,
-    COMPLEX,
-    CONSTANTS,
-    COUNT,
-    COUNTER,
-    DATE,
-    DATETIME,
-    DECIMAL,
-    DEFAULT,
-    DEPTH,
-    DEQUE,
-    DICT,
-    FLOAT,
-    FRACTION,
-    FROZENSET,
-    HANDLE,
-    INT,
-    ITEMS,
-    ITERATOR,
-    KEYS,
-    LIST,
-    NAME,
-    NAMED,
-    NAMEDTUPLE,
-    NDARRAY,
-    NOT_IMPLEMENTED,
-    ORDERED,
-    OWN,
-    PAIRS,
-    PLAIN_DTYPE,
-    RANGE,
-    RAW,
-    REAL,
-    SCALAR,
-    SET,
-    SHARED,
-    SLICE,
-    SMALL,
-    TEXT,
-    TIME,
-    TIMEDELTA,
-    TIMEZONE,
-    TUPLE,
-    VALUES,
-    Garbled,
-)
+from . import tags
+from .tags import DEPTH, ITEMS, NAMED, PLAIN_DTYPE, Garbled
 
 
 def pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
@@ -98,33 +51,33 @@ def _clock(kind: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     return build
 
 
-BUILD: dict[int, Callable[[list[Any]], Any]] = {
-    TUPLE: tuple,
-    FROZENSET: frozenset,
-    NAMEDTUPLE: _named,
-    SLICE: lambda items: slice(*_exactly(items, 3)),
-    RANGE: lambda items: range(*_exactly(items, 3)),
-    COMPLEX: lambda items: complex(*_exactly(items, 2)),
-    DECIMAL: _decimal,
-    FRACTION: lambda items: Fraction(*_exactly(items, 2)),
-    DATE: lambda items: date(*_exactly(items, 3)),
-    TIME: _clock(time),
-    DATETIME: _clock(datetime),
-    TIMEDELTA: lambda items: timedelta(*_exactly(items, 3)),
-    TIMEZONE: lambda items: timezone(*items),
-    KEYS: lambda items: dict.fromkeys(items).keys(),
-    VALUES: lambda items: dict(enumerate(items)).values(),
-    PAIRS: lambda items: dict(items).items(),
-    ITERATOR: iter,
-    DEQUE: lambda items: deque(items[1:], items[0]),
+_BUILD: dict[int, Callable[[list[Any]], Any]] = {
+    tags.TUPLE: tuple,
+    tags.FROZENSET: frozenset,
+    tags.NAMEDTUPLE: _named,
+    tags.SLICE: lambda items: slice(*_exactly(items, 3)),
+    tags.RANGE: lambda items: range(*_exactly(items, 3)),
+    tags.COMPLEX: lambda items: complex(*_exactly(items, 2)),
+    tags.DECIMAL: _decimal,
+    tags.FRACTION: lambda items: Fraction(*_exactly(items, 2)),
+    tags.DATE: lambda items: date(*_exactly(items, 3)),
+    tags.TIME: _clock(time),
+    tags.DATETIME: _clock(datetime),
+    tags.TIMEDELTA: lambda items: timedelta(*_exactly(items, 3)),
+    tags.TIMEZONE: lambda items: timezone(*items),
+    tags.KEYS: lambda items: dict.fromkeys(items).keys(),
+    tags.VALUES: lambda items: dict(enumerate(items)).values(),
+    tags.PAIRS: lambda items: dict(items).items(),
+    tags.ITERATOR: iter,
+    tags.DEQUE: lambda items: deque(items[1:], items[0]),
 }
-MAKE: dict[int, Callable[[], Any]] = {
-    LIST: list,
-    DICT: dict,
-    SET: set,
-    ORDERED: OrderedDict,
-    DEFAULT: defaultdict,
-    COUNTER: Counter,
+_MAKE: dict[int, Callable[[], Any]] = {
+    tags.LIST: list,
+    tags.DICT: dict,
+    tags.SET: set,
+    tags.ORDERED: OrderedDict,
+    tags.DEFAULT: defaultdict,
+    tags.COUNTER: Counter,
 }
 
 
@@ -139,13 +92,13 @@ def _fill_default(target: Any, items: list[Any]) -> None:
     dict.update(target, pairs(items[1:]))
 
 
-FILL: dict[int, Callable[[Any, list[Any]], Any]] = {
-    LIST: list.extend,
-    DICT: lambda target, items: dict.update(target, pairs(items)),
-    SET: set.update,
-    ORDERED: lambda target, items: OrderedDict.update(target, pairs(items)),
-    DEFAULT: _fill_default,
-    COUNTER: lambda target, items: dict.update(target, pairs(items)),
+_FILL: dict[int, Callable[[Any, list[Any]], Any]] = {
+    tags.LIST: list.extend,
+    tags.DICT: lambda target, items: dict.update(target, pairs(items)),
+    tags.SET: set.update,
+    tags.ORDERED: lambda target, items: OrderedDict.update(target, pairs(items)),
+    tags.DEFAULT: _fill_default,
+    tags.COUNTER: lambda target, items: dict.update(target, pairs(items)),
 }
 
 
@@ -189,29 +142,29 @@ class Decoder:
         while True:
             tag = data[at]
             at += 1
-            if tag == SMALL:
-                (value,) = INT.unpack_from(data, at)
+            if tag == tags.SMALL:
+                (value,) = tags.INT.unpack_from(data, at)
                 at += 8
-            elif tag == TEXT:
-                (length,) = COUNT.unpack_from(data, at)
+            elif tag == tags.TEXT:
+                (length,) = tags.COUNT.unpack_from(data, at)
                 at += 4
                 value = _cut(data, at, length).decode("utf-8", "surrogatepass")
                 at += length
-            elif tag <= NOT_IMPLEMENTED:
-                value = CONSTANTS[tag]
-            elif tag == REAL:
-                (value,) = FLOAT.unpack_from(data, at)
+            elif tag <= tags.NOT_IMPLEMENTED:
+                value = tags.CONSTANTS[tag]
+            elif tag == tags.REAL:
+                (value,) = tags.FLOAT.unpack_from(data, at)
                 at += 8
-            elif tag >= LIST:
-                (count,) = COUNT.unpack_from(data, at)
+            elif tag >= tags.LIST:
+                (count,) = tags.COUNT.unpack_from(data, at)
                 at += 4
                 items += count
                 if items > ITEMS or len(stack) >= DEPTH:
                     raise Garbled("more values than may be sent")
-                if tag not in BUILD and tag not in MAKE:
+                if tag not in _BUILD and tag not in _MAKE:
                     raise Garbled(f"the unknown tag {tag}")
                 number = len(containers)
-                containers.append(UNFINISHED if tag in BUILD else MAKE[tag]())
+                containers.append(_UNFINISHED if tag in _BUILD else _MAKE[tag]())
                 if count:
                     stack.append((tag, count, [], number))
                     continue
@@ -231,43 +184,43 @@ class Decoder:
                 return value
 
     def _finish(self, tag: int, children: list[Any], number: int) -> Any:
-        if tag in BUILD:
-            value = BUILD[tag](children)
+        if tag in _BUILD:
+            value = _BUILD[tag](children)
             self.containers[number] = value
         else:
             value = self.containers[number]
-            FILL[tag](value, children)
+            _FILL[tag](value, children)
         return value
 
     def _leaf(self, tag: int, data: bytes, at: int) -> tuple[Any, int]:
         """A leaf that is none of the usual ones, and where the next node begins."""
-        if tag in (NAME, SCALAR, NDARRAY):
+        if tag in (tags.NAME, tags.SCALAR, tags.NDARRAY):
             code = _cut(data, at + 1, data[at]).decode()
             at += 1 + data[at]
-            if tag == NAME:
+            if tag == tags.NAME:
                 return NAMED[code], at
             return self._numpy(tag, code, data, at)
-        if tag == ARRAY:
+        if tag == tags.ARRAY:
             code, at = chr(data[at]), at + 1
-        (count,) = COUNT.unpack_from(data, at)
+        (count,) = tags.COUNT.unpack_from(data, at)
         at += 4
-        if tag in (SHARED, OWN):
-            value = (self.containers if tag == SHARED else self.own)[count]
-            if value is UNFINISHED:
+        if tag in (tags.SHARED, tags.OWN):
+            value = (self.containers if tag == tags.SHARED else self.own)[count]
+            if value is _UNFINISHED:
                 raise Garbled("a tuple that holds itself")
             return value, at
-        if tag == HANDLE:
+        if tag == tags.HANDLE:
             if self.iterator is None:
                 raise Garbled("an iterator where none may be")
             return self.iterator(count), at
         piece = _cut(data, at, count)
-        if tag == RAW:
+        if tag == tags.RAW:
             return piece, at + count
-        if tag == BIG:
+        if tag == tags.BIG:
             return int.from_bytes(piece, "little", signed=True), at + count
-        if tag == BYTEARRAY:
+        if tag == tags.BYTEARRAY:
             value = bytearray(piece)
-        elif tag == ARRAY:
+        elif tag == tags.ARRAY:
             value = array(code)
             value.frombytes(piece)
         else:
@@ -281,19 +234,19 @@ class Decoder:
         if not PLAIN_DTYPE.fullmatch(code):
             raise Garbled("an array of objects")
         shape: tuple[int, ...] = ()
-        if tag == NDARRAY:
+        if tag == tags.NDARRAY:
             shape = struct.unpack_from(f"<{data[at]}q", data, at + 1)
             at += 1 + 8 * data[at]
-        (count,) = COUNT.unpack_from(data, at)
+        (count,) = tags.COUNT.unpack_from(data, at)
         value: Any = numpy.frombuffer(_cut(data, at + 4, count), numpy.dtype(code)).reshape(shape).copy()
-        if tag == SCALAR:
+        if tag == tags.SCALAR:
             value = value[()]
         else:
             self.containers.append(value)
         return value, at + 4 + count
 
 
-UNFINISHED = object()
+_UNFINISHED = object()
 
 
 def _cut(data: bytes, at: int, length: int) -> bytes:

@@ -13,57 +13,8 @@ from io import IOBase
 from itertools import chain
 from typing import Any
 
-from .tags import (
-    ARRAY,
-    BIG,
-    BYTEARRAY,
-    BYTES,
-    COMPLEX,
-    COUNT,
-    COUNTER,
-    DATE,
-    DATETIME,
-    DECIMAL,
-    DEFAULT,
-    DEPTH,
-    DEQUE,
-    DICT,
-    FRACTION,
-    FROZENSET,
-    HANDLE,
-    INT,
-    ITEMS,
-    ITERATOR,
-    KEYS,
-    LIST,
-    NAME,
-    NAME_OF,
-    NAMEDTUPLE,
-    NDARRAY,
-    ORDERED,
-    OWN,
-    PAIRS,
-    PLAIN_DTYPE,
-    RANGE,
-    RAW,
-    REAL,
-    SCALAR,
-    SET,
-    SHARED,
-    SLICE,
-    SMALL,
-    TAG_COUNT,
-    TAG_FLOAT,
-    TAG_INT,
-    TEXT,
-    TIME,
-    TIMEDELTA,
-    TIMEZONE,
-    TUPLE,
-    VALUES,
-    WITH_CHILDREN,
-    Unsendable,
-)
+from . import tags
+from .tags import BYTES, DEPTH, ITEMS, NAME_OF, PLAIN_DTYPE, Unsendable
 
 
 def _described(kind: type) -> str:
@@ -73,24 +24,24 @@ def _described(kind: type) -> str:
 
 def _big(value: int) -> bytes:
     if -(1 << 63) <= value < 1 << 63:
-        return TAG_INT.pack(SMALL, value)
+        return tags.TAG_INT.pack(tags.SMALL, value)
     length = value.bit_length() // 8 + 1
     if length > BYTES:
         raise Unsendable(f"an integer of {length} bytes")
-    return TAG_COUNT.pack(BIG, length) + value.to_bytes(length, "little", signed=True)
+    return tags.TAG_COUNT.pack(tags.BIG, length) + value.to_bytes(length, "little", signed=True)
 
 
 def _text(value: str) -> bytes:
     if len(value) > BYTES:
         raise Unsendable(f"a text of {len(value)} characters")
     data = value.encode("utf-8", "surrogatepass")
-    return TAG_COUNT.pack(TEXT, len(data)) + data
+    return tags.TAG_COUNT.pack(tags.TEXT, len(data)) + data
 
 
 def _raw(value: bytes) -> bytes:
     if len(value) > BYTES:
         raise Unsendable(f"{len(value)} bytes")
-    return TAG_COUNT.pack(RAW, len(value)) + value
+    return tags.TAG_COUNT.pack(tags.RAW, len(value)) + value
 
 
 def _name(value: Any) -> bytes:
@@ -98,105 +49,100 @@ def _name(value: Any) -> bytes:
     if name is None:
         what = "the class" if isinstance(value, type) else "the function"
         raise Unsendable(f"{what} {getattr(value, '__qualname__', '?')!s:.80}")
-    return bytes([NAME, len(name)]) + name.encode()
+    return bytes([tags.NAME, len(name)]) + name.encode()
 
 
-LEAVES: dict[type, Callable[[Any], bytes]] = {
+_LEAVES: dict[type, Callable[[Any], bytes]] = {
     type(None): lambda _: b"\x00",
     bool: lambda value: b"\x01" if value else b"\x02",
     type(...): lambda _: b"\x03",
     type(NotImplemented): lambda _: b"\x04",
     int: _big,
-    float: lambda value: TAG_FLOAT.pack(REAL, value),
+    float: lambda value: tags.TAG_FLOAT.pack(tags.REAL, value),
     str: _text,
     bytes: _raw,
     type: _name,
     type(len): _name,
 }
 # What an instance of a subclass stands on, by the base's own methods: the subclass may have others.
-STANDS_ON: dict[type, Callable[[Any], Any]] = {
+_STANDS_ON: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
     str: str.__str__,
     bytes: lambda value: bytes.__getitem__(value, slice(None)),
 }
-Children = tuple[int, Iterable[Any], int]  # tag, children, how many
+_Children = tuple[int, Iterable[Any], int]  # tag, children, how many
 
 
-def _children_of_named(value: Any) -> Children:
+def _children_of_named(value: Any) -> _Children:
     fields = tuple(type(value)._fields)
     items = [type(value).__name__, len(fields), *fields, *tuple.__iter__(value)]
-    return NAMEDTUPLE, items, len(items)
+    return tags.NAMEDTUPLE, items, len(items)
 
 
-def _dict(tag: int) -> Callable[[Any], Children]:
-    def children(value: Any) -> Children:
-        items = list(dict.items(value))
+def _dict(tag: int, kind: type[dict[Any, Any]] = dict) -> Callable[[Any], _Children]:
+    def children(value: Any) -> _Children:
+        items = list(kind.items(value))
         return tag, chain.from_iterable(items), 2 * len(items)
 
     return children
 
 
-def _ordered(value: Any) -> Children:
-    items = list(OrderedDict.items(value))
-    return ORDERED, chain.from_iterable(items), 2 * len(items)
-
-
-def _default(value: Any) -> Children:
+def _default(value: Any) -> _Children:
     items = list(dict.items(value))
     factory = value.default_factory if id(value.default_factory) in NAME_OF else None
-    return DEFAULT, chain([factory], chain.from_iterable(items)), 2 * len(items) + 1
+    return tags.DEFAULT, chain([factory], chain.from_iterable(items)), 2 * len(items) + 1
 
 
-def _listed(tag: int, kind: type) -> Callable[[Any], Children]:
-    def children(value: Any) -> Children:
+def _listed(tag: int, kind: type) -> Callable[[Any], _Children]:
+    def children(value: Any) -> _Children:
         items = list(kind.__iter__(value))  # type: ignore[attr-defined]
         return tag, items, len(items)
 
     return children
 
 
-def _fields(tag: int, names: str) -> Callable[[Any], Children]:
+def _fields(tag: int, names: str) -> Callable[[Any], _Children]:
     listed = names.split()
 
-    def children(value: Any) -> Children:
+    def children(value: Any) -> _Children:
         return tag, [getattr(value, name) for name in listed], len(listed)
 
     return children
 
 
-def _timezone(value: Any) -> Children:
+def _timezone(value: Any) -> _Children:
     given = value.__getinitargs__()  # with a name only where it has one of its own
-    return TIMEZONE, given, len(given)
+    return tags.TIMEZONE, given, len(given)
 
 
-CLOCK = "hour minute second microsecond fold tzinfo"
-CONTAINERS: dict[type, Callable[[Any], Children]] = {
-    list: _listed(LIST, list),
-    tuple: _listed(TUPLE, tuple),
-    dict: _dict(DICT),
-    set: _listed(SET, set),
-    frozenset: _listed(FROZENSET, frozenset),
-    deque: lambda value: (DEQUE, [value.maxlen, *deque.__iter__(value)], 1 + len(value)),
-    OrderedDict: _ordered,
+_CLOCK = "hour minute second microsecond fold tzinfo"
+_CONTAINERS: dict[type, Callable[[Any], _Children]] = {
+    list: _listed(tags.LIST, list),
+    tuple: _listed(tags.TUPLE, tuple),
+    dict: _dict(tags.DICT),
+    set: _listed(tags.SET, set),
+    frozenset: _listed(tags.FROZENSET, frozenset),
+    deque: lambda value: (tags.DEQUE, [value.maxlen, *deque.__iter__(value)], 1 + len(value)),
+    OrderedDict: _dict(tags.ORDERED, OrderedDict),
     defaultdict: _default,
-    Counter: _dict(COUNTER),
-    slice: _fields(SLICE, "start stop step"),
-    range: _fields(RANGE, "start stop step"),
-    complex: _fields(COMPLEX, "real imag"),
-    Decimal: lambda value: (DECIMAL, [Decimal.__str__(value)], 1),
-    Fraction: _fields(FRACTION, "numerator denominator"),
-    date: _fields(DATE, "year month day"),
-    time: _fields(TIME, CLOCK),
-    datetime: _fields(DATETIME, f"year month day {CLOCK}"),
-    timedelta: _fields(TIMEDELTA, "days seconds microseconds"),
+    Counter: _dict(tags.COUNTER),
+    slice: _fields(tags.SLICE, "start stop step"),
+    range: _fields(tags.RANGE, "start stop step"),
+    complex: _fields(tags.COMPLEX, "real imag"),
+    Decimal: lambda value: (tags.DECIMAL, [Decimal.__str__(value)], 1),
+    Fraction: _fields(tags.FRACTION, "numerator denominator"),
+    date: _fields(tags.DATE, "year month day"),
+    time: _fields(tags.TIME, _CLOCK),
+    datetime: _fields(tags.DATETIME, f"year month day {_CLOCK}"),
+    timedelta: _fields(tags.TIMEDELTA, "days seconds microseconds"),
     timezone: _timezone,
-    type({}.keys()): lambda value: (KEYS, items := list(value), len(items)),
-    type({}.values()): lambda value: (VALUES, items := list(value), len(items)),
-    type({}.items()): lambda value: (PAIRS, items := list(value), len(items)),
-    type(OrderedDict().keys()): lambda value: (KEYS, items := list(value), len(items)),
-    type(OrderedDict().values()): lambda value: (VALUES, items := list(value), len(items)),
-    type(OrderedDict().items()): lambda value: (PAIRS, items := list(value), len(items)),
+    type({}.keys()): lambda value: (tags.KEYS, items := list(value), len(items)),
+    type({}.values()): lambda value: (tags.VALUES, items := list(value), len(items)),
+    type({}.items()): lambda value: (tags.PAIRS, items := list(value), len(items)),
+    type(OrderedDict().keys()): lambda value: (tags.KEYS, items := list(value), len(items)),
+    type(OrderedDict().values()): lambda value: (tags.VALUES, items := list(value), len(items)),
+    type(OrderedDict().items()): lambda value: (tags.PAIRS, items := list(value), len(items)),
 }
 
 
@@ -204,25 +150,25 @@ def _bytearray(value: Any) -> bytes:
     if len(value) > BYTES:
         raise Unsendable(f"{len(value)} bytes")
     data = bytes(bytearray.__getitem__(value, slice(None)))
-    return TAG_COUNT.pack(BYTEARRAY, len(data)) + data
+    return tags.TAG_COUNT.pack(tags.BYTEARRAY, len(data)) + data
 
 
 def _array(value: Any) -> bytes:
     if len(value) * value.itemsize > BYTES:
         raise Unsendable(f"an array of {len(value)} items")
     data = array.tobytes(value)
-    return bytes([ARRAY, ord(value.typecode)]) + COUNT.pack(len(data)) + data
+    return bytes([tags.ARRAY, ord(value.typecode)]) + tags.COUNT.pack(len(data)) + data
 
 
 def _ndarray(value: Any) -> bytes:
     code, data = _dtype(value), bytes(value.tobytes())
-    shape = b"".join(map(INT.pack, value.shape))
-    return bytes([NDARRAY, len(code)]) + code + bytes([value.ndim]) + shape + COUNT.pack(len(data)) + data
+    shape = b"".join(map(tags.INT.pack, value.shape))
+    return bytes([tags.NDARRAY, len(code)]) + code + bytes([value.ndim]) + shape + tags.COUNT.pack(len(data)) + data
 
 
 def _scalar(value: Any) -> bytes:
     code, data = _dtype(value), bytes(value.tobytes())
-    return bytes([SCALAR, len(code)]) + code + COUNT.pack(len(data)) + data
+    return bytes([tags.SCALAR, len(code)]) + code + tags.COUNT.pack(len(data)) + data
 
 
 def _dtype(value: Any) -> bytes:
@@ -234,7 +180,7 @@ def _dtype(value: Any) -> bytes:
     return str(code).encode()
 
 
-CHANGEABLE_LEAVES: dict[type, Callable[[Any], bytes]] = {bytearray: _bytearray, array: _array}
+_CHANGEABLE_LEAVES: dict[type, Callable[[Any], bytes]] = {bytearray: _bytearray, array: _array}
 
 
 class Encoder:
@@ -264,7 +210,7 @@ class Encoder:
         while stack:
             for value in stack[-1][0]:
                 kind = type(value)
-                leaf = LEAVES.get(kind)
+                leaf = _LEAVES.get(kind)
                 if leaf is not None:
                     piece = leaf(value)
                     pieces.append(piece)
@@ -274,16 +220,16 @@ class Encoder:
                     continue
                 ident = id(value)
                 if ident in self.own:
-                    pieces.append(TAG_COUNT.pack(OWN, self.own[ident]))
+                    pieces.append(tags.TAG_COUNT.pack(tags.OWN, self.own[ident]))
                     continue
                 if ident in numbers:
                     if ident in unfinished:
                         raise Unsendable("a tuple that holds itself")
-                    pieces.append(TAG_COUNT.pack(SHARED, numbers[ident]))
+                    pieces.append(tags.TAG_COUNT.pack(tags.SHARED, numbers[ident]))
                     continue
                 written = self._open(value, kind)
                 if isinstance(written, bytes):
-                    if BYTEARRAY <= written[0] < LIST:
+                    if tags.BYTEARRAY <= written[0] < tags.LIST:
                         numbers[ident] = len(self.containers)
                         self.containers.append(value)
                     pieces.append(written)
@@ -297,9 +243,9 @@ class Encoder:
                     raise Unsendable(f"more than {DEPTH} containers one in another")
                 numbers[ident] = len(self.containers)
                 self.containers.append(value)
-                pieces.append(TAG_COUNT.pack(tag, count))
-                size += TAG_COUNT.size
-                if tag in WITH_CHILDREN:
+                pieces.append(tags.TAG_COUNT.pack(tag, count))
+                size += tags.TAG_COUNT.size
+                if tag in tags.WITH_CHILDREN:
                     unfinished.add(ident)
                 stack.append((iter(children), ident))
                 break
@@ -309,12 +255,12 @@ class Encoder:
             raise Unsendable(f"more than {BYTES >> 20} MiB")
         return b"".join(pieces)
 
-    def _open(self, value: Any, kind: type) -> bytes | Children:
+    def _open(self, value: Any, kind: type) -> bytes | _Children:
         """The bytes of a leaf that is none of the usual ones, or the children of a container."""
-        children = CONTAINERS.get(kind)
+        children = _CONTAINERS.get(kind)
         if children is not None:
             return children(value)
-        changeable = CHANGEABLE_LEAVES.get(kind)
+        changeable = _CHANGEABLE_LEAVES.get(kind)
         if changeable is not None:
             return changeable(value)
         numpy = sys.modules.get("numpy")
@@ -324,14 +270,14 @@ class Encoder:
         if numpy is not None and getattr(numpy, "generic", None) in bases:  # some stand on float or str too
             return _scalar(value)
         for base in bases:
-            if base in STANDS_ON:
-                return LEAVES[base](STANDS_ON[base](value))
+            if base in _STANDS_ON:
+                return _LEAVES[base](_STANDS_ON[base](value))
             if base is tuple and _is_named(kind):
                 return _children_of_named(value)
-            if base in CONTAINERS:
-                return CONTAINERS[base](value)
-            if base in CHANGEABLE_LEAVES:
-                return CHANGEABLE_LEAVES[base](value)
+            if base in _CONTAINERS:
+                return _CONTAINERS[base](value)
+            if base in _CHANGEABLE_LEAVES:
+                return _CHANGEABLE_LEAVES[base](value)
             if base is type:
                 return _name(value)
         if issubclass(kind, tzinfo) or issubclass(kind, IOBase) or not hasattr(kind, "__next__"):
@@ -342,8 +288,8 @@ class Encoder:
             raise Unsendable(_described(kind))
         handle = self.iterate(value)
         if isinstance(handle, int):
-            return TAG_COUNT.pack(HANDLE, handle)
-        return ITERATOR, handle, len(handle)
+            return tags.TAG_COUNT.pack(tags.HANDLE, handle)
+        return tags.ITERATOR, handle, len(handle)
 
 
 def _is_named(kind: type) -> bool:

@@ -20,7 +20,7 @@ TAG_COUNT, TAG_INT, TAG_FLOAT = struct.Struct("<BI"), struct.Struct("<Bq"), stru
 COUNT, INT, FLOAT = struct.Struct("<I"), struct.Struct("<q"), struct.Struct("<d")
 
 # Leaves.
-NONE, TRUE, FALSE, ELLIPSIS, NOT_IMPLEMENTED, SMALL, BIG, REAL, TEXT, RAW, NAME, SCALAR = range(12)
+_NONE, _TRUE, _FALSE, _ELLIPSIS, NOT_IMPLEMENTED, SMALL, BIG, REAL, TEXT, RAW, NAME, SCALAR = range(12)
 SHARED, OWN, HANDLE = (
     12,
     13,
@@ -38,7 +38,7 @@ KEYS, VALUES, PAIRS, ITERATOR = 77, 78, 79, 80
 # A deque can be changed, but what it may hold at most is known only with its first child, and cannot be set afterwards.
 WITH_CHILDREN = frozenset((*range(TUPLE, ITERATOR + 1), DEQUE))
 
-CONSTANTS = {NONE: None, TRUE: True, FALSE: False, ELLIPSIS: ..., NOT_IMPLEMENTED: NotImplemented}
+CONSTANTS = {_NONE: None, _TRUE: True, _FALSE: False, _ELLIPSIS: ..., NOT_IMPLEMENTED: NotImplemented}
 TYPES = (OrderedDict, defaultdict, Counter, deque, Decimal, Fraction, date, datetime, time, timedelta, timezone, array)
 FUNCTIONS = "abs all any ascii bin callable chr divmod format hash hex len max min oct ord pow repr round sorted sum"
 # Types and functions that may be arguments and results, by name. None of them runs code that a candidate wrote.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qprobe.probe import losses
-from qprobe.probe.metrics import Distinct, mixed_prompts
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.own_state import own_state
+from qprobe.probe.ranking import Distinct, mixed_prompts
 
 # Rows that are read at a time outside training steps: 16 MB of float32 at 4,096 features. Larger pieces leave the caches,
 # and memory that the allocator returns after every piece costs more than the arithmetic.

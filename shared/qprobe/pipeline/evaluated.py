@@ -1,0 +1,130 @@
+"""The results of a run's tested pools: made once from the probes of its procedures, and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+
+from qprobe.evaluation import candidates, controls
+from qprobe.evaluation.evaluate import evaluate
+from qprobe.evaluation.methods import PaperProbes
+from qprobe.files import fingerprint
+from qprobe.pipeline.probes import clusters_of, procedures
+from qprobe.pipeline.setup import Setup
+from qprobe.report.results import Results
+from qprobe.run.joined import join
+from qprobe.run.pools import Pool, Split
+
+
+def make(setup: Setup, pool: Pool) -> None:
+    """Evaluate a pool, unless its results are there."""
+    path, reward, baselines = _path(setup, pool.split), setup.reward_of(pool.split), setup.every_baseline()
+    if _found(setup, pool) is not None and candidates.path_of(path).exists():
+        return
+    ours, *papers = procedures(setup)
+    joined, scores = setup.rows(pool, setup.probe_layer), ours.scores(pool, compare=True)
+    paper_probes = [PaperProbes(probes.scores(pool).by_share[1.0], probes.settings) for probes in papers]
+    results = evaluate(
+        joined,
+        scores,
+        setup.settings,
+        k=setup.k,
+        seed=setup.seed,
+        title=setup.title,
+        protocol=_protocol(setup, pool.split),
+        pool=pool.split.name,
+        greedy=_greedy_rewards(setup, pool.split, joined.task_ids),
+        rivals=baselines.rivals(pool, reward),
+        controls=_controls(setup, pool) | baselines.rankings(pool),
+        paper_probes=paper_probes[0] if paper_probes else None,
+        apart=setup.apart.get(pool.split.name),
+        published=setup.paper.get(pool.split.name),
+        made_from=_identity(setup, pool),
+    )
+    results = dataclasses.replace(results, notes=[*results.notes, *baselines.notes(pool, setup.k)])
+    candidates.write(pool, reward, joined, scores.by_share[1.0], results, path)
+    results.write(path)
+
+
+def read(setup: Setup, pool: Pool) -> Results:
+    """What was evaluated on a pool.
+
+    Raises:
+        FileNotFoundError: it was not evaluated yet, or with other settings than these.
+    """
+    found = _found(setup, pool)
+    if found is None:
+        path = _path(setup, pool.split)
+        why = "was made with other settings or other tables" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {why}: run the stage evaluate first.")
+    return found
+
+
+def _path(setup: Setup, split: Split) -> Path:
+    return setup.outputs_at / "results" / f"{split.name}.json"
+
+
+def _found(setup: Setup, pool: Pool) -> Results | None:
+    """The results of a pool, where they were made from the same inputs."""
+    path = _path(setup, pool.split)
+    if not path.exists():
+        return None
+    found = Results.read(path)
+    return found if found.made_from == _identity(setup, pool) else None
+
+
+def _identity(setup: Setup, pool: Pool) -> str:
+    ours, *papers = procedures(setup)
+    trained_on, name, reward = setup.trained_on(pool), pool.split.name, setup.reward_of(pool.split)
+    greedy = setup.pool(pool.split, "greedy", setup.greedy) if setup.greedy else None
+    inputs = {
+        "title": setup.title,
+        "sweep": ours.inputs(trained_on),
+        "features": ours.features_identity(pool),
+        "rewards": pool.rewards(reward).state,
+        "greedy": greedy.rewards(reward).state if greedy else None,
+        "settings": dataclasses.asdict(setup.settings),
+        "paper": setup.paper.get(name),
+        "apart": {why: sorted(ids) for why, ids in setup.apart.get(name, {}).items()},
+        "version": importlib.metadata.version("qprobe"),
+    }
+    if model := setup.reads(pool):
+        inputs["likelihoods"] = pool.likelihoods(model).identity
+    for probes in papers:
+        inputs["authors"] = [probes.inputs(trained_on), dataclasses.asdict(probes.settings)]
+    if setup.baselines:
+        inputs["baselines"] = setup.every_baseline().identity(pool, reward)
+    return fingerprint(inputs | clusters_of(pool))
+
+
+def _controls(setup: Setup, pool: Pool) -> controls.Scores:
+    """Scores of the pool's rows that no probe made; those that read features read the highest layer."""
+    joined = setup.rows(pool, setup.probe_layer)
+    made = controls.scores(joined, setup.settings, setup.seed)
+    if "shuffled_labels" in setup.settings.controls:
+        trained_on = setup.rows(setup.trained_on(pool), setup.probe_layer)
+        made |= controls.shuffled_labels(
+            trained_on, joined, procedures(setup)[0].maker, setup.training, setup.settings, k=setup.k, seed=setup.seed
+        )
+    return made
+
+
+def _greedy_rewards(setup: Setup, split: Split, task_ids: list[str]) -> np.ndarray | None:
+    """(P,) rewards of greedy decoding; None where it is not part of the run."""
+    if setup.greedy is None:
+        return None
+    joined = join(setup.pool(split, "greedy", setup.greedy), setup.reward_of(split))
+    assert joined.task_ids == task_ids  # both pools are cut from the same split
+    return joined.rewards
+
+
+def _protocol(setup: Setup, split: Split) -> str:
+    trained_on = setup.training_split
+    if trained_on is None:
+        return f"{setup.settings.folds}-fold cross-validation over prompts"
+    if split is trained_on:
+        return f"trained on {split.name} itself: how the probes fit, not what they earn"
+    return f"trained on {trained_on.name}, tested here"
