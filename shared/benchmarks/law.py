@@ -296,15 +296,6 @@ def holds(distances: Distances, dtype: str) -> bool:
 
 # Together more than 1,000 positions.
 REAL_TASKS = ("sum", "largest element", "sorted list", "longest word")
-    "sum",
-    "largest element",
-    "sorted list",
-    "mean",
-    "unique values",
-    "reverse",
-    "longest word",
-    "second smallest",
-)
 REAL_LENGTHS = (64, 64, 56, 48, 33, 9)
 
 

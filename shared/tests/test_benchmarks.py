@@ -39,3 +39,13 @@ def test_scale(tmp_path: Path) -> None:
     assert "goal 6" in sentence
     again, _ = run(*small)  # the tables stay, the probes are trained again
     assert again["seconds of writing the tables"] < figures["seconds of writing the tables"]
+
+
+@pytest.mark.slow
+def test_solvers() -> None:
+    figures, sentence = run("solvers.py", "--prompts=40", "--samples=4", "--columns=30", "--peer-columns=30")
+    assert (figures["rows"], figures["columns"]) == (160, 90)
+    for loss in ("reward_mse", "centred_mse"):
+        assert figures[loss]["left-out scores against float64, over their deviation"] < 1e-3
+    assert figures["scikit-learn"]["RidgeCV over ours"] > 0
+    assert "10 s for one weighting" in sentence

@@ -16,7 +16,7 @@ from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
 
 # Scores of the whole vocabulary in one pass, in float32 twice: 2,048 tokens of 150,000 words are 2.5 GB.
-_MOST_TOKENS = 2048
+MOST_TOKENS = 2048
 
 
 class Likelihood(UsesModel, OwnTokens):
@@ -52,15 +52,11 @@ class Likelihood(UsesModel, OwnTokens):
         """
         check_rows(prompts, completions)
         run, footprint = self.passes.run, self.passes.footprint
-        known, given = footprint.vocabulary, [*prompts, *(row for of_prompt in completions for row in of_prompt)]
-        if not all(0 <= token < known for ids in given for token in ids):
-            raise ValueError(
-                f"A token id is outside of 0..{known - 1}, which {self.model.name} knows: tokenize with its own "
-                "tokenizer."
-            )
+        every = [*prompts, *(row for of_prompt in completions for row in of_prompt)]
+        check_tokens(every, footprint.vocabulary, self.model.name)
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
-        at_once = min(run.tokens_per_pass, _MOST_TOKENS)
+        at_once = min(run.tokens_per_pass, MOST_TOKENS)
         last = run.language_model.layer_count
         sums = torch.zeros(len(rows), dtype=torch.float64)
 
@@ -88,3 +84,12 @@ class Likelihood(UsesModel, OwnTokens):
         self.passes.each([r for r, row in enumerate(rows) if row], owner, prompts, need, score)
         values = iter(sums.tolist())
         return [[next(values) for _ in of_prompt] for of_prompt in completions]
+
+
+def check_tokens(sequences: Sequence[Sequence[int]], vocabulary: int, model: str) -> None:
+    """Raise ValueError where a token is none of the model's."""
+    for ids in sequences:
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise ValueError(
+                f"A token id is outside of 0..{vocabulary - 1}, which {model} knows: tokenize with its own tokenizer."
+            )

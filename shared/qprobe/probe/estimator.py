@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe import losses, network, selection
+from qprobe.probe.arrays import floats
 from qprobe.probe.ids import dense_ids
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.own_state import own_state
@@ -41,7 +42,7 @@ from qprobe.probe.training import (
 CARD_FILE = "probe.json"
 
 # The constructor's own parameters, and the fields of TrainingSettings that may be given beside them.
-_OWN = ("loss", "beta", "k", "seed")
+_OWN = ("loss", "beta", "k", "seed", "solver", "l2")
 _OPTIONS = {field.name for field in dataclasses.fields(TrainingSettings)} - set(_OWN)
 
 
@@ -81,7 +82,12 @@ class QProbe:
         beta: temperature at use; None chooses it on held-out prompts, or takes the settings' own where these are too few.
         k: candidates at use, for that choice.
         seed: of everything random in training.
-        settings: how it is trained; keyword arguments of `TrainingSettings` may be given instead.
+        settings: how it is trained by steps; keyword arguments of `TrainingSettings` may be given instead.
+        solver: "closed_form" (reward_mse, centred_mse) or "lbfgs" (the other losses) solves a linear probe, and chooses L2 and
+            beta by left-out scores of all prompts; "steps" trains by stochastic steps. "auto" solves, unless something is said
+            of the training (hidden layers, a number of steps, ...), the table is too large to be held, or has nothing to choose.
+        l2: strength of L2 of a solver, > 0, as a share of the largest variance along an axis of the features, infinity being
+            the difference of means; "auto" chooses it.
 
     `get_params`, `set_params` and the signature of `fit` are as scikit-learn wants them: `sklearn.base.clone` makes an
     untrained copy, and a grid search may vary any option (with a scoring function of its own: `score` gives Q values).
@@ -89,8 +95,8 @@ class QProbe:
     `use` is free for what an application needs besides the probe (a sampler's settings, the style of the prompts): it is
     saved in the card.
 
-    Learned by `fit`: `network_`, `beta_`, `training_` (steps, learning rate, whether chosen on held-out
-    prompts, how many of them).
+    Learned by `fit`: `network_`, `beta_`, `training_` (steps and learning rate, or solver and L2; whether chosen on held-out or
+    left-out prompts, how many of them), and `solution_` where it was solved (`qprobe.probe.solvers.Solution`).
 
     Raises:
         ValueError: an unknown loss or option.
@@ -103,9 +109,12 @@ class QProbe:
         k: int = 48,
         seed: int = 0,
         settings: TrainingSettings | None = None,
+        solver: str = "auto",
+        l2: float | str = "auto",
         **options: Any,
     ) -> None:
         losses.find_loss(loss)
+        _check_solver(loss, solver, l2)
         _check_options(options)
         if settings is not None and any(getattr(settings, name) != value for name, value in options.items()):
             raise ValueError(f"Give either settings or {', '.join(options)}, not both.")
@@ -117,6 +126,8 @@ class QProbe:
         self.beta = beta
         self.k = k
         self.seed = seed
+        self.solver = solver
+        self.l2 = l2
         self.settings = settings or TrainingSettings(**options)
         self.source: EmbeddingSource | None = None
         self.data_: dict[str, Any] = {}
@@ -183,10 +194,10 @@ class QProbe:
         Warns: UserWarning where all rows get the same score, with the reason.
         """
         groups = torch.from_numpy(dense_ids(prompts))
-        rows = _floats(features, "features")
+        rows = floats(features, "features")
         if rows.ndim == 2 and len(groups) != len(rows):
             raise ValueError(f"prompts has {len(groups)} rows, features has {len(rows)}: give one id for each row.")
-        return self._fit(Data(rows, _floats(rewards, "rewards").float(), groups))
+        return self._fit(Data(rows, floats(rewards, "rewards").float(), groups))
 
     @own_state()
     def fit_pairs(
@@ -206,7 +217,7 @@ class QProbe:
         """
         if losses.find_loss(self.loss).reads != "pairs":
             raise ValueError(f"The loss {self.loss} does not read pairs: use QProbe(loss='bradley_terry').")
-        better, worse = _floats(chosen, "chosen"), _floats(rejected, "rejected")
+        better, worse = floats(chosen, "chosen"), floats(rejected, "rejected")
         if better.shape != worse.shape:
             raise ValueError(
                 f"chosen has shape {tuple(better.shape)}, rejected {tuple(worse.shape)}: row i of both is one pair."
@@ -220,23 +231,59 @@ class QProbe:
         return self._fit(Data(torch.cat([better, worse]), rewards, groups, torch.from_numpy(of_pair)))
 
     def _fit(self, data: Data) -> QProbe:
-        task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
-        trained = train(data, [task], self.settings, k=self.k, seed=self.seed)
-        (trained_on_all,) = refitted(data, [task], trained, self.settings, k=self.k, seed=self.seed)
-        if reason := _why_alike(trained_on_all, data):
-            warnings.warn(f"This probe scores all rows alike: {reason}", stacklevel=4)
-            trained_on_all = dataclasses.replace(trained_on_all, note=f"{trained_on_all.note} {reason}".strip())
+        losses.check_rewards(data.rewards, self.loss)
+        if not self._solved(data):
+            self._trained(data)
         total = sum(part.double().sum().item() for part in data.features.split(ROWS_AT_A_TIME))
         self.data_ = {
             "rows": len(data.features),
             "prompts": len(torch.unique(data.prompt_of_group)),
             "fingerprint": fingerprint([data.rewards.double().sum().item(), total]),
         }
-        return self._take(trained_on_all)
+        return self
+
+    def _solved(self, data: Data) -> bool:
+        """Solve; whether that was wanted, and there was something to choose from."""
+        from qprobe.probe import solved, solvers
+
+        auto = self.solver == "auto"
+        if self.solver == "steps" or (auto and (self.settings != TrainingSettings() or not solved.fits_memory(data))):
+            return False
+        try:
+            probe = solved.solved(
+                data, self.loss, l2=None if isinstance(self.l2, str) else self.l2, k=self.k, seed=self.seed
+            )
+        except solvers.NothingToLearn:
+            if auto:
+                return False
+            raise
+        choice = probe.solution.choice
+        self.network_, self.solution_ = probe.network, probe.solution
+        self.beta_ = probe.beta if self.beta is None else self.beta
+        self.training_ = {
+            "solver": solved.solver_of(self.loss, self.solver),
+            "l2": "infinity" if choice is None or np.isinf(choice.candidate.strength) else choice.candidate.strength,
+            "chosen_on_held_out_prompts": choice is not None,
+            "held_out_mixed_prompts": 0 if choice is None else choice.prompts,
+            "auc": None if choice is None else choice.auc,
+            "auc_error": None if choice is None else choice.error,
+            "note": probe.solution.sentence(),
+        }
+        return True
+
+    def _trained(self, data: Data) -> None:
+        task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
+        trained = train(data, [task], self.settings, k=self.k, seed=self.seed)
+        (trained_on_all,) = refitted(data, [task], trained, self.settings, k=self.k, seed=self.seed)
+        if reason := _why_alike(trained_on_all, data):
+            warnings.warn(f"This probe scores all rows alike: {reason}", stacklevel=5)
+            trained_on_all = dataclasses.replace(trained_on_all, note=f"{trained_on_all.note} {reason}".strip())
+        self._take(trained_on_all)
 
     def _take(self, trained: TrainedProbe) -> QProbe:
-        self.network_: ProbeNetwork = trained.network
-        self.beta_: float = trained.beta if self.beta is None else self.beta
+        vars(self).pop("solution_", None)  # that of an earlier fit
+        self.network_ = trained.network
+        self.beta_ = trained.beta if self.beta is None else self.beta
         self.training_ = {
             "steps": trained.steps,
             "chosen_on_held_out_prompts": trained.chosen,
@@ -271,7 +318,7 @@ class QProbe:
         trained = self._fitted()
         if source is not None:
             self.check_source(source)
-        rows = _floats(features, "features")
+        rows = floats(features, "features")
         if rows.ndim != 2 or rows.shape[1] != trained.dimension:
             raise ValueError(f"features has shape {tuple(rows.shape)}: this probe reads (N, {trained.dimension}).")
         losses.check_finite(rows, "features")
@@ -322,6 +369,8 @@ class QProbe:
             "beta_given": self.beta,
             "k": self.k,
             "seed": self.seed,
+            "solver": self.solver,
+            "l2": "infinity" if self.l2 == np.inf else self.l2,  # JSON has no number for it
             "settings": dataclasses.asdict(self.settings),
             "training": self.training_,
             "data": self.data_,
@@ -349,7 +398,9 @@ class QProbe:
             source = card["source"] and EmbeddingSource(**card["source"])
             settings = TrainingSettings(**card["settings"])
             # What `beta_` became in training is not what was asked for: another fit chooses it again.
-            probe = cls(card["loss"], card.get("beta_given"), card["k"], card["seed"], settings)
+            solver, l2 = card.get("solver", "steps"), card.get("l2", "auto")  # older cards know steps alone
+            l2 = np.inf if l2 == "infinity" else l2
+            probe = cls(card["loss"], card.get("beta_given"), card["k"], card["seed"], settings, solver, l2)
             if not card["beta"] >= 0:
                 raise ValueError(f"its beta is {card['beta']}, a temperature is 0 or more")
             probe.beta_, probe.training_, probe.data_ = card["beta"], card["training"], card["data"]
@@ -375,6 +426,15 @@ class QProbe:
         if not hasattr(self, "network_"):
             raise ValueError("This QProbe is not trained yet: call fit or fit_pairs first.")
         return self.network_
+
+
+def _check_solver(loss: str, solver: str, l2: float | str) -> None:
+    if solver not in ("auto", "steps"):  # these any loss has; asking imports scipy, which a probe in use does not need
+        from qprobe.probe.solved import solver_of
+
+        solver_of(loss, solver)
+    if l2 != "auto" and (isinstance(l2, str) or not l2 > 0):
+        raise ValueError(f"l2 is {l2!r}: give a strength above 0 (infinity is the difference of means), or auto.")
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -409,41 +469,6 @@ def _why_alike(trained: TrainedProbe, data: Data) -> str:
     return (
         "training moved its weights by nothing; rescale rewards to a range of about 1, or raise learning_rate or steps."
     )
-
-
-def _floats(values: ArrayLike | Tensor, name: str) -> Tensor:
-    if isinstance(values, Tensor):
-        tensor = values.detach().cpu()
-    else:
-        try:
-            with warnings.catch_warnings():
-                # Arrow, pandas and np.load(mmap_mode="r") give memory that may not be written to. Nothing writes to it here,
-                # and a copy could be larger than memory.
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                tensor = torch.from_numpy(np.require(values, requirements=["C"]))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read as numbers ({error}): give an array of one float type.") from error
-    if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return tensor
-    if tensor.is_complex():
-        raise ValueError(f"{name} is {tensor.dtype}: give real numbers.")
-    return _narrowed(tensor, name) if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _narrowed(values: Tensor, name: str) -> Tensor:
-    """float64 as float32; raises ValueError where that overflows, or makes all rows alike that were not."""
-    narrow = values.float()
-    if len(values) == 0:
-        return narrow
-    if bool((torch.isinf(narrow) & torch.isfinite(values)).any()):
-        raise ValueError(f"{name} holds {float(values.abs().max()):g}, beyond float32: divide all by a constant first.")
-    differs, still = (part.max(0).values > part.min(0).values for part in (values, narrow))
-    if bool(differs.any()) and not bool(still.any()):
-        raise ValueError(
-            f"{name}: its rows differ by less than float32 can hold (float64 was given); subtract the mean of every column "
-            "and divide by its standard deviation first."
-        )
-    return narrow
 
 
 def _describe(source: EmbeddingSource) -> str:

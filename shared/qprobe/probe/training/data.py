@@ -54,6 +54,8 @@ class Data:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} rows, features has {rows}: give one of each per row."
                 )
+        if self.rewards.ndim != 1:
+            raise ValueError(f"rewards has shape {tuple(self.rewards.shape)}: give one number for each row.")
         losses.check_finite(self.features, "features")
         losses.check_finite(self.rewards, "rewards")
         if self.groups.dtype != torch.int64 or int(self.groups.min()) < 0:

@@ -1,0 +1,266 @@
+"""What one pass over completions says of them: columns of log-probabilities and entropies, and the hidden states beside them.
+
+    reader = LikelihoodColumns(ModelSpec("Qwen/Qwen2.5-Coder-1.5B-Instruct"))
+    read = reader.read(prompts, completions, layers=(18,))
+    read.columns                                # (R, len(COLUMNS)) float64, in the order of COLUMNS
+    read.states[18]                             # (R, D) float32, what the embedder gives
+
+The law is the model's own, untempered, whatever the sampler's temperature was; natural logarithms, softmax in float32.
+
+Where it stops: an API tells the log-probabilities of some twenty tokens at most, so that entropies and self-certainty are the
+local model's alone. `columns_of` takes what there is of every token and leaves the rest NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qprobe import models
+from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.likelihood import MOST_TOKENS, check_tokens
+from qprobe.models.memory import UsesModel
+from qprobe.models.prefix import check_rows, law_of, parts_of
+
+# Tokens that an entropy is averaged over to find the least certain passage of a completion.
+WINDOW = 9
+LAST, LOWEST = 10, 5
+
+# Of a completion's tokens, the one that ended it not among them:
+COLUMNS = (
+    "logprob_sum",
+    "logprob_mean",
+    "logprob_min",  # of the least likely token
+    "logprob_mean_last_10",
+    "logprob_mean_lowest_5",
+    "entropy_mean",  # of the law that each token was drawn from
+    "entropy_max",
+    "entropy_mean_last_10",
+    "entropy_max_window_9",  # the largest mean over a token and the eight before it, fewer at the beginning
+    "entropy_at_end",  # of what would follow
+    "self_certainty_mean",  # KL(uniform || law): mean over the vocabulary of -log p, less the log of its size
+    "self_certainty_min",
+    "logprob_of_ending",  # of the whole ending, behind the last token
+    "logprob_of_ending_begun",  # of its first token
+    "logprob_of_likeliest_next",  # of the likeliest token there
+    "tokens",
+    "tokens_below_minus_1",  # how many have a log-probability below -1
+)
+
+# Which way an untrained score of a completion points: a larger value of sign * column is taken for the better completion.
+UNTRAINED = {
+    "logprob_sum": 1,
+    "logprob_mean": 1,
+    "logprob_min": 1,
+    "entropy_mean": -1,
+    "entropy_max_window_9": -1,
+    "self_certainty_mean": 1,
+    "tokens": -1,
+}
+
+# Scores that are turned into float32 at a time. On a CPU 4 MB: what follows stays in its cache, a third of the time of 64 MB.
+SCORES_AT_A_TIME = {"cpu": 2**20}
+SCORES_AT_A_TIME_OF_A_GPU = 2**26
+
+
+@dataclass(frozen=True)
+class TokenLaw:
+    """What is known of each of T laws over the vocabulary, and of the token that was drawn from it.
+
+    Args:
+        logprob: (T,) float64, log-probability of the token, in nats.
+        entropy: (T,) float64, of the law, in nats.
+        certainty: (T,) float64, self-certainty: KL from the uniform law to it, in nats (Kang, Zhao and Song 2025,
+            "Scalable Best-of-N Selection for Large Language Models via Self-Certainty", arXiv 2502.18581, equation 8).
+        likeliest: (T,) float64, log-probability of the likeliest token.
+    """
+
+    logprob: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    certainty: NDArray[np.float64]
+    likeliest: NDArray[np.float64]
+
+    def __getitem__(self, places: slice) -> TokenLaw:
+        return TokenLaw(self.logprob[places], self.entropy[places], self.certainty[places], self.likeliest[places])
+
+
+@dataclass(frozen=True)
+class ColumnsRead:
+    """What `LikelihoodColumns.read` found.
+
+    Args:
+        columns: (R, C) float64, in the order of `COLUMNS`.
+        states: layer -> (R, D) float32, the state of the last token.
+    """
+
+    columns: NDArray[np.float64]
+    states: dict[int, Tensor]
+
+
+def token_law(logits: Tensor, tokens: Tensor) -> TokenLaw:
+    """Of every row of logits, converted a few at a time.
+
+    Args:
+        logits: (T, V) float of any type.
+        tokens: (T,) int64.
+    """
+    found = torch.empty(4, len(logits), dtype=torch.float64)
+    at_a_time = SCORES_AT_A_TIME.get(logits.device.type, SCORES_AT_A_TIME_OF_A_GPU)
+    for rows in torch.arange(len(logits), device=logits.device).split(max(1, at_a_time // logits.shape[1])):
+        log_law = logits[rows].float().log_softmax(dim=-1)
+        possible = torch.isfinite(log_law)  # models mask words that do not exist with -inf
+        entropy = -(log_law.exp() * log_law.masked_fill(~possible, 0.0)).sum(dim=-1)
+        counted = possible.sum(dim=-1)
+        certainty = -log_law.masked_fill(~possible, 0.0).sum(dim=-1) / counted - counted.log()
+        drawn = log_law.gather(1, tokens[rows, None])[:, 0]
+        found[:, rows.cpu()] = torch.stack([drawn, entropy, certainty, log_law.amax(dim=-1)]).double().cpu()
+    return TokenLaw(*found.numpy())
+
+
+def columns_of(law: TokenLaw, ending: float) -> NDArray[np.float64]:
+    """The columns of one completion.
+
+    Args:
+        law: of its T tokens and, last, of the ending's first token: (T + 1,) each.
+        ending: log-probability of the ending behind the last token, in nats.
+
+    Returns: (C,) float64, in the order of `COLUMNS`. Of an empty completion the ending is what was said, so that it is not the
+        most likely of all.
+    """
+    tokens = len(law.logprob) - 1
+    own = law[:tokens] if tokens else TokenLaw(np.array([ending]), law.entropy, law.certainty, law.likeliest)
+    summed = np.r_[np.zeros(WINDOW), own.entropy.cumsum()]
+    windows = (summed[WINDOW:] - summed[:-WINDOW]) / np.minimum(np.arange(1, len(own.entropy) + 1), WINDOW)
+    values = {
+        "logprob_sum": own.logprob.sum(),
+        "logprob_mean": own.logprob.mean(),
+        "logprob_min": own.logprob.min(),
+        "logprob_mean_last_10": own.logprob[-LAST:].mean(),
+        "logprob_mean_lowest_5": np.sort(own.logprob)[:LOWEST].mean(),
+        "entropy_mean": own.entropy.mean(),
+        "entropy_max": own.entropy.max(),
+        "entropy_mean_last_10": own.entropy[-LAST:].mean(),
+        "entropy_max_window_9": windows.max(),
+        "entropy_at_end": law.entropy[-1],
+        "self_certainty_mean": own.certainty.mean(),
+        "self_certainty_min": own.certainty.min(),
+        "logprob_of_ending": ending,
+        "logprob_of_ending_begun": law.logprob[-1],
+        "logprob_of_likeliest_next": law.likeliest[-1],
+        "tokens": float(tokens),
+        "tokens_below_minus_1": float((own.logprob < -1).sum()),
+    }
+    return np.array([values[name] for name in COLUMNS], dtype=np.float64)
+
+
+class LikelihoodColumns(UsesModel, OwnTokens):
+    """Likelihood columns by transformers.
+
+    Args:
+        model: which model; it is loaded at the first call and shared with the process.
+        ending: token ids that end a completion where it is right to end it (a closing fence, an end of turn); None is the
+            tokenizer's end of text.
+    """
+
+    def __init__(self, model: ModelSpec, ending: Sequence[int] | None = None) -> None:
+        self.model = model
+        self._ending = None if ending is None else [int(token) for token in ending]
+
+    def identity(self) -> dict[str, Any]:
+        return {"columns": "1", "model": self.model.identity(), "ending": self.ending, **law_of(self.model)}
+
+    @property
+    def ending(self) -> list[int]:
+        """The token ids of the ending.
+
+        Raises:
+            ValueError: the tokenizer names none, and none was given.
+        """
+        if self._ending is None:
+            end = models.load_tokenizer(self.model).tokenizer.eos_token_id
+            self._ending = [] if end is None else [int(end)]
+        if not self._ending:
+            raise ValueError(f"{self.model.name} names no token that ends a text: give `ending`, as token ids.")
+        return self._ending
+
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        layers: Sequence[int] = (),
+    ) -> ColumnsRead:
+        """One pass over completions.
+
+        Args:
+            prompts: P lists of token ids, none empty.
+            completions: the completions of each prompt, token ids, without the token that ended them; R altogether. Equal ones
+                of a prompt are read once.
+            layers: whose states at the last token are read in the same pass.
+
+        Raises:
+            ValueError: lists of different lengths, an empty prompt, a token that the model does not know.
+        """
+        check_rows(prompts, completions)
+        asked = [(p, tuple(ids)) for p, of_prompt in enumerate(completions) for ids in of_prompt]
+        distinct = list(dict.fromkeys(asked))
+        place = {row: number for number, row in enumerate(distinct)}
+        columns, states = self._read(prompts, distinct, layers)
+        of_row = [place[row] for row in asked]
+        return ColumnsRead(columns[of_row], {layer: values[of_row] for layer, values in states.items()})
+
+    def _read(
+        self, prompts: Sequence[Sequence[int]], distinct: Sequence[tuple[int, tuple[int, ...]]], layers: Sequence[int]
+    ) -> tuple[NDArray[np.float64], dict[int, Tensor]]:
+        run, footprint, ending = self.passes.run, self.passes.footprint, self.ending
+        layers = sorted({run.language_model.check_layer(layer) for layer in layers})
+        owner = [p for p, _ in distinct]
+        # The last token of the ending is predicted, and predicts nothing.
+        rows = [[*ids, *ending[:-1]] for _, ids in distinct]
+        check_tokens([*prompts, *rows, ending], footprint.vocabulary, self.model.name)
+        at_once = min(run.tokens_per_pass, MOST_TOKENS)
+        columns = np.empty((len(rows), len(COLUMNS)))
+        states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
+
+        def need(count: int, width: int, chosen: Sequence[int]) -> int:
+            sizes = [max(1, len(rows[row])) for row in chosen]
+            kept = (max(at_once, *sizes) + count) * footprint.vocabulary * footprint.bytes
+            at_a_time = SCORES_AT_A_TIME.get(run.language_model.device.type, SCORES_AT_A_TIME_OF_A_GPU)
+            read = footprint.reading(count, width, sizes, [*layers, run.language_model.layer_count])
+            return read + kept + 4 * 4 * max(at_a_time, footprint.vocabulary)
+
+        def work(chosen: list[int], used: list[Sequence[int]], places: list[int]) -> None:
+            prefix = run.prefill(used, layers, logits=True)
+            assert prefix.logits is not None  # they were asked for
+            for layer in layers:  # rows that stay empty keep the state of their prompt's last token
+                states[layer][chosen] = prefix.states[layer][places].float().cpu()
+            for row, place in zip(chosen, places, strict=True):
+                if not rows[row]:
+                    columns[row] = _columns(prefix.logits[place][None], distinct[row][1], ending)
+            for part in parts_of([len(rows[row]) for row in chosen], at_once):
+                own = [chosen[r] for r in part]
+                found = run.read(prefix, [rows[r] for r in own], [places[r] for r in part], layers, logits=True)
+                assert found.logits is not None  # they were asked for
+                first = 0
+                for row, place in zip(own, [places[r] for r in part], strict=True):
+                    last = first + len(rows[row])
+                    logits = torch.cat([prefix.logits[place][None], found.logits[first:last]])
+                    columns[row] = _columns(logits, distinct[row][1], ending)
+                    if distinct[row][1]:
+                        for layer in layers:
+                            states[layer][row] = found.states[layer][first + len(distinct[row][1]) - 1].float().cpu()
+                    first = last
+
+        self.passes.each(range(len(rows)), owner, prompts, need, work)
+        return columns, states
+
+
+def _columns(logits: Tensor, ids: tuple[int, ...], ending: Sequence[int]) -> NDArray[np.float64]:
+    """Columns of one completion from the scores (T + E, V) of its tokens and of its ending's."""
+    law = token_law(logits, torch.tensor([*ids, *ending], device=logits.device))
+    return columns_of(law[: len(ids) + 1], float(law.logprob[len(ids) :].sum()))
