@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegressionCV, RidgeCV
 from sklearn.model_selection import GroupKFold
 
 from qprobe.probe.solvers import STRENGTHS, Rows, solve
-from qprobe.probe.solvers.solve import SolvedLoss
+from qprobe.probe.solvers.work import SolvedLoss
 
 ONE_WEIGHTING, NINE_WEIGHTINGS, PAPER = 10.0, 60.0, 90.0
 PAPER_GIB = 8.0

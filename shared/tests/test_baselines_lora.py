@@ -16,8 +16,9 @@ from sklearn.metrics import roc_auc_score
 from qprobe import models
 from qprobe.baselines import objectives
 from qprobe.baselines.finetune_rm import RewardModel, train_reward_model
-from qprobe.baselines.lora import LoRASettings, Training
+from qprobe.baselines.lora import Training
 from qprobe.baselines.objectives import Example
+from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import fine_tune
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood

@@ -15,7 +15,8 @@ from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.closing import closing_words
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import STAGES
-from qprobe.probe.estimator import EmbeddingSource, QProbe
+from qprobe.probe.card import EmbeddingSource
+from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.pools import RewardRow, Split
 from qprobe.store.table import StoreError

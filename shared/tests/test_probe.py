@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qprobe import QProbe
-from qprobe.probe.estimator import EmbeddingSource
+from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.training import BETAS, Data, ProbeTask, TrainingSettings, train
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qprobe.probe.estimator import EmbeddingSource, QProbe
+from qprobe.probe.card import EmbeddingSource
+from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
 from qprobe.serving.policy import Choice, Policy
 

@@ -11,8 +11,9 @@ from safetensors.torch import load as tensors_from_bytes
 from tqdm import tqdm
 
 from qprobe.baselines.base import Ranker, TrainingData
-from qprobe.baselines.lora import HEAD_FILE, LoRASettings, Trained, Training, check_base
+from qprobe.baselines.lora import HEAD_FILE, Trained, Training, check_base
 from qprobe.baselines.objectives import Example, Judgement, check_targets, examples_of
+from qprobe.baselines.settings import LoRASettings
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood

@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from qprobe.baselines.base import Rival, TrainingData
-from qprobe.baselines.lora import LoRASettings, Trained, Training, check_base
+from qprobe.baselines.lora import Trained, Training, check_base
 from qprobe.baselines.objectives import Example, Imitation, examples_of
+from qprobe.baselines.settings import LoRASettings
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.run.pools import Pool

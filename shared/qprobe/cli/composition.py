@@ -19,8 +19,8 @@ from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement, SelfConsistency
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
 from qprobe.baselines.finetune_rm import FinetuneRM
-from qprobe.baselines.lora import LoRASettings
 from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
+from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import SFT, SFTSettings
 from qprobe.cli import configuration
 from qprobe.embedding import Embedder

@@ -14,7 +14,8 @@ from qprobe.evaluation.layer_choice import At, Scores
 from qprobe.evaluation.sweep import EvaluationSettings, Maker, SweepProbe
 from qprobe.files import fingerprint
 from qprobe.pipeline.setup import BEST, Setup
-from qprobe.probe.estimator import EmbeddingSource, QProbe, is_saved
+from qprobe.probe.card import CARD_FILE, EmbeddingSource
+from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.pools import Pool
 
@@ -107,7 +108,7 @@ class Probes:
         """One probe a loss, trained on every prompt of the pool: what an application loads."""
         setup, folder, inputs = self.setup, self.folder / pool.split.name, self.inputs(pool)
         losses = self.settings.losses
-        if all(is_saved(folder / loss, inputs, setup.use) for loss in losses):
+        if all(_is_saved(folder / loss, inputs, setup.use) for loss in losses):
             return
         made = layer_choice.final_probes(self._at(pool), self.layers, losses, self.training, k=setup.k, seed=setup.seed)
         for loss, (layer, trained) in zip(losses, made, strict=True):
@@ -133,3 +134,11 @@ def procedures(setup: Setup) -> list[Probes]:
 def clusters_of(pool: Pool) -> dict[str, str]:
     """What the clusters of a pool add to an identity: nothing where there are none."""
     return {} if pool.clusters is None else {"clusters": fingerprint(pool.clusters.tolist())}
+
+
+def _is_saved(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
+    """Whether a folder holds a probe that was trained on these inputs and is meant for this use."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    probe = QProbe.from_pretrained(folder)
+    return probe.data_ == inputs and probe.use == use

@@ -22,7 +22,7 @@ from qprobe.probe.intervals import Interval, paired_difference
 from qprobe.probe.metrics import best_of_k
 from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.solvers import Rows, Solution, solve
-from qprobe.probe.solvers.solve import SolvedLoss
+from qprobe.probe.solvers.work import SolvedLoss
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ from torch import Tensor
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe import losses, network, selection
 from qprobe.probe.arrays import floats
+from qprobe.probe.card import CARD_FILE, EmbeddingSource, described, from_hub
 from qprobe.probe.ids import dense_ids
 from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.options import OPTIONS, OWN, check_options, check_solver
 from qprobe.probe.own_state import own_state
 from qprobe.probe.training import (
     ROWS_AT_A_TIME,
@@ -35,43 +36,9 @@ from qprobe.probe.training import (
     TrainingSettings,
     refitted,
     score_rows,
-    statistics,
     train,
 )
-
-CARD_FILE = "probe.json"
-
-# The constructor's own parameters, and the fields of TrainingSettings that may be given beside them.
-_OWN = ("loss", "beta", "k", "seed", "solver", "l2")
-_OPTIONS = {field.name for field in dataclasses.fields(TrainingSettings)} - set(_OWN)
-
-
-@dataclass(frozen=True)
-class EmbeddingSource:
-    """What embeddings a probe reads. Embeddings of another source mean nothing to it.
-
-    Args:
-        model: name of the embedding model, with what identifies its weights.
-        layer: hidden layer, counted from the token embeddings (0).
-        token: which token's state is read.
-        template: fingerprint of the tokenizer with its chat template; empty where unknown.
-    """
-
-    model: dict[str, Any]
-    layer: int
-    token: str = "last"
-    template: str = ""
-
-    def __post_init__(self) -> None:
-        # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
-        object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k not in ("dtype", "attention")})
-
-    @classmethod
-    def of(cls, identity: dict[str, Any], layer: int, template: str = "") -> EmbeddingSource:
-        """The source that an embedder's `identity()` describes: its key `model` where that is a model's own identity."""
-        rest = {key: value for key, value in identity.items() if key != "token"}
-        model = rest["model"] if isinstance(rest.get("model"), dict) else rest
-        return cls(model, layer, identity.get("token", "last"), template)
+from qprobe.probe.training.alike import why_alike
 
 
 class QProbe:
@@ -114,8 +81,8 @@ class QProbe:
         **options: Any,
     ) -> None:
         losses.find_loss(loss)
-        _check_solver(loss, solver, l2)
-        _check_options(options)
+        check_solver(loss, solver, l2)
+        check_options(options)
         if settings is not None and any(getattr(settings, name) != value for name, value in options.items()):
             raise ValueError(f"Give either settings or {', '.join(options)}, not both.")
         if beta is not None and not beta >= 0:
@@ -137,8 +104,8 @@ class QProbe:
         """What the constructor was given or took by default, by name, as scikit-learn asks for it; `deep` changes nothing."""
         # One field of the settings has the name of a parameter: only as a whole do they say another value of it.
         whole = self.settings.beta != TrainingSettings.beta
-        parameters = {name: getattr(self, name) for name in _OWN} | {"settings": self.settings if whole else None}
-        return parameters | {name: getattr(self.settings, name) for name in sorted(_OPTIONS)}
+        parameters = {name: getattr(self, name) for name in OWN} | {"settings": self.settings if whole else None}
+        return parameters | {name: getattr(self.settings, name) for name in sorted(OPTIONS)}
 
     def set_params(self, **parameters: Any) -> QProbe:
         """Change parameters by name, for the next `fit`; returns itself.
@@ -146,12 +113,12 @@ class QProbe:
         Raises:
             ValueError: an unknown name, or a value out of its range; nothing is changed then.
         """
-        options = {name: value for name, value in parameters.items() if name not in (*_OWN, "settings")}
-        _check_options(options)
+        options = {name: value for name, value in parameters.items() if name not in (*OWN, "settings")}
+        check_options(options)
         settings = dataclasses.replace(parameters.get("settings") or self.settings, **options)
-        own = {name: parameters.get(name, getattr(self, name)) for name in _OWN}
+        own = {name: parameters.get(name, getattr(self, name)) for name in OWN}
         changed = type(self)(**own, settings=settings)
-        for name in (*_OWN, "settings"):
+        for name in (*OWN, "settings"):
             setattr(self, name, getattr(changed, name))
         return self
 
@@ -275,7 +242,7 @@ class QProbe:
         task = ProbeTask(self.loss, self.seed, torch.ones(len(data.sizes), dtype=torch.bool))
         trained = train(data, [task], self.settings, k=self.k, seed=self.seed)
         (trained_on_all,) = refitted(data, [task], trained, self.settings, k=self.k, seed=self.seed)
-        if reason := _why_alike(trained_on_all, data):
+        if reason := why_alike(trained_on_all, data):
             warnings.warn(f"This probe scores all rows alike: {reason}", stacklevel=5)
             trained_on_all = dataclasses.replace(trained_on_all, note=f"{trained_on_all.note} {reason}".strip())
         self._take(trained_on_all)
@@ -328,7 +295,7 @@ class QProbe:
         """Raise ValueError where the probe's own source is known and another one."""
         if self.source is not None and source != self.source:
             raise ValueError(
-                f"This probe reads {_describe(self.source)}; it was given {_describe(source)}: embed with the probe's own "
+                f"This probe reads {described(self.source)}; it was given {described(source)}: embed with the probe's own "
                 "model and layer, or train a probe on these embeddings."
             )
 
@@ -390,7 +357,7 @@ class QProbe:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = _from_hub(str(name), revision)
+            folder = from_hub(str(name), revision)
         if not (folder / CARD_FILE).is_file():
             raise FileNotFoundError(f"{name} holds no saved probe: {CARD_FILE} is missing.")
         try:
@@ -426,70 +393,3 @@ class QProbe:
         if not hasattr(self, "network_"):
             raise ValueError("This QProbe is not trained yet: call fit or fit_pairs first.")
         return self.network_
-
-
-def _check_solver(loss: str, solver: str, l2: float | str) -> None:
-    if solver not in ("auto", "steps"):  # these any loss has; asking imports scipy, which a probe in use does not need
-        from qprobe.probe.solved import solver_of
-
-        solver_of(loss, solver)
-    if l2 != "auto" and (isinstance(l2, str) or not l2 > 0):
-        raise ValueError(f"l2 is {l2!r}: give a strength above 0 (infinity is the difference of means), or auto.")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    if unknown := sorted(set(options) - _OPTIONS):
-        raise ValueError(f"QProbe has no option {', '.join(unknown)}: it knows {', '.join(sorted(_OPTIONS))}.")
-
-
-# Rows whose scores say whether a probe tells any apart.
-ROWS_COMPARED = 10_000
-
-
-def _why_alike(trained: TrainedProbe, data: Data) -> str:
-    """Why a probe gives the rows that it was trained on one score; empty where it does not."""
-    some = torch.arange(0, len(data.features), -(-len(data.features) // ROWS_COMPARED))
-    scores = score_rows(trained.network, data.features, some)
-    rounding = 4 * torch.finfo(scores.dtype).eps
-    if len(scores) == 1 or float(scores.max() - scores.min()) > rounding * float(scores.abs().max()):
-        return ""
-    if float(data.rewards.min()) == float(data.rewards.max()):
-        return "all rewards are equal, so that there is nothing to learn."
-    _, scale = statistics(data, torch.ones(1, len(data.sizes), dtype=torch.bool))
-    if bool((scale == 1).all()):
-        return (
-            "no feature differs between rows by more than rounding does (a millionth of its mean): subtract the mean of "
-            "every column in float64, or give other features."
-        )
-    if trained.chosen and trained.steps == 0:
-        return (
-            "on the prompts that were held out, no step of training was better than none; either these features do not "
-            "tell good from bad here, or the learning_rate is too large, or rewards are far from a range of about 1."
-        )
-    return (
-        "training moved its weights by nothing; rescale rewards to a range of about 1, or raise learning_rate or steps."
-    )
-
-
-def _describe(source: EmbeddingSource) -> str:
-    return f"layer {source.layer} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"Probe {name!r} is neither a folder here nor to be had from the hub: check the name."
-        ) from error
-
-
-def is_saved(folder: Path, inputs: dict[str, Any], use: dict[str, Any]) -> bool:
-    """Whether a folder holds a probe that was trained on these inputs and is meant for this use."""
-    if not (folder / CARD_FILE).exists():
-        return False
-    probe = QProbe.from_pretrained(folder)
-    return probe.data_ == inputs and probe.use == use

@@ -13,7 +13,7 @@ from qprobe.probe.metrics import reward_grid
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solvers import CLOSED_FORM, STRENGTHS, Rows, Solution, solve
 from qprobe.probe.solvers.choice import BETA_SHARES
-from qprobe.probe.solvers.solve import SolvedLoss
+from qprobe.probe.solvers.work import SolvedLoss
 from qprobe.probe.training import Data
 
 # Coordinates that a solver holds at once, 2 GiB of float32; larger tables are for stochastic steps, which read them in pieces.

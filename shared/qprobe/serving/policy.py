@@ -14,7 +14,8 @@ import torch
 
 from qprobe.embedding import Embedder, tokens_to_read
 from qprobe.probe import selection
-from qprobe.probe.estimator import EmbeddingSource, QProbe
+from qprobe.probe.card import EmbeddingSource
+from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, sample_seeds
 from qprobe.store.jsonl import plain_prompt

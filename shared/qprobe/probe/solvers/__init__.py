@@ -6,8 +6,9 @@ Pure mathematics on arrays: nothing here knows models, tables or runs.
 
 from qprobe.probe.solvers.choice import Candidate, Chosen
 from qprobe.probe.solvers.rows import NothingToLearn, Rows
-from qprobe.probe.solvers.solve import CLOSED_FORM, STRENGTHS, Solution, cross_fitted, solve
+from qprobe.probe.solvers.solve import STRENGTHS, Solution, cross_fitted, solve
 from qprobe.probe.solvers.space import block_weightings
+from qprobe.probe.solvers.work import CLOSED_FORM
 
 __all__ = [
     "CLOSED_FORM",

@@ -1,0 +1,56 @@
+"""What a saved probe says of itself: its card's file, and the embeddings that it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.files import fingerprint
+
+CARD_FILE = "probe.json"
+
+
+@dataclass(frozen=True)
+class EmbeddingSource:
+    """What embeddings a probe reads. Embeddings of another source mean nothing to it.
+
+    Args:
+        model: name of the embedding model, with what identifies its weights.
+        layer: hidden layer, counted from the token embeddings (0).
+        token: which token's state is read.
+        template: fingerprint of the tokenizer with its chat template; empty where unknown.
+    """
+
+    model: dict[str, Any]
+    layer: int
+    token: str = "last"
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
+        object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k not in ("dtype", "attention")})
+
+    @classmethod
+    def of(cls, identity: dict[str, Any], layer: int, template: str = "") -> EmbeddingSource:
+        """The source that an embedder's `identity()` describes: its key `model` where that is a model's own identity."""
+        rest = {key: value for key, value in identity.items() if key != "token"}
+        model = rest["model"] if isinstance(rest.get("model"), dict) else rest
+        return cls(model, layer, identity.get("token", "last"), template)
+
+
+def described(source: EmbeddingSource) -> str:
+    return f"layer {source.layer} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
+
+
+def from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"Probe {name!r} is neither a folder here nor to be had from the hub: check the name."
+        ) from error
