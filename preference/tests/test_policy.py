@@ -12,7 +12,8 @@ import pytest
 
 import qprobe_preference.__main__ as command
 from qprobe.models.openai_client import ApiError
-from qprobe.pipeline.pipeline import Pipeline
+from qprobe.pipeline import evaluated
+from qprobe.pipeline.probes import Probes
 from qprobe.run import pools, stages
 from qprobe.settings import build
 from qprobe_preference import policy
@@ -134,8 +135,8 @@ def test_killed_in_each_stage_and_continued_it_gives_the_same_tables(
         (implicit.ImplicitJudge, "compare", 2),
         (stages, "_embed_once", 3),
         (stages, "sample", 3),  # of the other policy
-        (Pipeline, "save_final_probes", 2),
-        (Pipeline, "evaluate", 1),
+        (Probes, "_save_final", 2),
+        (evaluated, "make", 1),
         (command.outcome, "write", 1),
     ):
         killed_at(owner, name, call)
