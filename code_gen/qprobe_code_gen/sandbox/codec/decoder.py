@@ -67,7 +67,7 @@ _BUILD: dict[int, Callable[[list[Any]], Any]] = {
     tags.TIMEZONE: lambda items: timezone(*items),
     tags.KEYS: lambda items: dict.fromkeys(items).keys(),
     tags.VALUES: lambda items: dict(enumerate(items)).values(),
-    tags.PAIRS: lambda items: dict(items).items(),
+    tags.PAIRS: lambda items: dict(_two(item) for item in items).items(),
     tags.ITERATOR: iter,
     tags.DEQUE: lambda items: deque(items[1:], items[0]),
 }
@@ -79,6 +79,13 @@ _MAKE: dict[int, Callable[[], Any]] = {
     tags.DEFAULT: defaultdict,
     tags.COUNTER: Counter,
 }
+
+
+def _two(item: Any) -> tuple[Any, Any]:
+    """A pair as it is sent; of a set of two the order would be by chance."""
+    if type(item) is not tuple or len(item) != 2:
+        raise Garbled("a pair that is no tuple of two")
+    return item
 
 
 def _exactly(items: list[Any], count: int) -> list[Any]:
