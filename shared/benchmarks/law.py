@@ -1,6 +1,6 @@
 """Is the law of samplers and embedders the model's? Small models of every family, with the outliers that real weights have.
 
-    python shared/benchmarks/law.py [--seeds 5] [--json FILE]
+    python shared/benchmarks/law.py [--seeds 5] [--device cuda] [--json FILE]
     python shared/benchmarks/law.py --real MODEL
 
 For every family whose prompts are shared, each of them with copies too, and for families that always get copies: prompts of
@@ -203,7 +203,7 @@ def joined(model: Any, prompts: list[list[int]], rows: list[list[int]], owner: t
     scores, states = [], []
     with plain_attention(model):
         for p, row in zip(owner, rows, strict=True):
-            output = model(torch.tensor([prompts[p] + row]), output_hidden_states=True)
+            output = model(torch.tensor([prompts[p] + row], device=model.device), output_hidden_states=True)
             scores.append(output.logits[0, -len(row) :].double().log_softmax(-1))
             states.append(torch.stack([layer[0, -len(row) :].double() for layer in output.hidden_states], dim=1))
     return torch.cat(scores), torch.cat(states)
@@ -212,6 +212,7 @@ def joined(model: Any, prompts: list[list[int]], rows: list[list[int]], owner: t
 def stepped(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]) -> Measured:
     """The same, all rows together, a token at a time; rows leave as they end."""
     layers = tuple(range(run.language_model.layer_count + 1))
+    device = run.language_model.device
     continuation = run.continuation(run.prefill(prompts), torch.tensor(owner))
     scores: list[list[Tensor]] = [[] for _ in rows]
     states: list[list[Tensor]] = [[] for _ in rows]
@@ -219,9 +220,11 @@ def stepped(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], own
     for step in range(max(map(len, rows))):
         going_on = [place for place, row in enumerate(alive) if len(rows[row]) > step]
         if len(going_on) < len(alive):
-            continuation.keep(torch.tensor(going_on))
+            continuation.keep(torch.tensor(going_on, device=device))
             alive = [alive[place] for place in going_on]
-        found = continuation.extend(torch.tensor([[rows[row][step]] for row in alive]), layers, logits=True)
+        found = continuation.extend(
+            torch.tensor([[rows[row][step]] for row in alive], device=device), layers, logits=True
+        )
         assert found.logits is not None
         for place, row in enumerate(alive):
             scores[row].append(found.logits[place].double().log_softmax(-1))
@@ -255,22 +258,24 @@ def relative(reference: Tensor, measured: Tensor) -> Tensor:
 def apart(reference: Measured, ours: Measured, plain: Measured) -> tuple[Tensor, ...]:
     """What `Distances` is made of."""
     return (
-        *(divergence(reference[0], found[0]) for found in (ours, plain)),
-        *(relative(reference[1], found[1]) for found in (ours, plain)),
+        *(divergence(reference[0], found[0]).cpu() for found in (ours, plain)),
+        *(relative(reference[1], found[1]).cpu() for found in (ours, plain)),
     )
 
 
 def run_of(model: Any, attention: str) -> PrefixRun:
     """A run on a model that no file holds."""
-    spec = ModelSpec("tiny", device="cpu", attention=attention)
+    spec = ModelSpec("tiny", device=str(model.device), attention=attention)
     return PrefixRun(LanguageModel(model, SimpleNamespace(eos_token_id=1), spec))
 
 
-def measure(family: Family, dtype: torch.dtype, attention: str, seeds: int) -> Iterator[tuple[str, Distances]]:
+def measure(
+    family: Family, dtype: torch.dtype, attention: str, seeds: int, device: str = "cpu"
+) -> Iterator[tuple[str, Distances]]:
     """(path, distances), pooled over seeds. Every position of every completion of every seed counts."""
     found: dict[str, list[tuple[Tensor, ...]]] = {path: [] for path in PATHS}
     for seed in range(seeds):
-        exact = make(family, seed)
+        exact = make(family, seed).to(device)
         prompts, rows = sequences(seed)
         low = copy.deepcopy(exact).to(dtype)
         # Rounding the weights is the type's doing, not the pass's: the reference has the rounded weights.
@@ -339,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--real", metavar="MODEL")
+    parser.add_argument("--device", default="cpu", help="of the small models; a real one takes its own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -352,7 +358,7 @@ def main() -> None:
         for attention in ("auto", "copied") if family.shared else ("auto",):
             way = "shared" if family.shared and attention == "auto" else "copied"
             for dtype, kind in TYPES.items():
-                for path, one in measure(family, kind, attention, args.seeds):
+                for path, one in measure(family, kind, attention, args.seeds, args.device):
                     values = (float(one.plain.mean()), float(one.ours.mean()), one.ratio, one.of_states)
                     said = "" if one.finite else "  plain pass not finite"
                     print(

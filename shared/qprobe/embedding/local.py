@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from qprobe.embedding.base import path_name
-from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.loading import OwnTokens
 
 
 class LocalEmbedder(OwnTokens):

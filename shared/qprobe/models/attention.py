@@ -14,8 +14,8 @@ from torch import Tensor
 
 ATTENTION_NAME = "qprobe_shared_prefix"
 # Tokens of one prompt's completions in one call of the attention: every call reads the prompt's keys, and every token is
-# compared with all of its call.
-TOKENS_PER_CALL = 128
+# compared with all of its call. A GPU waits for every call.
+TOKENS_PER_CALL, TOKENS_PER_CALL_OF_A_GPU = 128, 1024
 # Tokens that a row's keys have place for ahead of time: fewer copies, and little memory beside what they hold.
 TOKENS_OF_GROWTH = 16
 
@@ -104,7 +104,8 @@ class PackedRows:
         self._calls: list[tuple[slice, int, int, Tensor]] = []
         tokens = prompts.tolist()
         end = 0
-        for prompt, rows in _calls(owner, lengths):
+        at_once = TOKENS_PER_CALL if prompts.device.type == "cpu" else TOKENS_PER_CALL_OF_A_GPU
+        for prompt, rows in _calls(owner, lengths, at_once):
             own = torch.arange(len(rows), device=prompts.device).repeat_interleave(
                 torch.tensor(rows, device=prompts.device)
             )
@@ -141,11 +142,11 @@ class PackedRows:
         return output
 
 
-def _calls(owner: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def _calls(owner: Sequence[int], lengths: Sequence[int], at_once: int) -> Iterator[tuple[int, list[int]]]:
     """(prompt, lengths of some of its rows) for every call of the attention, rows in order."""
     rows: list[int] = []
     for place, (prompt, length) in enumerate(zip(owner, lengths, strict=True)):
-        if rows and (owner[place - 1] != prompt or sum(rows) + length > TOKENS_PER_CALL):
+        if rows and (owner[place - 1] != prompt or sum(rows) + length > at_once):
             yield owner[place - 1], rows
             rows = []
         rows.append(length)

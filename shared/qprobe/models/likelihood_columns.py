@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qprobe import models
-from qprobe.models.language_model import ModelSpec, OwnTokens
+from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import MOST_TOKENS, check_tokens
+from qprobe.models.loading import OwnTokens
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
 
@@ -85,6 +86,11 @@ class TokenLaw:
     entropy: NDArray[np.float64]
     certainty: NDArray[np.float64]
     likeliest: NDArray[np.float64]
+
+    def __add__(self, other: TokenLaw) -> TokenLaw:
+        """Those of one behind those of the other."""
+        pairs = ((self.logprob, other.logprob), (self.entropy, other.entropy), (self.certainty, other.certainty))
+        return TokenLaw(*map(np.concatenate, (*pairs, (self.likeliest, other.likeliest))))
 
     def __getitem__(self, places: slice) -> TokenLaw:
         return TokenLaw(self.logprob[places], self.entropy[places], self.certainty[places], self.likeliest[places])
@@ -241,26 +247,37 @@ class LikelihoodColumns(UsesModel, OwnTokens):
                 states[layer][chosen] = prefix.states[layer][places].float().cpu()
             for row, place in zip(chosen, places, strict=True):
                 if not rows[row]:
-                    columns[row] = _columns(prefix.logits[place][None], distinct[row][1], ending)
+                    only = token_law(prefix.logits[place][None], torch.tensor(ending, device=prefix.logits.device))
+                    columns[row] = _columns(only, 0)
             for part in parts_of([len(rows[row]) for row in chosen], at_once):
                 own = [chosen[r] for r in part]
                 found = run.read(prefix, [rows[r] for r in own], [places[r] for r in part], layers, logits=True)
                 assert found.logits is not None  # they were asked for
-                first = 0
-                for row, place in zip(own, [places[r] for r in part], strict=True):
-                    last = first + len(rows[row])
-                    logits = torch.cat([prefix.logits[place][None], found.logits[first:last]])
-                    columns[row] = _columns(logits, distinct[row][1], ending)
-                    if distinct[row][1]:
-                        for layer in layers:
-                            states[layer][row] = found.states[layer][first + len(distinct[row][1]) - 1].float().cpu()
-                    first = last
+                device = found.logits.device
+                begun = [[*distinct[row][1], *ending][0] for row in own]
+                at = torch.tensor([places[r] for r in part], device=device)
+                firsts = token_law(prefix.logits[at], torch.tensor(begun, device=device))
+                # After token t of a row comes its token t + 1.
+                coming = [token for row in own for token in [*distinct[row][1], *ending][1:]]
+                others = token_law(found.logits, torch.tensor(coming, device=device))
+                last = 0
+                for number, row in enumerate(own):
+                    first, last = last, last + len(rows[row])
+                    law = firsts[number : number + 1] + others[first:last]
+                    columns[row] = _columns(law, len(distinct[row][1]))
+                ends = torch.tensor([len(distinct[row][1]) for row in own])
+                befores = torch.tensor([len(rows[row]) for row in own]).cumsum(0) - torch.tensor(
+                    [len(rows[row]) for row in own]
+                )
+                said = (ends > 0).nonzero()[:, 0]
+                for layer in layers:  # an empty completion's is that of its prompt, above
+                    of_rows = found.states[layer][(befores + ends - 1)[said].to(device)]
+                    states[layer][torch.tensor(own)[said]] = of_rows.float().cpu()
 
         self.passes.each(range(len(rows)), owner, prompts, need, work)
         return columns, states
 
 
-def _columns(logits: Tensor, ids: tuple[int, ...], ending: Sequence[int]) -> NDArray[np.float64]:
-    """Columns of one completion from the scores (T + E, V) of its tokens and of its ending's."""
-    law = token_law(logits, torch.tensor([*ids, *ending], device=logits.device))
-    return columns_of(law[: len(ids) + 1], float(law.logprob[len(ids) :].sum()))
+def _columns(law: TokenLaw, tokens: int) -> NDArray[np.float64]:
+    """Columns of one completion of some tokens from the laws of its tokens and of its ending's."""
+    return columns_of(law[: tokens + 1], float(law.logprob[tokens:].sum()))

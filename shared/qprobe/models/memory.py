@@ -21,17 +21,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qprobe.models.language_model import LanguageModel, ModelSpec, is_out_of_memory, load
+from qprobe.models.language_model import LanguageModel, ModelSpec
+from qprobe.models.loading import is_out_of_memory, load
 from qprobe.models.prefix import PrefixRun
 
 # Share of the free memory that a pass may take. A CPU's memory is everybody's, and a CPU that runs out of it kills
 # processes instead of raising an error.
 _SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.5
 GIB = 2**30
-# Scores that are drawn from at once; `sampling.hf` cuts its rows by it.
-SCORES_AT_ONCE = 2**21
+# Scores that are drawn from at once, by the kind of device; `sampling.hf` cuts its rows by it. On a CPU they stay near its cache;
+# a GPU waits for every call.
+SCORES_AT_ONCE = {"cpu": 2**21}
+SCORES_AT_ONCE_ON_A_GPU = 2**25
 # Bytes that a draw holds for a score: of the likeliest token, and at worst, where a flat law is sorted.
 _BYTES_OF_GREEDY, _BYTES_OF_A_DRAW = 8, 60
+
+
+def scores_at_once(device: torch.device) -> int:
+    """How many scores are drawn from at once."""
+    return SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ON_A_GPU)
 
 
 class Footprint:
@@ -47,6 +55,7 @@ class Footprint:
         config = language_model.config
         self.shared = shared
         self.tokens_per_pass = tokens_per_pass
+        self.device = language_model.device
         self.layers = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
         self.bytes = int(next(language_model.model.parameters()).element_size())
@@ -81,7 +90,7 @@ class Footprint:
     def sampling(self, count: int, width: int, rows: int, new_tokens: int, greedy: bool) -> int:
         """A pass that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens."""
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
-        at_once = min(rows * self.vocabulary, max(SCORES_AT_ONCE, self.vocabulary))
+        at_once = min(rows * self.vocabulary, max(scores_at_once(self.device), self.vocabulary))
         scores += at_once * (_BYTES_OF_GREEDY if greedy else _BYTES_OF_A_DRAW)
         seen = width + new_tokens
         if self.shared:

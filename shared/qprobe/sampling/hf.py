@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qprobe import models
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.memory import SCORES_AT_ONCE, UsesModel
+from qprobe.models.memory import UsesModel, scores_at_once
 from qprobe.models.prefix import PrefixRun, check_prompts, law_of
 from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import LawCheck, compare, refuse
@@ -122,7 +122,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) ->
 
     Returns: (R,) int64, (R,) float32.
     """
-    size = max(1, SCORES_AT_ONCE // logits.shape[1])
+    size = max(1, scores_at_once(logits.device) // logits.shape[1])
     drawn = []
     for part, draws in zip(logits.split(size), uniforms.split(size), strict=True):
         scores = part.float()
