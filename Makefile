@@ -73,6 +73,11 @@ bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eva
 bench-back-ends: $(VLLM_VENV)/.installed ## The same work by transformers, vLLM and an API: pass rates, tokens, embeddings
 	$(VLLM_VENV)/bin/python code_gen/benchmarks/back_ends.py $(ARGS)
 
+MODEL ?= embedded
+MINUTES ?= 12
+gpu-check: $(VENV)/.installed ## On a GPU, in MINUTES (12): the law, sampler and embedder against transformers, HumanEval x 48 by MODEL; goes on where it was
+	$(BIN)/python code_gen/evidence/gpu_check.py --model $(MODEL) --minutes $(MINUTES) $(ARGS)
+
 setup-vllm: $(VENV)/.installed ## Add vLLM for GPUs, Ray and the packages for APIs and SLURM to the virtual environment
 	$(PIP) --editable "shared[openai,ray,slurm]" --editable "code_gen[vllm]"
 
@@ -132,4 +137,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	@touch $@
 
 .PHONY: $(CODE_GEN_NAMES) $(PREFERENCE_NAMES) demo demo-live preference-demo test inspect report check test-all test-vllm bench \
-  bench-law bench-executor bench-back-ends setup-vllm setup constraints constraints-vllm clean help
+  bench-law bench-executor bench-back-ends gpu-check setup-vllm setup constraints constraints-vllm clean help

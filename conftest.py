@@ -12,6 +12,8 @@ from typing import Any
 
 # No test may wait for a network; libraries read this when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models that are unpacked once stay for the next call of the tests, and out of the user's own cache.
+os.environ.setdefault("QPROBE_CACHE", str(Path(__file__).parent / ".pytest_cache" / "qprobe"))
 
 import pytest
 import torch

@@ -84,7 +84,15 @@ def main() -> None:
     model = ["model=embedded"] if arguments.model == "embedded" else ["model=hub", f"model.name={arguments.model}"]
     commands = {
         "law": ["shared/benchmarks/law.py", "--seeds", "2", "--device", device, "--json", str(out / "law.json")],
-        "generation": ["shared/benchmarks/generation.py", "--model", arguments.model, "--prompts", "16", "--tokens", "128"],
+        "generation": [
+            "shared/benchmarks/generation.py",
+            "--model",
+            arguments.model,
+            "--prompts",
+            "16",
+            "--tokens",
+            "128",
+        ],
         "record": [
             *("-m", "qprobe_code_gen", "experiment=humaneval", "stages=[sample,embed]", *model),
             *("dataset.prompt_style=chat_continued", f"sampler.n={arguments.samples}", "sampler.temperature=0.8"),

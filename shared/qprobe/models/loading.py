@@ -145,7 +145,12 @@ def load(spec: ModelSpec) -> LanguageModel:
     folder, arguments = _unpacked_or_packed(lambda: unpacked(spec), *_loading_arguments(spec))
     if spec.device_map is not None:
         arguments["device_map"] = spec.device_map
-    model = _weights(spec, folder, arguments)
+    try:
+        model = _weights(spec, folder, arguments)
+    except OSError as error:
+        if folder == _loading_arguments(spec)[0]:
+            raise
+        raise OSError(f"{error} It was unpacked into {folder}: delete that folder, and it is unpacked anew.") from error
     if spec.device_map is None:
         with _explained(spec):
             model = model.to(spec.resolved_device())

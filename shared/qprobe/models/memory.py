@@ -94,11 +94,11 @@ class Footprint:
         scores += at_once * (_BYTES_OF_GREEDY if greedy else _BYTES_OF_A_DRAW)
         seen = width + new_tokens
         if self.shared:
-            held = self.prompts(count, width) + self.prompts(rows, new_tokens)
-            # Scores in float32, masked, joined and as weights; narrower keys and values are there in float32 too.
-            one_layer = self.prompts(count, width, 1) + self.prompts(rows, new_tokens, 1)
-            widened = one_layer * 4 // self.bytes if self.bytes < 4 else 0
-            step = rows * self.heads * seen * 16 + widened + self.prompts(rows, new_tokens, 1)
+            # Keys and values in float32, those of the prompts as the model computed them too.
+            own = self.prompts(rows, new_tokens) * 4 // self.bytes
+            held = own + self.prompts(count, width) * 4 // self.bytes + self.prompts(count, width) * (self.bytes < 4)
+            # Scores in float32, masked, joined and as weights; one layer's keys while they move to a larger place.
+            step = rows * self.heads * seen * 16 + own // self.layers
         else:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)
@@ -263,7 +263,7 @@ class PromptPasses:
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
-        self.run = PrefixRun(language_model)
+        self.run = PrefixRun(language_model, copied=language_model.spec.attention == "copied")
         self.footprint = Footprint(language_model, self.run.shared, self.run.tokens_per_pass)
         self._passes = Passes(language_model)
 

@@ -96,12 +96,17 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 
 class PrefixRun:
-    """A language model made ready to continue shared prompts."""
+    """A language model made ready to continue shared prompts.
 
-    def __init__(self, language_model: LanguageModel) -> None:
+    Args:
+        language_model: of it `model`, `device` and `layer_count` are read.
+        copied: keys and values are copied for every row, also where they could be shared.
+    """
+
+    def __init__(self, language_model: LanguageModel, copied: bool = False) -> None:
         self.language_model = language_model
         self.model = language_model.model
-        self.shared = language_model.spec.attention != "copied" and shares_prefix(self.model)
+        self.shared = not copied and shares_prefix(self.model)
         if self.shared:
             register()
             self.model.set_attn_implementation(ATTENTION_NAME)
