@@ -23,7 +23,7 @@ from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
 from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import SFT, SFTSettings
 from qprobe.cli import configuration
-from qprobe.embedding import Embedder
+from qprobe.embedding import LIKELIHOOD, Embedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
@@ -373,7 +373,10 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
         )
     config = _overridden(probe.use, overrides)
     if probe.source is not None:
-        config["embedder"]["layers"] = [probe.source.layer]
+        blocks = probe.source.blocks
+        config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]
+        if "likelihood" in config["embedder"]:  # not read where the probe does not
+            config["embedder"]["likelihood"] = LIKELIHOOD in blocks
     config["sampler"]["greedy"] = False
     ends = back_ends(config)
     return Policy(ends.sampler, ends.embedder, probe, style=config["prompts"], beta=beta)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+# The number of the likelihood columns among an embedder's layers, which count from 0.
+LIKELIHOOD = -1
 
 
 class ReadsTokens(Protocol):
@@ -48,6 +51,24 @@ class Embedder(ReadsTokens, Protocol):
             layer -> (N, D) float32 on the CPU, completions of the first prompt first. Layers count from 0, the token
             embeddings, to the model's number of layers, whose states are normed (transformers' `hidden_states`).
         """
+
+
+@runtime_checkable
+class GivesLikelihoods(Protocol):
+    """An embedder whose `embed` may also give likelihood columns, as the layer `LIKELIHOOD`: (N, C) float32."""
+
+    @property
+    def likelihood(self) -> bool:
+        """Whether it does."""
+
+    def likelihood_identity(self) -> dict[str, Any]:
+        """What decides the columns besides the embedder's own identity."""
+
+
+def tables_of(embedder: Embedder) -> list[int]:
+    """The layers that an embedder gives, the likelihood columns among them."""
+    columns = isinstance(embedder, GivesLikelihoods) and embedder.likelihood
+    return [*embedder.layers, *([LIKELIHOOD] if columns else [])]
 
 
 def path_name(back_end: str, model: str) -> str:

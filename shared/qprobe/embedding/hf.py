@@ -6,6 +6,7 @@ from one pass. The states equal `output_hidden_states` of the joined sequence (t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from qprobe import models
+from qprobe.embedding.base import LIKELIHOOD
 from qprobe.embedding.local import LocalEmbedder
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood_columns import COLUMNS_VERSION, LikelihoodColumns
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
 
@@ -24,9 +28,22 @@ class HFEmbedder(UsesModel, LocalEmbedder):
     Args:
         model: which model; it is loaded at the first call and shared with the process.
         layers: hidden layers; negative counts from the last. The paper reads layer 26 of 32.
+        likelihood: whether the same pass reads the likelihood columns too; it then runs all layers and the output head.
+        ending: text that ends a completion where it is right to end it, for the columns that say how likely its end is, such as
+            a closing fence; None is the tokenizer's end of text.
     """
 
     back_end = "hf"
+
+    def __init__(
+        self, model: ModelSpec, layers: Sequence[int] = (-1,), likelihood: bool = False, ending: str | None = None
+    ) -> None:
+        super().__init__(model, layers)
+        self.likelihood = likelihood
+        self.ending = ending
+
+    def likelihood_identity(self) -> dict[str, Any]:
+        return {"columns": COLUMNS_VERSION, "ending": self.ending}
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
@@ -49,6 +66,9 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         longest_row = max((len(prompts[p]) + len(row) for p, row in zip(owner, rows, strict=True)), default=0)
         self.check_length(longest_row, run.language_model.context_length)
+        if self.likelihood:
+            found = self._columns.read(prompts, completions, layers)
+            return {**found.states, LIKELIHOOD: torch.from_numpy(found.columns).float()}
         states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
         def need(count: int, width: int, chosen: Sequence[int]) -> int:
@@ -66,3 +86,7 @@ class HFEmbedder(UsesModel, LocalEmbedder):
 
         self.passes.each(range(len(rows)), owner, prompts, need, read)
         return states
+
+    @functools.cached_property
+    def _columns(self) -> LikelihoodColumns:
+        return LikelihoodColumns(self.model, None if self.ending is None else self.encode_completion(self.ending))

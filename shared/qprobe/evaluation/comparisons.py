@@ -10,6 +10,7 @@ import numpy as np
 
 from qprobe.evaluation.scoring import Scored
 from qprobe.probe.intervals import Interval
+from qprobe.probe.losses import AUTO
 
 # (P,) rewards of two choices on the same prompts -> their mean difference and its interval.
 Paired = Callable[[np.ndarray, np.ndarray], Interval]
@@ -70,11 +71,13 @@ def procedures(ours: ByMethod, papers: ByMethod, paired: Paired) -> list[str]:
     """What our procedure changes, loss by loss.
 
     Args:
-        ours, papers: method -> (P,) rewards, the same losses in the same order.
+        ours, papers: method -> (P,) rewards.
     """
     notes = []
-    for (method, mine), published in zip(ours.items(), papers.values(), strict=True):
-        gain = paired(mine, published)
+    for method, mine in ours.items():
+        if f"{method}, paper's procedure" not in papers:
+            continue
+        gain = paired(mine, papers[f"{method}, paper's procedure"])
         if math.isfinite(gain.low):
             notes.append(f"{method}: our procedure earns {in_words(gain)} over the paper's: {_told(gain)}.")
     return notes
@@ -88,7 +91,7 @@ def layers(scored: Mapping[str, Scored], by_layer: Mapping[int, object]) -> list
         "Rewards by layer are those on the tested prompts, for information: every probe took its layer by its loss on prompts "
         "that were held out of its training."
     ]
-    probes = [probe for scores in scored.values() for probe in scores.probes]
+    probes = [probe for scores in scored.values() for probe in scores.probes if probe.loss != AUTO]
     if blind := sum(probe.trained.held_out_loss is None for probe in probes):
         notes.append(
             f"{blind} of {len(probes)} probes read the highest layer, {max(by_layer)}: no prompts could be held out to choose on."

@@ -9,11 +9,20 @@ import torch
 
 from qprobe.evaluation.scoring import score
 from qprobe.evaluation.sweep import EvaluationSettings, Maker, probe_seed, training_data
+from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
 from qprobe.probe.losses import find_loss
 from qprobe.probe.training import ROWS_AT_A_TIME, TrainingSettings, statistics
 from qprobe.run.joined import Joined
 
 Scores = dict[str, np.ndarray | None]
+
+# Rows of the table that are likelihood columns; length and log-probabilities have rows of their own.
+COLUMN_CONTROLS = {
+    "lowest mean entropy": "entropy_mean",
+    "lowest worst window of entropy": "entropy_max_window_9",
+    "highest self-certainty": "self_certainty_mean",
+    "highest least log-probability": "logprob_min",
+}
 
 # One of them may choose well or badly by luck, far beyond the interval over prompts; their mean is what a row should say.
 RANDOM_DIRECTIONS = 20
@@ -45,6 +54,19 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
     if "random_direction" in settings.controls:
         made["random direction"] = _random_directions(joined, RANDOM_DIRECTIONS, seed)
     return made
+
+
+def of_columns(joined: Joined, settings: EvaluationSettings) -> Scores:
+    """The scores of the likelihood columns' controls, where "likelihood_columns" is asked for; rows as of `scores`.
+
+    Args:
+        joined: the rows with likelihood columns as features.
+    """
+    if "likelihood_columns" not in settings.controls:
+        return {}
+    assert joined.features is not None  # the callers join with them
+    columns = np.asarray(joined.features, dtype=float)
+    return {method: UNTRAINED[name] * columns[None, :, COLUMNS.index(name)] for method, name in COLUMN_CONTROLS.items()}
 
 
 def shuffled_labels(

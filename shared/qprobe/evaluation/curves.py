@@ -80,7 +80,9 @@ def against_prompts(
         round(float(np.mean([probe.prompts for scores in curve[share].values() for probe in scores.probes])))
         for share in shares
     ]
-    bands = {m.name: tested.band(np.stack([m.by_share[share] for share in shares])) for m in methods}
+    bands = {
+        m.name: tested.band(np.stack([m.by_share[share] for share in shares])) for m in methods if len(m.by_share) > 1
+    }
     return LearningCurve(prompts=counts, series=bands)
 
 
@@ -97,6 +99,8 @@ def against_layer(
         return None
     series, taken = {}, {}
     for loss, scores in scored.items():
+        if not all(loss in of_layer for of_layer in by_layer.values()):
+            continue  # it reads all layers
         own = [tested.earned(of_layer[loss], [tested.k], tested.settings)[0][:, 0] for of_layer in by_layer.values()]
         series[name_of(loss)] = tested.band(np.stack([by_seed.mean(axis=0) for by_seed in own]))
         taken[name_of(loss)] = [sum(probe.layer == layer for probe in scores.probes) for layer in by_layer]

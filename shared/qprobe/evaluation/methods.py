@@ -123,6 +123,7 @@ def _probe(tested: Tested, scores: Scores, loss: str, published: bool) -> Method
         if own[loss] is scored
         else tested.earned(own[loss], [tested.k], tested.settings)[0][:, 0].mean(axis=0)
         for share, own in scores.curve.items()
+        if loss in own
     }
     return Method(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from qprobe.evaluation.methods import Kind, Method
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.tested import Tested
 from qprobe.probe.intervals import Interval
+from qprobe.probe.losses import AUTO
 from qprobe.report.results import Row
 
 # Prompts with good and bad completions below which a probe is hardly trained and hardly measured.
@@ -85,7 +87,8 @@ def _of_prompts(tested: Tested) -> list[str]:
 def _of_training(scored: Mapping[str, Scored], curve: Mapping[float, Mapping[str, Scored]]) -> list[str]:
     """Which probes could choose nothing on held-out prompts."""
     found = []
-    trained = [probe.trained for scores in scored.values() for probe in scores.probes]
+    found += [f"Q-probe auto: {note}" for note in _choices(scored)]
+    trained = [probe.trained for loss, scores in scored.items() if loss != AUTO for probe in scores.probes]
     if defaults := [probe for probe in trained if not probe.chosen]:
         held = np.mean([probe.held_out_mixed for probe in defaults])
         found.append(
@@ -98,6 +101,15 @@ def _of_training(scored: Mapping[str, Scored], curve: Mapping[float, Mapping[str
             "and beta: of the smaller shares too few prompts could be held out to choose on. Those of the table chose theirs."
         )
     return found
+
+
+def _choices(scored: Mapping[str, Scored]) -> list[str]:
+    """What the probes of `auto` chose, each as often as it was."""
+    counted = Counter(probe.trained.note for probe in (scored[AUTO].probes if AUTO in scored else []))
+    return [
+        f"{note} ({count} of {counted.total()} probes)" if counted.total() > 1 else note
+        for note, count in counted.items()
+    ]
 
 
 def _of_temperatures(scored: Mapping[str, Scored], names: Sequence[str]) -> list[str]:

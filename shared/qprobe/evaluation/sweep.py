@@ -32,7 +32,7 @@ from qprobe.run.joined import Joined
 LEFT_OUT = 0.1
 # What decides a sweep besides its inputs: a sweep that other code drew is trained anew.
 DRAWN_BY = 2
-CONTROLS = ("length", "logprob", "likelihood", "random_direction", "shuffled_labels")
+CONTROLS = ("length", "logprob", "likelihood", "likelihood_columns", "random_direction", "shuffled_labels")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EvaluationSettings:
     """What is trained and how it is measured.
 
     Args:
-        losses: names of `qprobe.probe.losses.LOSSES`, a row of the table each.
+        losses: names of `qprobe.probe.losses.LOSSES`, or "auto" (`qprobe.evaluation.auto`); a row of the table each.
         seeds: probes a loss; each redraws folds (cross-validation) or held-out prompts.
         folds: parts of the cross-validation where there is one set of prompts.
         k: candidates at use; None takes all samples of a tested prompt.

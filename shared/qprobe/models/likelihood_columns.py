@@ -29,6 +29,8 @@ from qprobe.models.loading import OwnTokens
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
 
+# Of the columns and how they are computed: tables of another version are made anew.
+COLUMNS_VERSION = "1"
 # Tokens that an entropy is averaged over to find the least certain passage of a completion.
 WINDOW = 9
 LAST, LOWEST = 10, 5
@@ -179,7 +181,7 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         self._ending = None if ending is None else [int(token) for token in ending]
 
     def identity(self) -> dict[str, Any]:
-        return {"columns": "1", "model": self.model.identity(), "ending": self.ending, **law_of(self.model)}
+        return {"columns": COLUMNS_VERSION, "model": self.model.identity(), "ending": self.ending, **law_of(self.model)}
 
     @property
     def ending(self) -> list[int]:

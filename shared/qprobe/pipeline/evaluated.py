@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qprobe.embedding import LIKELIHOOD, tables_of
 from qprobe.evaluation import candidates, controls
 from qprobe.evaluation.evaluate import evaluate
 from qprobe.evaluation.methods import PaperProbes
@@ -24,9 +25,8 @@ def make(setup: Setup, pool: Pool) -> None:
     path, reward, baselines = _path(setup, pool.split), setup.reward_of(pool.split), setup.every_baseline()
     if _found(setup, pool) is not None and candidates.path_of(path).exists():
         return
-    ours, *papers = procedures(setup)
-    joined, scores = setup.rows(pool, setup.probe_layer), ours.scores(pool, compare=True)
-    paper_probes = [PaperProbes(probes.scores(pool).by_share[1.0], probes.settings) for probes in papers]
+    made = procedures(setup)
+    joined, scores, paper = setup.rows(pool, setup.probe_layer), made.scores(pool), made.paper
     results = evaluate(
         joined,
         scores,
@@ -39,7 +39,7 @@ def make(setup: Setup, pool: Pool) -> None:
         greedy=_greedy_rewards(setup, pool.split, joined.task_ids),
         rivals=baselines.rivals(pool, reward),
         controls=_controls(setup, pool) | baselines.rankings(pool),
-        paper_probes=paper_probes[0] if paper_probes else None,
+        paper_probes=PaperProbes(paper.scores(pool).by_share[1.0], paper.settings) if paper else None,
         apart=setup.apart.get(pool.split.name),
         published=setup.paper.get(pool.split.name),
         made_from=_identity(setup, pool),
@@ -77,13 +77,13 @@ def _found(setup: Setup, pool: Pool) -> Results | None:
 
 
 def _identity(setup: Setup, pool: Pool) -> str:
-    ours, *papers = procedures(setup)
+    made = procedures(setup)
     trained_on, name, reward = setup.trained_on(pool), pool.split.name, setup.reward_of(pool.split)
     greedy = setup.pool(pool.split, "greedy", setup.greedy) if setup.greedy else None
     inputs = {
         "title": setup.title,
-        "sweep": ours.inputs(trained_on),
-        "features": ours.features_identity(pool),
+        "sweep": made.own[0].inputs(trained_on),
+        "features": made.own[0].features_identity(pool),
         "rewards": pool.rewards(reward).state,
         "greedy": greedy.rewards(reward).state if greedy else None,
         "settings": dataclasses.asdict(setup.settings),
@@ -93,8 +93,10 @@ def _identity(setup: Setup, pool: Pool) -> str:
     }
     if model := setup.reads(pool):
         inputs["likelihoods"] = pool.likelihoods(model).identity
-    for probes in papers:
-        inputs["authors"] = [probes.inputs(trained_on), dataclasses.asdict(probes.settings)]
+    if made.auto:
+        inputs["auto"] = [made.auto.inputs(trained_on), made.auto.features_identity(pool)]
+    if made.paper:
+        inputs["authors"] = [made.paper.inputs(trained_on), dataclasses.asdict(made.paper.settings)]
     if setup.baselines:
         inputs["baselines"] = setup.every_baseline().identity(pool, reward)
     return fingerprint(inputs | clusters_of(pool))
@@ -104,10 +106,13 @@ def _controls(setup: Setup, pool: Pool) -> controls.Scores:
     """Scores of the pool's rows that no probe made; those that read features read the highest layer."""
     joined = setup.rows(pool, setup.probe_layer)
     made = controls.scores(joined, setup.settings, setup.seed)
-    if "shuffled_labels" in setup.settings.controls:
+    if LIKELIHOOD in tables_of(setup.embedder):
+        made |= controls.of_columns(setup.rows(pool, LIKELIHOOD), setup.settings)
+    ours = procedures(setup).ours
+    if "shuffled_labels" in setup.settings.controls and ours:
         trained_on = setup.rows(setup.trained_on(pool), setup.probe_layer)
         made |= controls.shuffled_labels(
-            trained_on, joined, procedures(setup)[0].maker, setup.training, setup.settings, k=setup.k, seed=setup.seed
+            trained_on, joined, ours.maker, setup.training, ours.settings, k=setup.k, seed=setup.seed
         )
     return made
 

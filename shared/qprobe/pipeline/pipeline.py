@@ -16,9 +16,10 @@ from pathlib import Path
 from qprobe.evaluation.evaluate import Example, example
 from qprobe.evaluation.sweep import SweepProbe
 from qprobe.pipeline import evaluated, probes
-from qprobe.pipeline.probes import Probes
+from qprobe.pipeline.probes import Procedures
 from qprobe.pipeline.setup import Setup
 from qprobe.pipeline.steps import STAGES, STEPS, Stage
+from qprobe.probe.losses import AUTO
 from qprobe.report.results import Results
 from qprobe.run import stages
 from qprobe.run.pools import Pool, Split
@@ -61,13 +62,13 @@ class Pipeline(Setup):
         return chosen
 
     @property
-    def procedures(self) -> list[Probes]:
+    def procedures(self) -> Procedures:
         """The probes of the table, and those of the paper's procedure where they are asked for."""
         return probes.procedures(self)
 
     def sweep(self, pool: Pool) -> list[SweepProbe]:
         """The table's probes that were trained on a pool; they are trained where they are not there yet."""
-        return self.procedures[0].sweep(pool)
+        return self.procedures.own[0].sweep(pool)
 
     def results(self, split: Split) -> Results:
         """What was evaluated on a split.
@@ -80,17 +81,19 @@ class Pipeline(Setup):
     def example(self, split: Split, loss: str) -> Example | None:
         """A pair of completions to look at: the one that a loss's probes prefer, and one that they do not."""
         pool = self.pool(split, "sample", self.sampler)
-        return example(self.rows(pool, self.probe_layer), self.procedures[0].scores(pool).by_share[1.0], loss)
+        return example(self.rows(pool, self.probe_layer), self.procedures.of(loss).scores(pool).by_share[1.0], loss)
 
     @property
     def shown_loss(self) -> str:
-        """The loss whose probe a run points to: the policy gradient where it was trained."""
+        """The loss whose probe a run points to: `auto`, else the policy gradient, where there is one."""
         losses = self.settings.losses
+        if AUTO in losses:
+            return AUTO
         return "policy_gradient" if "policy_gradient" in losses else losses[-1]
 
     def final_probe(self) -> Path:
         """Where the probe lies that a run points to, trained on every prompt."""
-        return self.procedures[0].folder / self.training_pools[0].split.name / self.shown_loss
+        return self.procedures.of(self.shown_loss).folder / self.training_pools[0].split.name / self.shown_loss
 
     def give_back(self, name: str) -> None:
         """Give back what a stage's back ends hold, such as an engine's memory: it is the next stage's."""

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe.evaluation import layer_choice, sweep
+import numpy as np
+
+from qprobe.embedding import LIKELIHOOD, tables_of
+from qprobe.evaluation import auto, layer_choice, sweep
+from qprobe.evaluation.auto import Blocks
 from qprobe.evaluation.layer_choice import At, Scores
 from qprobe.evaluation.sweep import EvaluationSettings, Maker, SweepProbe
 from qprobe.files import fingerprint
 from qprobe.pipeline.setup import BEST, Setup
 from qprobe.probe.card import CARD_FILE, EmbeddingSource
 from qprobe.probe.estimator import QProbe
-from qprobe.probe.training import TrainingSettings
+from qprobe.probe.losses import AUTO
+from qprobe.probe.training import TrainedProbe, TrainingSettings
 from qprobe.run.pools import Pool
 
 
@@ -77,6 +82,11 @@ class Probes:
     def layers(self) -> list[int]:
         return self.setup.layers_of(self.layer)
 
+    def source(self, layer: int) -> EmbeddingSource:
+        """What a probe that reads a layer reads."""
+        embedder = self.setup.embedder
+        return EmbeddingSource.of(embedder.identity(), layer, embedder.tokenizer_fingerprint())
+
     @property
     def maker(self) -> Maker:
         return sweep.cross_validate if self.setup.training_split is None else sweep.train_on_all
@@ -110,25 +120,112 @@ class Probes:
         losses = self.settings.losses
         if all(_is_saved(folder / loss, inputs, setup.use) for loss in losses):
             return
-        made = layer_choice.final_probes(self._at(pool), self.layers, losses, self.training, k=setup.k, seed=setup.seed)
-        for loss, (layer, trained) in zip(losses, made, strict=True):
-            source = EmbeddingSource.of(setup.embedder.identity(), layer, setup.embedder.tokenizer_fingerprint())
-            probe = QProbe.of(trained, loss, source, inputs, k=setup.k, seed=setup.seed, settings=self.training)
+        for loss, (layer, trained) in zip(losses, self.final_probes(pool), strict=True):
+            probe = QProbe.of(
+                trained, loss, self.source(layer), inputs, k=setup.k, seed=setup.seed, settings=self.training
+            )
             probe.use = setup.use
             probe.save_pretrained(folder / loss)
+
+    def final_probes(self, pool: Pool) -> list[tuple[int, TrainedProbe]]:
+        """(layer, probe) of every loss, trained on every prompt of a pool."""
+        return layer_choice.final_probes(
+            self._at(pool), self.layers, self.settings.losses, self.training, k=self.setup.k, seed=self.setup.seed
+        )
 
     def _at(self, pool: Pool) -> At:
         return functools.partial(self.setup.rows, pool)
 
 
-def procedures(setup: Setup) -> list[Probes]:
+class AutoProbes(Probes):
+    """The probes of `auto`, which read all that was embedded."""
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(tuple(sorted(tables_of(self.setup.embedder), key=lambda layer: (layer == LIKELIHOOD, layer))))
+
+    @property
+    def layers(self) -> list[int]:
+        return [self.setup.probe_layer]  # there is one set of features
+
+    def source(self, layer: int) -> EmbeddingSource:
+        return dataclasses.replace(super().source(layer), blocks=self.blocks.layers)
+
+    @property
+    def maker(self) -> Maker:
+        return functools.partial(self.blocks.sweep, folded=self.setup.training_split is None)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        return super().inputs(pool) | {"training": {}, "made_by": auto.MADE_BY}
+
+    def features_identity(self, pool: Pool) -> Any:
+        return {str(layer): pool.features(self.setup.embedder, layer).identity for layer in self.blocks.layers}
+
+    def final_probes(self, pool: Pool) -> list[tuple[int, TrainedProbe]]:
+        joined = self._at(pool)(self.layers[0])
+        every = np.ones(len(joined.task_ids), dtype=bool)
+        return [(self.layers[0], self.blocks.solved(joined, every, self.setup.seed))]
+
+    def _at(self, pool: Pool) -> At:
+        return lambda _: self.blocks.joined(functools.partial(self.setup.rows, pool))
+
+
+@dataclass(frozen=True)
+class Procedures:
+    """The probes of a run.
+
+    Args:
+        ours: trained ones of the table; None where only `auto` is asked for.
+        auto: those of `auto`; None where it is not among the losses.
+        paper: those of the paper's procedure; None where they are not asked for.
+    """
+
+    ours: Probes | None
+    auto: AutoProbes | None
+    paper: Probes | None
+
+    @property
+    def own(self) -> list[Probes]:
+        """Those of the table, in its order."""
+        return [probes for probes in (self.ours, self.auto) if probes]
+
+    @property
+    def all(self) -> list[Probes]:
+        return [*self.own, *([self.paper] if self.paper else [])]
+
+    def of(self, loss: str) -> Probes:
+        """Those whose row a loss is."""
+        return next(probes for probes in self.own if loss in probes.settings.losses)
+
+    def scores(self, pool: Pool) -> Scores:
+        """What all of the table say of a pool."""
+        first, *others = [probes.scores(pool, compare=True) for probes in self.own]
+        for other in others:
+            first.by_share[1.0].update(other.by_share[1.0])
+        return first
+
+
+def procedures(setup: Setup) -> Procedures:
     """The probes of the table, and those of the paper's procedure where they are asked for."""
-    ours = Probes(setup, setup.training, setup.settings, setup.layer, setup.outputs_at / "probes", final=True)
-    if setup.authors is None:
-        return [ours]
-    paper, folder = setup.authors, setup.outputs_at / "authors" / "probes"
-    layer = setup.probe_layer if paper.layer is None else paper.layer
-    return [ours, Probes(setup, paper.training, paper.settings, layer, folder, final=False)]
+    losses, folder = trained_losses(setup.settings), setup.outputs_at / "probes"
+    ours = auto_probes = paper = None
+    if losses:
+        settings = dataclasses.replace(setup.settings, losses=losses)
+        ours = Probes(setup, setup.training, settings, setup.layer, folder, final=True)
+    if AUTO in setup.settings.losses:
+        settings = auto.settings_of(setup.settings)
+        auto_probes = AutoProbes(setup, setup.training, settings, None, folder / AUTO, final=True)
+    if setup.authors is not None and losses:
+        authors = setup.authors
+        settings = dataclasses.replace(authors.settings, losses=losses)
+        layer = setup.probe_layer if authors.layer is None else authors.layer
+        paper = Probes(setup, authors.training, settings, layer, setup.outputs_at / "authors" / "probes", final=False)
+    return Procedures(ours, auto_probes, paper)
+
+
+def trained_losses(settings: EvaluationSettings) -> tuple[str, ...]:
+    """The losses that probes are trained by, step by step."""
+    return tuple(loss for loss in settings.losses if loss != AUTO)
 
 
 def clusters_of(pool: Pool) -> dict[str, str]:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qprobe.embedding import tables_of
 from qprobe.pipeline import evaluated
 from qprobe.pipeline.probes import procedures
 from qprobe.pipeline.setup import Setup
@@ -57,7 +58,7 @@ def _reward(setup: Setup) -> None:
 
 def _check_embed(setup: Setup) -> None:
     for pool in setup.sample_pools:
-        for layer in setup.embedder.layers:
+        for layer in tables_of(setup.embedder):
             pool.features(setup.embedder, layer).check_inputs()
         if model := setup.reads(pool):
             pool.likelihoods(model).check_inputs()
@@ -79,7 +80,7 @@ def _run_baselines(setup: Setup) -> None:
 
 def _train(setup: Setup) -> None:
     for pool in setup.training_pools:
-        for probes in procedures(setup):
+        for probes in procedures(setup).all:
             probes.train(pool)
 
 

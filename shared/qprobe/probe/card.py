@@ -21,14 +21,17 @@ class EmbeddingSource:
         layer: hidden layer, counted from the token embeddings (0).
         token: which token's state is read.
         template: fingerprint of the tokenizer with its chat template; empty where unknown.
+        blocks: layers that lie beside each other in its features, where it reads several; -1 are the likelihood columns.
     """
 
     model: dict[str, Any]
     layer: int
     token: str = "last"
     template: str = ""
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
         # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
         object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k not in ("dtype", "attention")})
 
@@ -41,7 +44,8 @@ class EmbeddingSource:
 
 
 def described(source: EmbeddingSource) -> str:
-    return f"layer {source.layer} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
+    read = "layers " + ", ".join(map(str, source.blocks)) if source.blocks else f"layer {source.layer}"
+    return f"{read} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
 
 
 def from_hub(name: str, revision: str | None) -> Path:

@@ -248,11 +248,16 @@ LOSSES: dict[str, Loss] = {
 MOST_REWARD = 1e12
 
 
+# Not a loss but a choice of one, with blocks, anchor and L2, by left-out scores: `qprobe.probe.blocks.auto`.
+AUTO = "auto"
+_CHOSEN = Loss("auto", centred_mse, "groups")
+
+
 def find_loss(name: str) -> Loss:
     """Look a loss up by its name.
 
     Args:
-        name: a key of `LOSSES`.
+        name: a key of `LOSSES`, or "auto".
 
     Returns:
         The loss.
@@ -260,8 +265,10 @@ def find_loss(name: str) -> Loss:
     Raises:
         ValueError: there is no such loss.
     """
+    if name == AUTO:
+        return _CHOSEN
     if name not in LOSSES:
-        raise ValueError(f"there is no loss named {name!r}: choose one of {', '.join(LOSSES)}")
+        raise ValueError(f"there is no loss named {name!r}: choose one of {', '.join((AUTO, *LOSSES))}")
     return LOSSES[name]
 
 

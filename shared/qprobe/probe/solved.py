@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qprobe.probe.blocks import AUTO_LOSSES
+from qprobe.probe.losses import AUTO
 from qprobe.probe.metrics import reward_grid
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solvers import CLOSED_FORM, STRENGTHS, Rows, Solution, solve
@@ -44,7 +46,7 @@ def solver_of(loss: str, solver: str) -> str:
     Raises:
         ValueError: there is no such solver, or the loss has another.
     """
-    own = "closed_form" if loss in CLOSED_FORM else "lbfgs"
+    own = "closed_form" if loss in (*CLOSED_FORM, AUTO) else "lbfgs"
     if solver not in SOLVERS:
         raise ValueError(f"There is no solver {solver!r}: choose one of {', '.join(SOLVERS)}.")
     if solver not in ("auto", "steps", own):
@@ -76,7 +78,9 @@ def solved(data: Data, loss: str, *, l2: float | None, k: int, seed: int) -> Sol
     )  # numpy has no bfloat16
     groups = data.groups.numpy()
     rows = Rows(features.numpy(), data.rewards.numpy(), groups, clusters=data.prompt_of_group[data.groups].numpy())
-    solution = solve(rows, cast(SolvedLoss, loss), strengths=STRENGTHS if l2 is None else (l2,), seed=seed)
+    strengths = STRENGTHS if l2 is None else (l2,)
+    several = AUTO_LOSSES if loss == AUTO else cast(SolvedLoss, loss)
+    solution = solve(rows, several, strengths=strengths, seed=seed, average=loss == AUTO)
     network = ProbeNetwork(rows.blocks["features"].shape[1])
     with torch.no_grad():
         network.weights[0].copy_(torch.from_numpy(solution.coefficients["features"])[None])

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qprobe import store
-from qprobe.embedding import Embedder
+from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
 from qprobe.files import fingerprint
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
@@ -228,10 +228,12 @@ class Pool:
         return store.open_table(self.run, "likelihoods", self.name, inputs=inputs, schema=store.LIKELIHOODS)
 
     def features(self, embedder: Embedder, layer: int) -> Table:
+        """The table of a layer, or of the likelihood columns (`LIKELIHOOD`)."""
         inputs = {"completions": self.completions.identity, "embedder": embedder.identity(), "layer": layer}
-        return store.open_table(
-            self.run, "features", self.name, embedder.folder_name(), f"layer={layer:02d}", inputs=inputs
-        )
+        name = f"layer={layer:02d}"
+        if layer == LIKELIHOOD and isinstance(embedder, GivesLikelihoods):
+            inputs["likelihood"], name = embedder.likelihood_identity(), "likelihood"
+        return store.open_table(self.run, "features", self.name, embedder.folder_name(), name, inputs=inputs)
 
 
 def completions_of(pool: Pool, keys: Keys) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qprobe import store
+from qprobe.embedding import LIKELIHOOD, tables_of
 from qprobe.files import fingerprint, write_whole
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
@@ -54,9 +55,9 @@ def pack(run: Path, folder: Path, layers: Sequence[int] | None = None, notes: di
     splits = {table.folder.name.rpartition(".")[0] for table in pools}
     prompts = [table for table in _found(run / "prompts", store.PROMPTS) if table.folder.name in splits]
     features = _found(run / "features", None)
-    chosen = [table for table in features if layers is None or _layer(table) in layers]
+    chosen = [table for table in features if layers is None or _layer(table) in (*layers, LIKELIHOOD)]
     if lacking := sorted(set(layers or ()) - {_layer(table) for table in chosen}):
-        known = ", ".join(map(str, sorted({_layer(table) for table in features}))) or "none"
+        known = ", ".join(map(str, sorted({_layer(table) for table in features} - {LIKELIHOOD}))) or "none"
         raise StoreError(f"{run} has no features of layer {', '.join(map(str, lacking))}: it has {known}.")
     embedders: dict[tuple[str, int], str] = {}
     for table in chosen:
@@ -176,7 +177,12 @@ class Recording:
 
     @property
     def layers(self) -> list[int]:
-        return sorted({int(entry["inputs"]["layer"]) for entry in self.card["features"]})
+        return sorted({int(entry["inputs"]["layer"]) for entry in self.card["features"]} - {LIKELIHOOD})
+
+    @property
+    def has_likelihoods(self) -> bool:
+        """Whether likelihood columns were recorded."""
+        return any(entry["inputs"]["layer"] == LIKELIHOOD for entry in self.card["features"])
 
     def _read(self, name: str) -> pa.Table:
         try:
@@ -279,9 +285,13 @@ class RecordedEmbedder:
         model: is not looked at; a recording says which model embedded it.
         recording: a folder, or package:folder.
         layers: of those that were recorded; None takes all.
+        likelihood: whether it gives the likelihood columns too.
     """
 
-    def __init__(self, model: ModelSpec, recording: str, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: ModelSpec, recording: str, layers: Sequence[int] | None = None, likelihood: bool = False
+    ) -> None:
+        self.likelihood = likelihood
         self.recording = open_recording(recording)
         self.layers = sorted(layers or self.recording.layers)
         if lacking := sorted(set(self.layers) - set(self.recording.layers)):
@@ -290,8 +300,14 @@ class RecordedEmbedder:
                 f"{', '.join(map(str, self.recording.layers))}."
             )
 
+        if likelihood and not self.recording.has_likelihoods:
+            raise ValueError(f"embedder.likelihood: {self.recording.folder} has no likelihood columns: say false.")
+
     def identity(self) -> dict[str, Any]:
         return {"embedder": "recorded", "recording": self.recording.identity}
+
+    def likelihood_identity(self) -> dict[str, Any]:
+        return {}
 
     def folder_name(self) -> str:
         return "recorded"
@@ -322,7 +338,7 @@ class RecordedEmbedder:
     @functools.cached_property
     def _found(self) -> tuple[list[tuple[str, int]], dict[int, np.ndarray]]:
         """The rows that every layer has (a pool may have fewer layers than another), and their states."""
-        found = {layer: self.recording.features(layer) for layer in self.layers}
+        found = {layer: self.recording.features(layer) for layer in tables_of(self)}
         keys = [key for key in found[self.layers[0]] if all(key in of_layer for of_layer in found.values())]
         return keys, {layer: np.array([of_layer[key] for key in keys]) for layer, of_layer in found.items()}
 

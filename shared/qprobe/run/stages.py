@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qprobe import models, store
-from qprobe.embedding import Embedder, ReadsTokens, tokens_to_read
+from qprobe.embedding import LIKELIHOOD, Embedder, ReadsTokens, tables_of, tokens_to_read
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
@@ -124,7 +124,7 @@ def empties(pool: Pool) -> str | None:
 
 def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
     """Embed prompt + completion of every row of the pool, all layers in one pass."""
-    tables = {layer: pool.features(embedder, layer) for layer in embedder.layers}
+    tables = {layer: pool.features(embedder, layer) for layer in tables_of(embedder)}
     for table in tables.values():
         table.begin()
     if all(table.has(keys) for table in tables.values() for keys in pool.own_batches):
@@ -140,8 +140,9 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             task_ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
             parts = {}
             for layer in tables:
-                parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy())
-                if exact and not said_exact:
+                own = layer == LIKELIHOOD  # sums of log-probabilities need more digits than float16 has
+                parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy(), exact=own)
+                if exact and not own and not said_exact:
                     said_exact = True
                     tqdm.write(f"layer {layer} holds values beyond float16: such parts are stored as float32.")
             yield keys, parts
@@ -153,7 +154,7 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
                 tables[layer].write(keys, part)
 
     works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
-    metered = _metered(embedder, tables[min(tables)], stage)
+    metered = _metered(embedder, tables[min(embedder.layers)], stage)
     run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
 
 

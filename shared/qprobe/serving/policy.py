@@ -5,6 +5,7 @@ Policy(sampler, embedder, QProbe.from_pretrained("probe/")).answer("Describe the
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, overload
 
 import torch
 
-from qprobe.embedding import Embedder, tokens_to_read
+from qprobe.embedding import LIKELIHOOD, Embedder, tables_of, tokens_to_read
 from qprobe.probe import selection
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
@@ -80,7 +81,7 @@ class Policy:
         self.layer = self._layer()
         if probe.source is not None:
             source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
-            probe.check_source(source)
+            probe.check_source(dataclasses.replace(source, blocks=self.blocks))
 
     @overload
     def answer(self, prompt: OnePrompt, seed: int | None = None) -> str: ...  # type: ignore[overload-overlap]
@@ -141,7 +142,8 @@ class Policy:
             )
             for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
         ]
-        features = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])[self.layer]
+        states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
+        features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
         sizes = [len(candidates) for candidates in drawn]
         of_prompts = torch.from_numpy(self.probe.score(features)).split(sizes)
         return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
@@ -171,6 +173,11 @@ class Policy:
             )
         return plain_prompt("answer", prompt, self.style)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The layers beside each other that the probe reads; none where it reads one."""
+        return () if self.probe.source is None else self.probe.source.blocks
+
     def _layer(self) -> int:
         layers = list(self.embedder.layers)
         if self.probe.source is None:
@@ -179,6 +186,9 @@ class Policy:
                     f"The probe does not say which layer it reads, and the embedder makes {layers}: give one."
                 )
             return layers[0]
+        if lacking := [layer for layer in self.blocks if layer not in tables_of(self.embedder)]:
+            said = ", ".join("likelihood columns" if layer == LIKELIHOOD else f"layer {layer}" for layer in lacking)
+            raise ValueError(f"The probe reads {said}, which the embedder does not make: add them there.")
         if self.probe.source.layer not in layers:
             raise ValueError(
                 f"The probe reads layer {self.probe.source.layer}, but the embedder makes {layers}: add it there."

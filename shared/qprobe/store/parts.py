@@ -56,12 +56,15 @@ class StoreError(RuntimeError):
     """The run folder cannot be used as it is; the message says what to do."""
 
 
-def feature_rows(task_ids: Sequence[str], samples: Sequence[int], values: np.ndarray) -> tuple[pa.Table, bool]:
+def feature_rows(
+    task_ids: Sequence[str], samples: Sequence[int], values: np.ndarray, exact: bool = False
+) -> tuple[pa.Table, bool]:
     """Rows of a features part.
 
     Args:
         task_ids, samples: (N,) keys.
         values: (N, D) float32.
+        exact: float32 is asked for, though float16 may hold the values.
 
     Returns: (table, exact): exact says that float16 could not hold the values and float32 was used.
 
@@ -74,7 +77,7 @@ def feature_rows(task_ids: Sequence[str], samples: Sequence[int], values: np.nda
             f"The embedding of {task_ids[row]}, sample {samples[row]}, is not finite: the model overflows in its dtype; use "
             "bfloat16 or float32."
         )
-    exact = bool(np.abs(values).max(initial=0.0) > np.finfo(np.float16).max)
+    exact = exact or bool(np.abs(values).max(initial=0.0) > np.finfo(np.float16).max)
     flat = values.astype(np.float32 if exact else np.float16).ravel()
     schema = features_schema(values.shape[1], exact)
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])

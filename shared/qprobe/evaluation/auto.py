@@ -1,0 +1,145 @@
+"""The probes of `auto`: on all layers that were embedded and the likelihood columns, every choice by left-out scores.
+
+A sweep of them is one seed: nothing in it is random but the folds. Every fold's probe is chosen and solved on the other folds
+alone (`qprobe.probe.blocks.auto`). What was solved on blocks and an untrained score is one linear probe on all columns beside
+each other, and is kept, scored and used as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qprobe.embedding import LIKELIHOOD
+from qprobe.evaluation.layer_choice import At
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
+from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
+from qprobe.probe import blocks
+from qprobe.probe.losses import AUTO
+from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.solvers import NothingToLearn, Rows, Solution
+from qprobe.probe.training import TrainedProbe, TrainingSettings
+from qprobe.run.joined import Joined
+
+# What decides these probes besides their inputs: those that other code made are made anew.
+MADE_BY = 1
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which columns lie beside each other in the features of the joined rows.
+
+    Args:
+        layers: in order; the likelihood columns (`LIKELIHOOD`) last, where there are any.
+    """
+
+    layers: tuple[int, ...]
+
+    def joined(self, at: At) -> Joined:
+        """The rows of a pool with all blocks beside each other, (N, D) float32.
+
+        Args:
+            at: the rows with the features of a layer.
+        """
+        parts = [at(layer) for layer in self.layers]
+        features = [np.asarray(part.features, dtype=np.float32) for part in parts]
+        return dataclasses.replace(parts[0], features=np.concatenate(features, axis=1))
+
+    def slices(self, width: int) -> dict[str, slice]:
+        """Name of every block -> its columns among `width`."""
+        hidden = [layer for layer in self.layers if layer != LIKELIHOOD]
+        each = (width - (len(COLUMNS) if LIKELIHOOD in self.layers else 0)) // max(1, len(hidden))
+        found = {f"layer {layer}": slice(n * each, (n + 1) * each) for n, layer in enumerate(hidden)}
+        return found | ({"likelihood": slice(len(hidden) * each, width)} if LIKELIHOOD in self.layers else {})
+
+    def rows(self, joined: Joined) -> Rows:
+        """What is solved on: the blocks, and the untrained scores that the likelihood columns hold.
+
+        Those columns lose the mean of their prompt, which moves no choice within a prompt and lets them be scaled by what differs
+        there.
+        """
+        features = joined.features
+        assert features is not None  # `joined` puts them there
+        found = {name: features[:, own] for name, own in self.slices(features.shape[1]).items()}
+        anchors = {}
+        if "likelihood" in found:
+            columns = found["likelihood"].astype(np.float64)
+            anchors = {name: sign * columns[:, COLUMNS.index(name)] for name, sign in UNTRAINED.items()}
+            counts = np.bincount(joined.groups)
+            means = np.stack([np.bincount(joined.groups, column) / counts for column in columns.T], axis=1)
+            found["likelihood"] = columns - means[joined.groups]
+        clusters = joined.cluster_of_prompt[joined.groups]
+        return Rows(found, joined.rewards, joined.groups, clusters=clusters, anchors=anchors)
+
+    def network(self, solution: Solution, width: int) -> ProbeNetwork:
+        """The same scores from all columns beside each other, but for a constant of every prompt."""
+        weights = np.zeros(width)
+        slices = self.slices(width)
+        for name, own in slices.items():
+            weights[own] = solution.coefficients[name]
+        if solution.anchor:
+            column = slices["likelihood"].start + COLUMNS.index(solution.anchor)
+            weights[column] += UNTRAINED[solution.anchor] * solution.anchor_weight
+        network = ProbeNetwork(width)
+        with torch.no_grad():
+            network.weights[0].copy_(torch.from_numpy(weights)[None])
+            network.biases[0].fill_(solution.bias)
+        return network
+
+    def solved(self, joined: Joined, prompts: np.ndarray, seed: int) -> TrainedProbe:
+        """The probe of some prompts' rows; one that scores all alike where there is nothing to learn.
+
+        Args:
+            joined: with all blocks.
+            prompts: (P,) bool, those that are learned from.
+        """
+        assert joined.features is not None  # as above
+        width, own = joined.features.shape[1], prompts[joined.groups]
+        try:
+            solution = blocks.auto(self.rows(joined).take(own), seed=seed)
+        except NothingToLearn as error:
+            return TrainedProbe(ProbeNetwork(width), 0.0, 0, False, 0, 0.0, str(error))
+        choice = solution.choice
+        return TrainedProbe(
+            network=self.network(solution, width),
+            beta=solution.beta,
+            steps=0,
+            chosen=choice is not None,
+            held_out_mixed=0 if choice is None else choice.prompts,
+            learning_rate=0.0,
+            note=solution.sentence(),
+        )
+
+    def sweep(
+        self,
+        joined: Joined,
+        training: TrainingSettings,
+        settings: EvaluationSettings,
+        *,
+        k: int,
+        seed: int,
+        progress: bool,
+        folded: bool,
+    ) -> list[SweepProbe]:
+        """As `sweep.Maker`; a probe a fold, or one of all prompts where they are a training set."""
+        prompts, own = len(joined.task_ids), probe_seed(seed, 0)
+        every = np.ones(prompts, dtype=bool)
+        of = fold_of(prompts, settings.folds, own, joined.clusters) if folded else None
+        learned: Sequence[tuple[int | None, np.ndarray]] = (
+            [(None, every)] if of is None else [(fold, of != fold) for fold in range(settings.folds)]
+        )
+        made = []
+        for fold, kept in tqdm(learned, "auto", unit="probe", disable=not progress):
+            probe = self.solved(joined, kept, own)
+            made.append(SweepProbe(AUTO, 0, fold, probe, prompts=int(kept.sum())))
+        return made
+
+
+def settings_of(settings: EvaluationSettings) -> EvaluationSettings:
+    """How the probes of `auto` are measured: as the table's, but one seed and no learning curve."""
+    return dataclasses.replace(settings, losses=(AUTO,), seeds=1, curve_shares=(), curve_prompts=(), train_share=1.0)
