@@ -20,6 +20,8 @@ from torch import Tensor
 from qprobe import baselines
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
+from qprobe.run import rewarding, stages
+from qprobe.run.joined import Joined, join
 from qprobe.run.pools import Pool, RewardBatch, RewardRow, Split
 from qprobe.sampling import Completion, SamplingSettings
 
@@ -263,3 +265,18 @@ def pipeline(run: Path, **changes: Any) -> Pipeline:
         "progress": False,
     }
     return Pipeline(**values | changes)
+
+
+def pool(run: Path, **changes: Any) -> Pool:
+    """Ten prompts x 4 samples in batches of 3, 3, 3 and 1 prompts; nothing is made yet."""
+    values: dict[str, Any] = {"split": split(), "kind": "sample", "sampler": Sampler(), "seed": 5, "batch_rows": 12}
+    return Pool(run, **values | changes)
+
+
+def complete(pool: Pool, embedder: Embedder | None = None) -> Joined:
+    """Sample, reward and embed what a pool has not yet, and join its tables with the first of the embedder's layers."""
+    embedder = embedder or Embedder()
+    stages.sample(pool, progress=False)
+    rewarding.reward(pool, Reward(), progress=False)
+    stages.embed(pool, embedder, progress=False)
+    return join(pool, Reward(), embedder, embedder.layers[0])

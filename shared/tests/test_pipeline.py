@@ -15,8 +15,6 @@ from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.pipeline.closing import closing_words
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import STAGES
-from qprobe.probe.card import EmbeddingSource
-from qprobe.probe.estimator import QProbe
 from qprobe.probe.training import TrainingSettings
 from qprobe.run.pools import RewardRow, Split
 from qprobe.store.table import StoreError
@@ -215,32 +213,6 @@ def test_another_reward_trains_anew_on_the_same_completions_and_features(
     assert all(path.read_bytes() != content for path, content in first.items())
 
 
-def test_the_saved_probes_know_what_they_read(make: Make) -> None:
-    pipeline = make()
-    pipeline.execute(("sample", "reward", "embed", "train"))
-    folder = pipeline.run / "probes" / "numbers"
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["policy_gradient", "reward_mse"]
-    probe = QProbe.from_pretrained(folder / "policy_gradient")
-    assert probe.source == EmbeddingSource({"name": "numbers"}, 1, "last", "bytes")
-    assert (probe.loss, probe.k, probe.settings) == ("policy_gradient", 4, TRAINING)
-    features = store.embeddings_of(
-        store.found_table(pipeline.run / "features" / "numbers.sample" / "fake-numbers" / "layer=01").read()
-    )
-    assert probe.score(features).shape == (48,)
-    with pytest.raises(ValueError, match="layer 1"):
-        probe.score(features, EmbeddingSource({"name": "numbers"}, 2, "last", "bytes"))
-
-
-def test_a_final_probe_that_is_missing_is_made_again_the_same(make: Make) -> None:
-    pipeline = make()
-    pipeline.execute(WORK)
-    folder = pipeline.run / "probes" / "numbers"
-    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    (folder / "reward_mse" / "probe.json").unlink()
-    make().execute(["train"])
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
-
-
 def test_stages_can_be_called_alone_and_run_in_their_own_order(make: Make) -> None:
     make().execute(["embed", "sample"])
     pipeline = make()
@@ -354,30 +326,6 @@ def test_unequal_prompts_are_trained_and_measured_at_the_smallest_k(make: Make, 
     ]:
         with pytest.raises(ValueError, match=message):
             make(**({"tests": [split], "greedy": None} | changes))
-
-
-def test_what_an_application_needs_is_in_the_cards(make: Make) -> None:
-    make(use={"prompts": "chat"}).execute(WORK)
-    pipeline = make(use={"prompts": "text"})
-    folder = pipeline.final_probe()
-    assert QProbe.from_pretrained(folder).use == {"prompts": "chat"}
-    sweep = (folder.parent / "sweep.json").stat().st_mtime_ns
-    pipeline.execute(WORK)
-    assert QProbe.from_pretrained(folder).use == {"prompts": "text"}
-    assert (folder.parent / "sweep.json").stat().st_mtime_ns == sweep  # only the cards are older
-
-
-def test_probes_read_the_highest_layer_unless_another_is_asked_for(make: Make, fakes: ModuleType) -> None:
-    first = make(embedder=fakes.Embedder((2, 1)))
-    assert first.probe_layer == 2
-    first.execute(("sample", "reward", "embed", "train"))
-    probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
-    assert probe.source is not None
-    assert probe.source.layer == 2
-    make(embedder=fakes.Embedder((2, 1)), layer=1).execute(["train"])
-    probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
-    assert probe.source is not None
-    assert probe.source.layer == 1
 
 
 def test_a_training_split_that_is_tested_as_well_says_how_its_probes_fit(make: Make, fakes: ModuleType) -> None:

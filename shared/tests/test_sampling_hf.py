@@ -325,6 +325,12 @@ def test_seeds_are_a_hash_of_run_and_task_plus_the_sample() -> None:
     assert 0 <= min(seeds) <= max(seeds) < 2**62
 
 
+def test_seeds_differ_between_runs_prompts_and_samples() -> None:
+    seeds = [seed for run in (0, 1) for task in ("a", "b", "1") for seed in sample_seeds(run, task, 3)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -8,63 +8,28 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-from qprobe.probe.losses import LOSSES
-from qprobe.probe.network import ProbeNetwork
-from qprobe.probe.ranking import mixed_prompts, within_prompt_auc
-from qprobe.probe.training import (
-    BETAS,
-    Data,
-    ProbeTask,
-    TrainedProbe,
-    TrainingSettings,
-    batches,
-    score_rows,
-    train,
-    trainer,
+from trained import (
+    GOODNESS,
+    HARDNESS,
+    cross_entropy,
+    everything,
+    full_batch,
+    held_out,
+    parameters,
+    planted,
+    quick,
+    train_one,
 )
 
-GOODNESS, HARDNESS = 0, 1  # features that differ within a prompt, and only between prompts
-
-
-def planted(sizes: list[int], dimension: int = 8, noise: float = 0.3, seed: int = 0) -> Data:
-    """Rewards of 0 and 1 from goodness - hardness; feature 1 says how hard the prompt is, the others are noise."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    features = torch.randn(len(groups), dimension, generator=generator)
-    features[:, HARDNESS] = torch.randn(len(sizes), generator=generator)[groups]
-    margin = features[:, GOODNESS] - features[:, HARDNESS] + noise * torch.randn(len(groups), generator=generator)
-    return Data(features, (margin > 0).float(), groups)
-
-
-def everything(data: Data) -> Tensor:
-    return torch.ones(len(data.sizes), dtype=torch.bool)
+from qprobe.probe.losses import LOSSES
+from qprobe.probe.ranking import within_prompt_auc
+from qprobe.probe.training import BETAS, Data, ProbeTask, TrainedProbe, score_rows, train
 
 
 def only(data: Data, groups: Tensor) -> Data:
     """The rows of some groups alone."""
     rows = groups[data.groups]
     return Data(data.features[rows], data.rewards[rows], torch.unique(data.groups[rows], return_inverse=True)[1])
-
-
-def quick(**changes: Any) -> TrainingSettings:
-    values = {"steps": 60, "learning_rate": 0.02, "held_out": 0.0, "check_every": 10, "chunk": 4, "chunks_per_batch": 8}
-    return TrainingSettings(**values | changes)
-
-
-def full_batch(**changes: Any) -> TrainingSettings:
-    return quick(**{"chunk": 1000, "chunks_per_batch": 1000} | changes)
-
-
-def train_one(
-    data: Data, loss: str, settings: TrainingSettings, groups: Tensor | None = None, **more: Any
-) -> TrainedProbe:
-    task = ProbeTask(loss, more.pop("task_seed", 0), everything(data) if groups is None else groups)
-    return train(data, [task], settings, k=more.pop("k", 4), **more)[0]
-
-
-def parameters(network: ProbeNetwork) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
 def learnt(probe: TrainedProbe, data: Data, loss: str) -> Tensor:
@@ -74,18 +39,6 @@ def learnt(probe: TrainedProbe, data: Data, loss: str) -> Tensor:
         return scores
     means = torch.zeros(len(data.sizes)).index_add(0, data.groups, scores) / data.sizes
     return scores - means[data.groups]
-
-
-def held_out(data: Data, settings: TrainingSettings, groups: Tensor | None = None) -> Tensor:
-    """Which groups the lot of seed 0 holds out."""
-    mixed = torch.from_numpy(mixed_prompts(data.rewards.numpy(), data.groups.numpy()))
-    task = ProbeTask("reward_mse", 0, everything(data) if groups is None else groups)
-    return trainer._held_out(data, task, settings, mixed).held
-
-
-def cross_entropy(scores: Tensor, rewards: Tensor) -> float:
-    q, r = scores.double().numpy(), rewards.double().numpy()
-    return float(np.mean(np.logaddexp(0, q) - r * q))
 
 
 @pytest.mark.parametrize("hidden", [(), (5,)])
@@ -173,29 +126,6 @@ def test_without_held_out_prompts_candidates_are_left_and_that_is_said() -> None
     assert plain.note == ""
 
 
-def test_patience_ends_training_that_no_longer_helps_and_null_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = planted([4] * 30, dimension=20, noise=0.5)
-    settings = full_batch(held_out=0.5, minimum_mixed=3, steps=400, learning_rate=0.03, patience=None)
-    made: list[int] = []
-    step = batches.StackedAdamW.step
-    monkeypatch.setattr(batches.StackedAdamW, "step", lambda *arguments: made.append(1) or step(*arguments))
-
-    def count(*more: ProbeTask, **changes: Any) -> tuple[TrainedProbe, int]:
-        made.clear()
-        tasks = [ProbeTask("reward_cross_entropy", 0, everything(data)), *more]
-        return train(data, tasks, dataclasses.replace(settings, **changes), k=4)[0], len(made)
-
-    whole, all_steps = count()
-    assert 0 < whole.steps < 300
-    assert all_steps == 400
-    patient, steps = count(patience=3)
-    assert steps == whole.steps + 3 * settings.check_every
-    assert torch.equal(parameters(whole.network), parameters(patient.network))
-    # A companion with too few mixed prompts to hold any out has no loss to watch: it gets all its steps.
-    few = ProbeTask("reward_mse", 0, torch.arange(30) < 15)
-    assert count(few, patience=3, minimum_mixed=8)[1] >= 400
-
-
 def test_cross_entropy_reaches_the_optimum_of_logistic_regression() -> None:
     from sklearn.linear_model import LogisticRegression
 
@@ -230,43 +160,6 @@ def test_standardisation_is_folded_into_the_weights(hidden: tuple[int, ...]) -> 
     scores = score_rows(by_hand.network, standard.features)
     assert float(scores.std()) > 0.1
     torch.testing.assert_close(score_rows(on_raw.network, raw.features), scores, rtol=1e-3, atol=1e-3)
-
-
-def test_the_step_of_the_lowest_held_out_loss_is_taken() -> None:
-    data = planted([4] * 30, dimension=20, noise=0.5)
-    settings = full_batch(held_out=0.5, minimum_mixed=3, steps=105, learning_rate=0.03)
-    held = held_out(data, settings)
-    assert 14 <= int(held.sum()) <= 15
-    steps = [*range(10, 101, 10), 105]
-    networks = [
-        train_one(
-            data, "reward_cross_entropy", dataclasses.replace(settings, held_out=0.0, steps=s), groups=~held
-        ).network
-        for s in steps
-    ]
-    rows = held[data.groups]
-    losses = [cross_entropy(score_rows(n, data.features[rows]), data.rewards[rows]) for n in networks]
-    best = int(np.argmin(losses))
-    assert 0 < best < len(steps) - 1  # it overfits, so that there is something to see
-    assert losses[best] < np.log(2)  # better than step 0, where every score is 0
-    found = train_one(data, "reward_cross_entropy", settings)
-    assert found.steps == steps[best]
-    assert torch.equal(parameters(found.network), parameters(networks[best]))
-
-
-def test_the_last_step_is_looked_at_wherever_it_falls() -> None:
-    found = train_one(planted([6] * 40, noise=0.1), "reward_mse", quick(held_out=0.3, minimum_mixed=3, steps=17))
-    assert (found.steps, found.chosen) == (17, True)
-
-
-def test_a_probe_that_only_worsens_on_held_out_prompts_stays_at_its_start() -> None:
-    data = planted([4] * 40)
-    settings = quick(held_out=0.5, minimum_mixed=3)
-    held = held_out(data, settings)[data.groups]
-    flipped = dataclasses.replace(data, rewards=torch.where(held, 1 - data.rewards, data.rewards))
-    found = train_one(flipped, "policy_gradient", settings)
-    assert found.steps == 0
-    assert not parameters(found.network).any()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -367,27 +260,6 @@ def test_every_loss_learns_the_planted_direction(loss: str) -> None:
         assert share < 0.02
 
 
-def test_float16_features_are_read_as_the_numbers_they_are() -> None:
-    data = planted([4] * 30)
-    half = dataclasses.replace(data, features=data.features.half())
-    whole = dataclasses.replace(data, features=data.features.half().float())
-    settings = quick(held_out=0.4, minimum_mixed=3)
-    found, expected = (train_one(rows, "policy_gradient", settings) for rows in (half, whole))
-    assert torch.equal(parameters(found.network), parameters(expected.network))
-    assert found.network.weights[0].dtype == torch.float32
-    assert torch.equal(score_rows(found.network, half.features), score_rows(expected.network, whole.features))
-
-
-@pytest.mark.parametrize("value", [0.0, 3.7, 2e4])
-def test_a_constant_feature_does_no_harm(value: float) -> None:
-    data = planted([5] * 30)
-    widened = dataclasses.replace(data, features=torch.cat([data.features, torch.full((150, 1), value)], 1))
-    found, without = (train_one(rows, "reward_mse", quick(weight_decay=0.0)) for rows in (widened, data))
-    torch.testing.assert_close(
-        score_rows(found.network, widened.features), score_rows(without.network, data.features), rtol=1e-3, atol=1e-3
-    )
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_groups_of_one_and_of_equal_rewards_are_borne(loss: str) -> None:
     data = planted([1, 1, 2, 7, 13, 1, 30])
@@ -399,12 +271,6 @@ def test_groups_of_one_and_of_equal_rewards_are_borne(loss: str) -> None:
     assert torch.isfinite(parameters(empty.network)).all()
     if LOSSES[loss].reads != "rows":
         torch.testing.assert_close(score_rows(empty.network, data.features), torch.zeros(55), atol=1e-4, rtol=0)
-
-
-def test_epochs_count_passes_and_steps_count_steps() -> None:
-    data = planted([9] * 10)  # chunks of at most 4: 3 a prompt, 30 chunks, 8 in a batch: 4 steps an epoch
-    assert train_one(data, "reward_mse", quick(steps=None, epochs=3)).steps == 12
-    assert train_one(data, "reward_mse", quick(steps=5, epochs=3)).steps == 5
 
 
 def test_the_seed_decides_and_the_process_keeps_its_random_state() -> None:
@@ -425,13 +291,6 @@ def test_the_temperature_of_training_scales_what_is_learnt() -> None:
     torch.testing.assert_close(found, 0.25 * expected, rtol=1e-2, atol=1e-3)
 
 
-def test_weight_decay_spares_the_bias() -> None:
-    data = planted([4] * 30)
-    rewards = dataclasses.replace(data, rewards=torch.ones(120))
-    found = train_one(rewards, "reward_mse", full_batch(steps=800, learning_rate=0.02, weight_decay=5.0))
-    assert float(found.network.biases[0].detach()) == pytest.approx(1.0, abs=0.02)
-
-
 DATA = planted([4] * 10)
 
 
@@ -449,23 +308,6 @@ DATA = planted([4] * 10)
             lambda: train_one(dataclasses.replace(DATA, rewards=DATA.rewards * 2), "reward_cross_entropy", quick()),
             "0, 1",
         ),
-        (lambda: Data(DATA.features * torch.nan, DATA.rewards, DATA.groups), "features"),
-        (lambda: Data(DATA.features, DATA.rewards / 0, DATA.groups), "infinity"),
-        (lambda: Data(DATA.features, DATA.rewards[:-1], DATA.groups), "rewards"),
-        (lambda: Data(DATA.features, DATA.rewards, DATA.groups[:-1]), "groups"),
-        (lambda: Data(DATA.features, DATA.rewards, DATA.groups * 2), "groups"),
-        (lambda: Data(DATA.features, DATA.rewards, DATA.groups - 1), "int64"),
-        (lambda: Data(DATA.features[0], DATA.rewards, DATA.groups), "features"),
-        (lambda: Data(DATA.features[:0], DATA.rewards[:0], DATA.groups[:0]), "row"),
-        (lambda: Data(DATA.features, DATA.rewards, DATA.groups, torch.arange(9)), "entries"),
-        (lambda: quick(steps=0), "steps"),
-        (lambda: quick(chunk=0), "chunk"),
-        (lambda: quick(held_out=1.0), "held_out"),
-        (lambda: quick(learning_rate=0.0), "learning_rate=0.0"),
-        (lambda: quick(learning_rate=float("nan")), "learning_rate=nan"),
-        (lambda: quick(beta=-0.1), "beta"),
-        (lambda: quick(hidden=(0,)), r"training\.hidden"),
-        (lambda: quick(hidden=("8",)), r"training\.hidden"),
     ],
 )
 def test_bad_input_is_refused_by_a_sentence(call: Any, message: str) -> None:

@@ -1,13 +1,16 @@
-"""Rows in pieces: what is read by pieces is what is there, and nothing is copied whole."""
+"""Rows in pieces: what is read by pieces is what is there, nothing is copied whole, and what are no rows is refused."""
 
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from trained import parameters, planted, quick, train_one
 
 from qprobe.probe import losses
 from qprobe.probe.network import ProbeNetwork
@@ -115,3 +118,46 @@ def test_fitting_features_of_a_file_takes_a_part_of_their_size(tmp_path: Path) -
     features.flush()
     child = subprocess.run([sys.executable, "-c", FIT, str(path)], capture_output=True, text=True, check=True)
     assert float(child.stdout) < features.nbytes / 2**20 / 3  # of 156 MiB
+
+
+def test_float16_features_are_read_as_the_numbers_they_are() -> None:
+    data = planted([4] * 30)
+    half = dataclasses.replace(data, features=data.features.half())
+    whole = dataclasses.replace(data, features=data.features.half().float())
+    settings = quick(held_out=0.4, minimum_mixed=3)
+    found, expected = (train_one(rows, "policy_gradient", settings) for rows in (half, whole))
+    assert torch.equal(parameters(found.network), parameters(expected.network))
+    assert found.network.weights[0].dtype == torch.float32
+    assert torch.equal(score_rows(found.network, half.features), score_rows(expected.network, whole.features))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.7, 2e4])
+def test_a_constant_feature_does_no_harm(value: float) -> None:
+    data = planted([5] * 30)
+    widened = dataclasses.replace(data, features=torch.cat([data.features, torch.full((150, 1), value)], 1))
+    found, without = (train_one(rows, "reward_mse", quick(weight_decay=0.0)) for rows in (widened, data))
+    torch.testing.assert_close(
+        score_rows(found.network, widened.features), score_rows(without.network, data.features), rtol=1e-3, atol=1e-3
+    )
+
+
+DATA = planted([4] * 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Data(DATA.features * torch.nan, DATA.rewards, DATA.groups), "features"),
+        (lambda: Data(DATA.features, DATA.rewards / 0, DATA.groups), "infinity"),
+        (lambda: Data(DATA.features, DATA.rewards[:-1], DATA.groups), "rewards"),
+        (lambda: Data(DATA.features, DATA.rewards, DATA.groups[:-1]), "groups"),
+        (lambda: Data(DATA.features, DATA.rewards, DATA.groups * 2), "groups"),
+        (lambda: Data(DATA.features, DATA.rewards, DATA.groups - 1), "int64"),
+        (lambda: Data(DATA.features[0], DATA.rewards, DATA.groups), "features"),
+        (lambda: Data(DATA.features[:0], DATA.rewards[:0], DATA.groups[:0]), "row"),
+        (lambda: Data(DATA.features, DATA.rewards, DATA.groups, torch.arange(9)), "entries"),
+    ],
+)
+def test_bad_input_is_refused_by_a_sentence(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,13 +1,16 @@
-"""Looks at held-out prompts: their own chunks, always the same, and bounded in what they cost."""
+"""Looks at held-out prompts: their own chunks, always the same, bounded in cost, and the best step is taken."""
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from trained import cross_entropy, everything, full_batch, held_out, parameters, planted, quick, train_one
 
 from qprobe.probe import losses
 from qprobe.probe.network import StackedNetworks
-from qprobe.probe.training import Data, TrainingSettings
+from qprobe.probe.training import Data, ProbeTask, TrainedProbe, TrainingSettings, batches, score_rows, train
 from qprobe.probe.training.objective import CHUNKS_LOOKED_AT, HeldOutWatch, columns_of, loss_values
 
 SETTINGS = TrainingSettings(chunk=5, check_every=10)
@@ -103,3 +106,63 @@ def test_a_probes_patience_is_its_own(patience: int | None, steps: list[int]) ->
     assert watch.steps == steps
     look_at(watch, [(7.0, 7.0)] * 3)
     assert watch.finished == (patience is not None)
+
+
+def test_patience_ends_training_that_no_longer_helps_and_null_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = planted([4] * 30, dimension=20, noise=0.5)
+    settings = full_batch(held_out=0.5, minimum_mixed=3, steps=400, learning_rate=0.03, patience=None)
+    made: list[int] = []
+    step = batches.StackedAdamW.step
+    monkeypatch.setattr(batches.StackedAdamW, "step", lambda *arguments: made.append(1) or step(*arguments))
+
+    def count(*more: ProbeTask, **changes: Any) -> tuple[TrainedProbe, int]:
+        made.clear()
+        tasks = [ProbeTask("reward_cross_entropy", 0, everything(data)), *more]
+        return train(data, tasks, dataclasses.replace(settings, **changes), k=4)[0], len(made)
+
+    whole, all_steps = count()
+    assert 0 < whole.steps < 300
+    assert all_steps == 400
+    patient, steps = count(patience=3)
+    assert steps == whole.steps + 3 * settings.check_every
+    assert torch.equal(parameters(whole.network), parameters(patient.network))
+    # A companion with too few mixed prompts to hold any out has no loss to watch: it gets all its steps.
+    few = ProbeTask("reward_mse", 0, torch.arange(30) < 15)
+    assert count(few, patience=3, minimum_mixed=8)[1] >= 400
+
+
+def test_the_step_of_the_lowest_held_out_loss_is_taken() -> None:
+    data = planted([4] * 30, dimension=20, noise=0.5)
+    settings = full_batch(held_out=0.5, minimum_mixed=3, steps=105, learning_rate=0.03)
+    held = held_out(data, settings)
+    assert 14 <= int(held.sum()) <= 15
+    steps = [*range(10, 101, 10), 105]
+    networks = [
+        train_one(
+            data, "reward_cross_entropy", dataclasses.replace(settings, held_out=0.0, steps=s), groups=~held
+        ).network
+        for s in steps
+    ]
+    rows = held[data.groups]
+    losses = [cross_entropy(score_rows(n, data.features[rows]), data.rewards[rows]) for n in networks]
+    best = int(np.argmin(losses))
+    assert 0 < best < len(steps) - 1  # it overfits, so that there is something to see
+    assert losses[best] < np.log(2)  # better than step 0, where every score is 0
+    found = train_one(data, "reward_cross_entropy", settings)
+    assert found.steps == steps[best]
+    assert torch.equal(parameters(found.network), parameters(networks[best]))
+
+
+def test_the_last_step_is_looked_at_wherever_it_falls() -> None:
+    found = train_one(planted([6] * 40, noise=0.1), "reward_mse", quick(held_out=0.3, minimum_mixed=3, steps=17))
+    assert (found.steps, found.chosen) == (17, True)
+
+
+def test_a_probe_that_only_worsens_on_held_out_prompts_stays_at_its_start() -> None:
+    data = planted([4] * 40)
+    settings = quick(held_out=0.5, minimum_mixed=3)
+    held = held_out(data, settings)[data.groups]
+    flipped = dataclasses.replace(data, rewards=torch.where(held, 1 - data.rewards, data.rewards))
+    found = train_one(flipped, "policy_gradient", settings)
+    assert found.steps == 0
+    assert not parameters(found.network).any()

@@ -1,8 +1,11 @@
 """Passes that probes share: whole epochs, batches as large as each needs, steps of AdamW where there is something to learn."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
+from trained import full_batch, planted, quick, train_one
 
 from qprobe.probe.training import Data, TrainingSettings
 from qprobe.probe.training.batches import ADAM_EPSILON, Passes, StackedAdamW, total_steps
@@ -114,3 +117,16 @@ def test_a_network_that_a_batch_does_not_teach_stands_still() -> None:
     before = weight.clone(), bias.clone()
     optimiser.step([torch.zeros(2, 1, 3), torch.zeros(2, 1)], torch.tensor([True, False]))
     assert moved(before[0], weight) == moved(before[1], bias) == [True, False]  # by momentum and decay, where taught
+
+
+def test_epochs_count_passes_and_steps_count_steps() -> None:
+    data = planted([9] * 10)  # chunks of at most 4: 3 a prompt, 30 chunks, 8 in a batch: 4 steps an epoch
+    assert train_one(data, "reward_mse", quick(steps=None, epochs=3)).steps == 12
+    assert train_one(data, "reward_mse", quick(steps=5, epochs=3)).steps == 5
+
+
+def test_weight_decay_spares_the_bias() -> None:
+    data = planted([4] * 30)
+    rewards = dataclasses.replace(data, rewards=torch.ones(120))
+    found = train_one(rewards, "reward_mse", full_batch(steps=800, learning_rate=0.02, weight_decay=5.0))
+    assert float(found.network.biases[0].detach()) == pytest.approx(1.0, abs=0.02)

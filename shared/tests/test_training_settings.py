@@ -20,6 +20,14 @@ def test_the_configuration_repeats_the_defaults_key_by_key(name: str, changes: d
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"steps": 0}, "steps"),
+        ({"chunk": 0}, "chunk"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"beta": -0.1}, "beta"),
+        ({"hidden": (0,)}, r"training\.hidden"),
+        ({"hidden": ("8",)}, r"training\.hidden"),
         ({"patience": 0}, "patience"),
         ({"learning_rates": (0.1, -0.1)}, "learning_rates"),
         ({"learning_rates": (float("nan"),)}, "each"),
