@@ -165,7 +165,9 @@ class PlantedSampler(Sampler):
 class PlantedEmbedder(Embedder):
     """As a configuration names one: layer 1 says how good an answer is, and nothing else; the layers above are noise."""
 
-    def __init__(self, model: Any, layers: Sequence[int] = (1, 2)) -> None:
+    def __init__(
+        self, model: Any, layers: Sequence[int] = (1, 2), likelihood: bool = False, ending: str | None = None
+    ) -> None:
         super().__init__(layers)
 
     def identity(self) -> dict[str, Any]:

@@ -87,10 +87,10 @@ def test_from_prompts_and_a_reward_to_an_answer(call: Call, capsys: pytest.Captu
     assert "prompts=chat" in said.err
     for words in ("6 prompts x 3 samples", "2-fold cross-validation over prompts", "greedy"):
         assert words in said.out
-    probe = "runs/mine/probes/prompts/policy_gradient"
+    probe = "runs/mine/probes/prompts/auto"  # on a hidden state and likelihood columns
     assert f'Next:     qprobe answer --probe {probe} "your prompt"' in said.out.splitlines()[-1]
     probes = {path.name for path in Path(probe).parent.iterdir() if path.is_dir()}
-    assert probes == {"policy_gradient", "reward_cross_entropy", "reward_mse"}
+    assert probes == {"auto", "policy_gradient", "reward_cross_entropy", "reward_mse"}
     texts = {row["task_id"]: row["prompt"] for row in rows("runs/mine/prompts/prompts", store.PROMPTS)}
     assert texts["prompts-00003"].endswith("<|user|>Say 2.<|end|>\n<|assistant|>\n")
     for pool in ("sample", "greedy"):
@@ -133,8 +133,9 @@ def test_the_same_command_does_nothing_twice(call: Call) -> None:
     before = contents("runs/prompts")  # the run folder is named after the file
     assert call(*arguments) == 0
     assert contents("runs/prompts") == before
-    # Prompts, completions and rewards of two pools, features; a sweep, three probes, and the candidates with their scores.
-    assert len(before) == 6 + 5
+    # Prompts, completions and rewards of two pools, features and likelihood columns; two sweeps, four probes, and the candidates
+    # with their scores.
+    assert len(before) == 7 + 7
 
 
 def test_a_changed_reward_is_refused_and_only_its_table_need_go(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +244,7 @@ def test_rewards_that_a_loss_cannot_read_are_said_before_any_work(
 ) -> None:
     path = write("mine.jsonl", *candidates(add=3))
     assert call("import", path, "--run", "runs/mine") == 1
-    losses = "evaluation.losses=[reward_mse,policy_gradient]"
+    losses = "evaluation.losses=[auto,reward_mse,policy_gradient]"
     assert losses in capsys.readouterr().err
     assert not Path("runs").exists()
     assert call("import", path, "--run", "runs/mine", losses, WORK) == 0

@@ -11,6 +11,7 @@ import pytest
 
 from qprobe.cli import composition
 from qprobe.evaluation import comparisons
+from qprobe.evaluation.best_control import BestControl
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.probe.intervals import Interval
@@ -213,7 +214,8 @@ def test_the_sentences_say_what_can_be_told() -> None:
         "L_Q: our procedure earns -0.300 [-0.400, -0.200] over the paper's: worse."
     ]
     gains = {"L_Q": paired(q, ce), "L_PG": paired(pg, ce)}
-    assert comparisons.against_controls(gains, "shortest", 2) == [
+    best = BestControl("shortest", ce, "the best of 2 on these very prompts")
+    assert comparisons.against_controls(gains, best) == [
         "L_Q does not beat the best control (shortest, the best of 2 on these very prompts): it earns -0.050 [-0.150, +0.050] "
         "against it."
     ]

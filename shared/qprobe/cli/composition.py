@@ -23,7 +23,7 @@ from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
 from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import SFT, SFTSettings
 from qprobe.cli import configuration
-from qprobe.embedding import LIKELIHOOD, Embedder
+from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
@@ -34,6 +34,7 @@ from qprobe.pipeline import needs, ray_cluster
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import SHARDED
 from qprobe.probe.estimator import QProbe
+from qprobe.probe.losses import AUTO
 from qprobe.probe.training import TrainingSettings
 from qprobe.run import lengths
 from qprobe.run.recording import RecordedEmbedder, RecordedSampler
@@ -244,6 +245,11 @@ def pipeline(
     run = build(_Run, {key: config[key] for key in accepted(_Run)}, "the configuration")
     ends = back_ends(config, stop, rule)
     procedure, papers = procedures(config)
+    settings = procedure.settings
+    if isinstance(ends.embedder, GivesLikelihoods) and not (
+        AUTO in settings.losses or "likelihood_columns" in settings.controls
+    ):
+        ends.embedder.likelihood = False  # nobody reads them, and they cost a pass over the output head
     return Pipeline(
         sampler=ends.sampler,
         greedy=ends.greedy,

@@ -57,9 +57,8 @@ class Embedder(ReadsTokens, Protocol):
 class GivesLikelihoods(Protocol):
     """An embedder whose `embed` may also give likelihood columns, as the layer `LIKELIHOOD`: (N, C) float32."""
 
-    @property
-    def likelihood(self) -> bool:
-        """Whether it does."""
+    likelihood: bool
+    """Whether it does; whoever does not read them may turn them off."""
 
     def likelihood_identity(self) -> dict[str, Any]:
         """What decides the columns besides the embedder's own identity."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from qprobe.evaluation.best_control import BestControl
 from qprobe.evaluation.scoring import Scored
 from qprobe.probe.intervals import Interval
 from qprobe.probe.losses import AUTO
@@ -24,15 +25,14 @@ def beaten(gain: Interval) -> bool:
     return round(gain.low, DIGITS) > 0
 
 
-def against_controls(gains: Mapping[str, Interval], best: str, count: int) -> list[str]:
+def against_controls(gains: Mapping[str, Interval], best: BestControl) -> list[str]:
     """Which probes are not better than the best choice that needs no probe.
 
     Args:
         gains: method -> what a probe earns over the best control.
         best: that control.
-        count: of the controls that were run.
     """
-    among = f"{best}, the best of {count} on these very prompts" if count > 1 else best
+    among = f"{best.name}, {best.among}" if best.among else best.name
     return [
         f"{method} does not beat the best control ({among}): it earns {in_words(gain)} against it."
         for method, gain in gains.items()

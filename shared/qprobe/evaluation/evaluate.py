@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qprobe.evaluation import curves, notes
+from qprobe.evaluation.best_control import best_control
 from qprobe.evaluation.layer_choice import Scores
-from qprobe.evaluation.methods import Kind, PaperProbes, best_control, measured
+from qprobe.evaluation.methods import Kind, PaperProbes, measured
 from qprobe.evaluation.rows import rows
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.sweep import EvaluationSettings
@@ -32,6 +33,9 @@ def evaluate(
     greedy: np.ndarray | None = None,
     rivals: Mapping[str, np.ndarray | None] | None = None,
     controls: Mapping[str, np.ndarray | None] | None = None,
+    rankings: Mapping[str, np.ndarray | None] | None = None,
+    training_rewards: Mapping[str, float] | None = None,
+    folds: np.ndarray | None = None,
     paper_probes: PaperProbes | None = None,
     apart: Mapping[str, frozenset[str]] | None = None,
     published: Mapping[str, float] | None = None,
@@ -48,6 +52,8 @@ def evaluate(
         greedy: (P,) rewards of greedy decoding, prompts as in `joined`; None where it was not run.
         rivals: method -> (P,) rewards of another policy's one completion a prompt, a row of the table each; None: not run.
         controls: method -> (S, N) scores that no probe made, a row of the table each; None: not run.
+        rankings: the same of baselines that do more than score; no probe is held against them.
+        training_rewards, folds: how the best control is chosen, as of `best_control`.
         apart: see `Pipeline.apart`: task ids without which every row is reported once more.
         published: values of the paper by method, only where the set-up is the paper's.
         made_from: identity of the inputs, kept with the results.
@@ -57,10 +63,16 @@ def evaluate(
     """
     tested = Tested(joined, settings, k, seed)
     methods = measured(
-        tested, scores, greedy=greedy, rivals=rivals or {}, controls=controls or {}, paper_probes=paper_probes
+        tested,
+        scores,
+        greedy=greedy,
+        rivals=rivals or {},
+        controls=controls or {},
+        rankings=rankings or {},
+        paper_probes=paper_probes,
     )
     probes = [method for method in methods if method.kind == Kind.PROBE]
-    best, run = best_control(methods)
+    best = best_control(methods, training_rewards, folds)
     over_control = {p.name: tested.difference(p.rewards, best.rewards) for p in probes} if best else {}
     table = rows(tested, methods, over_control, published or {})
     scored = scores.by_share[1.0]
@@ -80,7 +92,7 @@ def evaluate(
         reward_against_prompts=curves.against_prompts(tested, probes, scores.curve),
         reward_against_layer=curves.against_layer(tested, scored, scores.by_layer),
         scores_per_prompt=curves.by_prompt(tested, scored),
-        notes=notes.of_table(tested, methods, table, scores, over_control, best.name if best else "", run, apart or {}),
+        notes=notes.of_table(tested, methods, table, scores, over_control, best, apart or {}),
         best_control=best.name if best else "",
         made_from=made_from,
     )

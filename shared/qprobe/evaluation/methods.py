@@ -23,6 +23,7 @@ class Kind(Enum):
     GREEDY = "the completion of greedy decoding"
     RIVAL = "one completion of another policy"
     CONTROL = "the best of k by scores that no probe made"
+    RANKING = "the best of k by a baseline that does more than score, such as executing"
     PROBE = "a probe of the table"
     PAPER = "a probe of the paper's procedure beside ours"
     SKYLINE = "the best of k by reward"
@@ -83,6 +84,7 @@ def measured(
     greedy: np.ndarray | None,
     rivals: Mapping[str, np.ndarray | None],
     controls: Mapping[str, np.ndarray | None],
+    rankings: Mapping[str, np.ndarray | None],
     paper_probes: PaperProbes | None,
 ) -> list[Method]:
     """Every method, in the order of the table.
@@ -91,15 +93,16 @@ def measured(
         scores: of our probes.
         greedy: (P,) rewards of greedy decoding; None: not run.
         rivals: method -> (P,) rewards of another policy's one completion a prompt; None: not run.
-        controls: method -> (S, N) scores; None: not run.
+        controls, rankings: method -> (S, N) scores; None: not run.
     """
     k = tested.k
     methods = [Method("pass@1", Kind.BASE, tested.largest, tested.base[None], "pass@1")]
     methods.append(Method("greedy", Kind.GREEDY, 1, None if greedy is None else greedy[None], "greedy"))
     for name, rewards in rivals.items():
         methods.append(Method(name, Kind.RIVAL, 1, None if rewards is None else rewards[None], name))
-    for name, q in controls.items():
-        methods.append(Method(name, Kind.CONTROL, k, None if q is None else tested.best_of(q), name, q))
+    for kind, of_kind in ((Kind.CONTROL, controls), (Kind.RANKING, rankings)):
+        for name, q in of_kind.items():
+            methods.append(Method(name, kind, k, None if q is None else tested.best_of(q), name, q))
     methods += [_probe(tested, scores, loss, published=paper_probes is None) for loss in scores.by_share[1.0]]
     if paper_probes:
         for loss, scored in paper_probes.scored.items():
@@ -142,9 +145,3 @@ def _probe(tested: Tested, scores: Scores, loss: str, published: bool) -> Method
 def name_of(loss: str) -> str:
     """The name of the row of a loss's probes."""
     return f"Q-probe {find_loss(loss).symbol}"
-
-
-def best_control(methods: list[Method]) -> tuple[Method | None, int]:
-    """The control that earns most on these prompts, the first of equals, and of how many; None where none was run."""
-    run = [method for method in methods if method.kind == Kind.CONTROL and method.by_seed is not None]
-    return max(run, key=lambda method: float(method.rewards.mean()), default=None), len(run)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qprobe.evaluation import comparisons
+from qprobe.evaluation.best_control import BestControl
 from qprobe.evaluation.curves import kl_candidates
 from qprobe.evaluation.layer_choice import Scores
-from qprobe.evaluation.methods import Kind, Method
+from qprobe.evaluation.methods import Kind, Method, name_of
 from qprobe.evaluation.scoring import Scored
 from qprobe.evaluation.tested import Tested
 from qprobe.probe.intervals import Interval
@@ -28,8 +29,7 @@ def of_table(
     rows: Sequence[Row],
     scores: Scores,
     over_control: Mapping[str, Interval],
-    best: str,
-    controls: int,
+    best: BestControl | None,
     apart: Mapping[str, frozenset[str]],
 ) -> list[str]:
     """All sentences below a table.
@@ -38,8 +38,7 @@ def of_table(
         rows: of the methods.
         scores: of our probes.
         over_control: name of a probe's row -> what it earns over the best control.
-        best: that control; "" where none was run.
-        controls: how many were run.
+        best: that control; None where none was run.
         apart: why -> task ids without which every row is reported once more.
     """
     scored = scores.by_share[1.0]
@@ -48,8 +47,9 @@ def of_table(
     found = [*_of_prompts(tested), *_of_training(scored, scores.curve), *_of_temperatures(scored, list(ours))]
     found += _of_chance(tested, [row for row in rows if row.method in ours])
     if tested.mixed.any():
-        found += comparisons.against_controls(over_control, best, controls)
-        found += comparisons.ordering(ours, tested.difference)
+        found += comparisons.against_controls(over_control, best) if best else []
+        in_order = {name: rewards for name, rewards in ours.items() if name != name_of(AUTO)}
+        found += comparisons.ordering(in_order, tested.difference)
         found += comparisons.ordering(papers, tested.difference)
         found += comparisons.procedures(ours, papers, tested.difference) if papers else []
     worst = max((row.simulation_error or 0.0 for row in rows), default=0.0)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from qprobe.embedding import LIKELIHOOD, tables_of
-from qprobe.evaluation import candidates, controls
+from qprobe.evaluation import candidates, controls, sweep
 from qprobe.evaluation.evaluate import evaluate
 from qprobe.evaluation.methods import PaperProbes
+from qprobe.evaluation.tested import Tested
 from qprobe.files import fingerprint
 from qprobe.pipeline.probes import clusters_of, procedures
 from qprobe.pipeline.setup import Setup
@@ -38,7 +39,10 @@ def make(setup: Setup, pool: Pool) -> None:
         pool=pool.split.name,
         greedy=_greedy_rewards(setup, pool.split, joined.task_ids),
         rivals=baselines.rivals(pool, reward),
-        controls=_controls(setup, pool) | baselines.rankings(pool),
+        controls=_controls(setup, pool),
+        rankings=baselines.rankings(pool),
+        training_rewards=_training_rewards(setup, pool),
+        folds=_folds(setup, pool),
         paper_probes=PaperProbes(paper.scores(pool).by_share[1.0], paper.settings) if paper else None,
         apart=setup.apart.get(pool.split.name),
         published=setup.paper.get(pool.split.name),
@@ -102,12 +106,17 @@ def _identity(setup: Setup, pool: Pool) -> str:
     return fingerprint(inputs | clusters_of(pool))
 
 
-def _controls(setup: Setup, pool: Pool) -> controls.Scores:
-    """Scores of the pool's rows that no probe made; those that read features read the highest layer."""
-    joined = setup.rows(pool, setup.probe_layer)
-    made = controls.scores(joined, setup.settings, setup.seed)
+def _untrained(setup: Setup, pool: Pool) -> controls.Scores:
+    """Scores of the controls that need no training; those that read features read the highest layer."""
+    made = controls.scores(setup.rows(pool, setup.probe_layer), setup.settings, setup.seed)
     if LIKELIHOOD in tables_of(setup.embedder):
         made |= controls.of_columns(setup.rows(pool, LIKELIHOOD), setup.settings)
+    return made
+
+
+def _controls(setup: Setup, pool: Pool) -> controls.Scores:
+    """Scores of the pool's rows that no probe of the table made."""
+    joined, made = setup.rows(pool, setup.probe_layer), _untrained(setup, pool)
     ours = procedures(setup).ours
     if "shuffled_labels" in setup.settings.controls and ours:
         trained_on = setup.rows(setup.trained_on(pool), setup.probe_layer)
@@ -115,6 +124,25 @@ def _controls(setup: Setup, pool: Pool) -> controls.Scores:
             trained_on, joined, ours.maker, setup.training, ours.settings, k=setup.k, seed=setup.seed
         )
     return made
+
+
+def _training_rewards(setup: Setup, pool: Pool) -> dict[str, float] | None:
+    """Control -> what it earns on the training set; None where there is none but the tested prompts."""
+    trained_on = setup.trained_on(pool)
+    if trained_on.name == pool.name:
+        return None
+    joined = setup.rows(trained_on, setup.probe_layer)
+    training = Tested(joined, setup.settings, min(setup.k, trained_on.smallest), setup.seed)
+    known = _untrained(setup, trained_on)
+    return {name: float(training.best_of(q).mean()) for name, q in known.items() if q is not None}
+
+
+def _folds(setup: Setup, pool: Pool) -> np.ndarray | None:
+    """(P,) folds, where the tested prompts are cross-validated: those of the first seed."""
+    if setup.training_split is not None:
+        return None
+    first = sweep.probe_seed(setup.seed, 0)
+    return sweep.fold_of(len(pool.task_ids), setup.settings.folds, first, pool.clusters)
 
 
 def _greedy_rewards(setup: Setup, split: Split, task_ids: list[str]) -> np.ndarray | None:

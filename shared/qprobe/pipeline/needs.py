@@ -19,6 +19,7 @@ import torch
 
 from qprobe import models
 from qprobe.baselines import Baselines, Rival, TrainingData
+from qprobe.embedding import tables_of
 from qprobe.models import memory
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.openai_client import Metered
@@ -120,7 +121,7 @@ def count(pipeline: Pipeline, names: Sequence[str]) -> Work:
         if "reward" in names:
             found["rewarded"] += pool.rows(_left(pool, [pool.rewards(pipeline.reward_of(pool.split))]))
         if "embed" in names and pool.kind == "sample" and not isinstance(pipeline.embedder, RecordedEmbedder):
-            layers = pipeline.embedder.layers
+            layers = tables_of(pipeline.embedder)
             left = _left(pool, [pool.features(pipeline.embedder, layer) for layer in layers])
             read = [left]
             if pipeline.likelihood and pool.split.recorded is not None and pool.split in pipeline.tests:
@@ -195,7 +196,7 @@ def _length_fault(pipeline: Pipeline, pool: Pool, names: Sequence[str]) -> str |
     if drawn and not ("sample" in names and _left(pool, [pool.completions])):
         return None
     if not drawn:
-        tables = [pool.features(pipeline.embedder, layer) for layer in pipeline.embedder.layers]
+        tables = [pool.features(pipeline.embedder, layer) for layer in tables_of(pipeline.embedder)]
         if not ("embed" in names and pool.kind == "sample" and _left(pool, tables)):
             return None
     room = lengths.Room.of(pool.sampler, pipeline.embedder, drawn)

@@ -93,7 +93,7 @@ class Pipeline(Setup):
 
     def final_probe(self) -> Path:
         """Where the probe lies that a run points to, trained on every prompt."""
-        return self.procedures.of(self.shown_loss).folder / self.training_pools[0].split.name / self.shown_loss
+        return self.procedures.of(self.shown_loss).final_folder(self.training_pools[0]) / self.shown_loss
 
     def give_back(self, name: str) -> None:
         """Give back what a stage's back ends hold, such as an engine's memory: it is the next stage's."""

@@ -82,6 +82,10 @@ class Probes:
     def layers(self) -> list[int]:
         return self.setup.layers_of(self.layer)
 
+    def final_folder(self, pool: Pool) -> Path:
+        """Where the probes lie that are trained on all of a pool, each by the name of its loss."""
+        return self.folder / pool.split.name
+
     def source(self, layer: int) -> EmbeddingSource:
         """What a probe that reads a layer reads."""
         embedder = self.setup.embedder
@@ -116,7 +120,7 @@ class Probes:
 
     def _save_final(self, pool: Pool) -> None:
         """One probe a loss, trained on every prompt of the pool: what an application loads."""
-        setup, folder, inputs = self.setup, self.folder / pool.split.name, self.inputs(pool)
+        setup, folder, inputs = self.setup, self.final_folder(pool), self.inputs(pool)
         losses = self.settings.losses
         if all(_is_saved(folder / loss, inputs, setup.use) for loss in losses):
             return
@@ -147,6 +151,9 @@ class AutoProbes(Probes):
     @property
     def layers(self) -> list[int]:
         return [self.setup.probe_layer]  # there is one set of features
+
+    def final_folder(self, pool: Pool) -> Path:
+        return self.folder.parent / pool.split.name  # beside those of the other losses
 
     def source(self, layer: int) -> EmbeddingSource:
         return dataclasses.replace(super().source(layer), blocks=self.blocks.layers)

@@ -286,7 +286,7 @@ class Results(_Data):
         reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt: data of the
             figures of these names, or None.
         notes: sentences that belong under the table.
-        best_control: the method of the control that earned most on these very prompts; empty where none was run.
+        best_control: the method of the control that earned most on the training prompts; empty where none was run.
         made_from: identity of the inputs; empty where unknown.
 
     Raises:

@@ -1,0 +1,150 @@
+"""The probes of `auto`: the block that carries the signal is taken, and what was solved is what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from qprobe.embedding import LIKELIHOOD
+from qprobe.evaluation.auto import Blocks, settings_of
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
+from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
+from qprobe.probe import blocks
+from qprobe.probe.ranking import within_prompt_auc
+from qprobe.probe.training import TrainingSettings, score_rows
+from qprobe.run.joined import Joined
+
+PROMPTS, ROWS, WIDTH = 60, 6, 5
+
+
+def joined(features: np.ndarray, rewards: np.ndarray, prompts: int = PROMPTS) -> Joined:
+    groups = np.repeat(np.arange(prompts), ROWS)
+    names = [f"t/{number:03d}" for number in range(prompts)]
+    texts = [f"text {number}" for number in range(len(groups))]
+    return Joined(names, groups, texts, rewards.astype(np.float32), [""] * len(groups), features)
+
+
+def planted(carrier: str | None, seed: int = 0) -> tuple[Blocks, dict[int, Joined]]:
+    """Two layers and likelihood columns, of which one (or none) holds what decides the rewards, and prompts that differ."""
+    lot = np.random.default_rng(seed)
+    count = PROMPTS * ROWS
+    made = {
+        3: lot.normal(size=(count, WIDTH)),
+        7: lot.normal(size=(count, WIDTH)),
+        LIKELIHOOD: lot.normal(size=(count, len(COLUMNS))),
+    }
+    hidden = lot.normal(size=count)
+    if carrier is not None:
+        layer = {"layer 3": 3, "layer 7": 7, "likelihood": LIKELIHOOD}[carrier]
+        made[layer][:, 2] = hidden
+    made[LIKELIHOOD] += 20 * np.repeat(lot.normal(size=(PROMPTS, len(COLUMNS))), ROWS, axis=0)
+    rewards = (hidden + 0.3 * lot.normal(size=count) > 0).astype(float)
+    return Blocks((3, 7, LIKELIHOOD)), {
+        layer: joined(values.astype(np.float32), rewards) for layer, values in made.items()
+    }
+
+
+def within(values: np.ndarray) -> float:
+    """Deviation within prompts."""
+    by_prompt = values.reshape(PROMPTS, ROWS)
+    return float(np.std(by_prompt - by_prompt.mean(axis=1, keepdims=True)))
+
+
+def swept(own: Blocks, at: dict[int, Joined], folded: bool) -> tuple[Joined, list[SweepProbe]]:
+    rows = own.joined(at.__getitem__)
+    settings = settings_of(EvaluationSettings(folds=4))
+    return rows, own.sweep(rows, TrainingSettings(), settings, k=ROWS, seed=0, progress=False, folded=folded)
+
+
+def scored(probe: SweepProbe, rows: Joined) -> np.ndarray:
+    assert rows.features is not None
+    return score_rows(probe.trained.network, torch.from_numpy(rows.features)).numpy()
+
+
+@pytest.mark.parametrize("carrier", ["layer 3", "layer 7", "likelihood"])
+def test_the_block_that_carries_the_signal_is_found(carrier: str) -> None:
+    own, at = planted(carrier)
+    rows, probes = swept(own, at, folded=True)
+    assert [probe.fold for probe in probes] == [0, 1, 2, 3]
+    fold = fold_of(PROMPTS, 4, probe_seed(0, 0))
+    scores = np.empty(len(rows.rewards))
+    for probe in probes:
+        assert probe.prompts == PROMPTS * 3 // 4
+        out = (fold == probe.fold)[rows.groups]
+        scores[out] = scored(probe, rows)[out]
+        assert rows.features is not None
+        slices = own.slices(rows.features.shape[1])
+        weights = probe.trained.network.weights[0][0].detach().numpy()
+        spread = {name: within(rows.features[:, place] @ weights[place]) for name, place in slices.items()}
+        assert max(spread, key=lambda name: spread[name]) == carrier
+        assert probe.trained.chosen
+    assert np.nanmean(within_prompt_auc(scores, rows.rewards, rows.groups)) > 0.85
+
+
+def test_where_nothing_carries_it_no_probe_orders_better_than_chance() -> None:
+    aucs = []
+    for seed in range(4):
+        own, at = planted(None, seed)
+        rows, probes = swept(own, at, folded=True)
+        fold = fold_of(PROMPTS, 4, probe_seed(0, 0))
+        scores = np.empty(len(rows.rewards))
+        for probe in probes:
+            out = (fold == probe.fold)[rows.groups]
+            scores[out] = scored(probe, rows)[out]
+        aucs.append(np.nanmean(within_prompt_auc(scores, rows.rewards, rows.groups)))
+    assert abs(np.mean(aucs) - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_network_scores_as_the_solution_but_for_a_constant_of_every_prompt(seed: int) -> None:
+    own, at = planted("likelihood", seed)
+    rows = own.joined(at.__getitem__)
+    solution = blocks.auto(own.rows(rows))
+    wanted = solution.score(own.rows(rows).blocks, own.rows(rows).anchors)
+    assert rows.features is not None
+    found = score_rows(own.network(solution, rows.features.shape[1]), torch.from_numpy(rows.features)).numpy()
+    apart = (found - wanted).reshape(PROMPTS, ROWS)
+    assert np.ptp(apart, axis=1).max() < 1e-3 * np.std(wanted)
+
+
+def test_an_anchors_weight_is_put_on_its_column() -> None:
+    own, at = planted(None)
+    rows = own.joined(at.__getitem__)
+    assert rows.features is not None
+    made = blocks.auto(own.rows(rows))
+    nothing = {name: np.zeros_like(of_block) for name, of_block in made.coefficients.items()}
+    for name, sign in UNTRAINED.items():
+        solution = dataclasses.replace(made, anchor=name, anchor_weight=2.0, bias=0.0, coefficients=nothing)
+        found = score_rows(own.network(solution, rows.features.shape[1]), torch.from_numpy(rows.features)).numpy()
+        column = at[LIKELIHOOD].features
+        assert column is not None
+        assert np.allclose(found, 2.0 * sign * column[:, COLUMNS.index(name)], atol=1e-4)
+
+
+def test_a_training_set_gives_one_probe_of_all_its_prompts() -> None:
+    own, at = planted("layer 3")
+    _, (probe,) = swept(own, at, folded=False)
+    assert (probe.fold, probe.prompts, probe.seed) == (None, PROMPTS, 0)
+    assert "layer 3" in probe.trained.note
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_where_there_is_nothing_to_learn_all_score_alike_and_it_is_said(reward: float) -> None:
+    own, at = planted("layer 3")
+    same = {layer: dataclasses.replace(rows, rewards=np.full(PROMPTS * ROWS, reward)) for layer, rows in at.items()}
+    rows, (probe,) = swept(own, same, folded=False)
+    assert not probe.trained.chosen
+    assert not scored(probe, rows).any()
+    assert "differ" in probe.trained.note
+
+
+def test_without_likelihood_columns_there_are_layers_alone() -> None:
+    _, at = planted("layer 7")
+    own = Blocks((3, 7))
+    rows = own.rows(own.joined(at.__getitem__))
+    assert (list(rows.blocks), list(rows.anchors)) == (["layer 3", "layer 7"], [])
+    _, (probe,) = swept(own, at, folded=False)
+    assert probe.trained.network.dimension == 2 * WIDTH
