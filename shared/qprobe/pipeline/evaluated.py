@@ -32,7 +32,7 @@ def make(setup: Setup, pool: Pool) -> None:
         joined,
         scores,
         setup.settings,
-        k=setup.k,
+        k=setup.k_of(pool),
         seed=setup.seed,
         title=setup.title,
         protocol=_protocol(setup, pool.split),
@@ -48,7 +48,7 @@ def make(setup: Setup, pool: Pool) -> None:
         published=setup.paper.get(pool.split.name),
         made_from=_identity(setup, pool),
     )
-    results = dataclasses.replace(results, notes=[*results.notes, *baselines.notes(pool, setup.k)])
+    results = dataclasses.replace(results, notes=[*results.notes, *baselines.notes(pool, setup.k_of(pool))])
     candidates.write(pool, reward, joined, scores.by_share[1.0], results, path)
     results.write(path)
 
@@ -132,7 +132,7 @@ def _training_rewards(setup: Setup, pool: Pool) -> dict[str, float] | None:
     if trained_on.name == pool.name:
         return None
     joined = setup.rows(trained_on, setup.probe_layer)
-    training = Tested(joined, setup.settings, min(setup.k, trained_on.smallest), setup.seed)
+    training = Tested(joined, setup.settings, min(setup.k_of(pool), trained_on.smallest), setup.seed)
     known = _untrained(setup, trained_on)
     return {name: float(training.best_of(q).mean()) for name, q in known.items() if q is not None}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,7 @@ class Setup:
         training, settings: how probes are trained and measured.
         seed: of everything random.
         batch_rows: completions in a batch.
+        samples: split -> completions a prompt, where that is not the sampler's own number.
         paper: published values, pool -> method -> value, only where the set-up is the paper's.
         apart: pool -> what is wrong with some of its prompts, as the end of "Without the 3 of 9 prompts that ..." -> their task
             ids: what is reported of all is then also reported without them.
@@ -71,6 +74,7 @@ class Setup:
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     seed: int = 0
     batch_rows: int = 64
+    samples: dict[str, int] = field(default_factory=dict)
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     apart: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     shard: tuple[int, int] = (1, 1)
@@ -88,6 +92,9 @@ class Setup:
             )
         if not 1 <= self.shard[0] <= self.shard[1]:
             raise ValueError(f"shard is {self.shard[0]}/{self.shard[1]}: say 1/4 to 4/4 for four shards.")
+        for name, count in self.samples.items():
+            if name not in names or count < 1:
+                raise ValueError(f"samples of {name} is {count}: name one of {', '.join(names)}, and 1 or more.")
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: a batch has at least one completion.")
         for pool in self.test_pools:
@@ -119,6 +126,9 @@ class Setup:
         return self.reward if split.reward is None else split.reward
 
     def pool(self, split: Split, kind: str, sampler: Sampler) -> Pool:
+        if kind == "sample" and split.recorded is None and split.name in self.samples:
+            sampler = copy.copy(sampler)
+            sampler.settings = dataclasses.replace(sampler.settings, n=self.samples[split.name])
         return Pool(self.run, split, kind, sampler, self.seed, self.batch_rows, self.shard)
 
     @property
@@ -157,7 +167,11 @@ class Setup:
     @property
     def k(self) -> int:
         """Candidates at use: as asked for, else as many as every prompt has."""
-        return self.settings.k or min(pool.smallest for pool in self.test_pools)
+        return min(map(self.k_of, self.test_pools))
+
+    def k_of(self, pool: Pool) -> int:
+        """Candidates at use of a tested pool."""
+        return self.settings.k or pool.smallest
 
     @property
     def outputs_at(self) -> Path:
