@@ -50,7 +50,7 @@ def _row(
         more["seed_spread"] = float(method.by_seed.mean(axis=1).std(ddof=1))
     if method.kind in (Kind.PROBE, Kind.PAPER) or seeds > 1:
         more["seeds"] = seeds
-    if method.kind == Kind.CONTROL:
+    if method.kind in (Kind.CONTROL, Kind.RANKING):
         more["beta"] = 0.0
     if method.scored is not None:
         more["beta"] = float(np.median(method.scored.beta))
