@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qprobe.evaluation import curves, notes
+from qprobe.evaluation.advice import advice
 from qprobe.evaluation.best_control import best_control
 from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.methods import Kind, PaperProbes, measured
@@ -93,6 +94,7 @@ def evaluate(
         reward_against_layer=curves.against_layer(tested, scored, scores.by_layer),
         scores_per_prompt=curves.by_prompt(tested, scored),
         notes=notes.of_table(tested, methods, table, scores, over_control, best, apart or {}),
+        advice=advice(tested, methods, best),
         best_control=best.name if best else "",
         made_from=made_from,
     )

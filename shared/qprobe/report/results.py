@@ -286,6 +286,7 @@ class Results(_Data):
         reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt: data of the
             figures of these names, or None.
         notes: sentences that belong under the table.
+        advice: what to do, by these numbers.
         best_control: the method of the control that earned most on the training prompts; empty where none was run.
         made_from: identity of the inputs; empty where unknown.
 
@@ -309,6 +310,7 @@ class Results(_Data):
     reward_against_layer: LayerCurve | None = None
     scores_per_prompt: PromptScores | None = None
     notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
     best_control: str = ""
     made_from: str = ""
 

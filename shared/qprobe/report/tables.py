@@ -184,7 +184,7 @@ def _head(results: Results) -> list[str]:
 
 def _foot(results: Results) -> list[str]:
     explained = [_INTERVALS, _SPREAD] if any(_is_probe(row) for row in results.rows) else [_INTERVALS]
-    return [*explained, *(_one_line(note) for note in results.notes)]
+    return [*explained, *(_one_line(note) for note in (*results.notes, *results.advice))]
 
 
 def _one_line(text: str) -> str:
