@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qprobe.embedding import LIKELIHOOD
+from qprobe.evaluation import auto
 from qprobe.evaluation.auto import Blocks, settings_of
 from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
@@ -148,3 +149,19 @@ def test_without_likelihood_columns_there_are_layers_alone() -> None:
     assert (list(rows.blocks), list(rows.anchors)) == (["layer 3", "layer 7"], [])
     _, (probe,) = swept(own, at, folded=False)
     assert probe.trained.network.dimension == 2 * WIDTH
+
+
+@pytest.mark.parametrize(("most", "prompts"), [(10 * ROWS, 10), (PROMPTS * ROWS, PROMPTS), (1, 1)])
+def test_of_more_rows_than_a_solver_holds_prompts_are_drawn_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, most: int, prompts: int
+) -> None:
+    own, at = planted("layer 3")
+    rows = own.joined(at.__getitem__)
+    assert rows.features is not None
+    monkeypatch.setattr(auto, "MOST_COORDINATES", most * rows.features.shape[1])
+    monkeypatch.setattr(auto.math, "isqrt", lambda _: 0)
+    kept = auto._that_fit(rows, np.ones(PROMPTS, dtype=bool), seed=0)
+    assert kept.sum() == prompts
+    if prompts > 1:
+        note = own.solved(rows, np.ones(PROMPTS, dtype=bool), 0).note
+        assert ("by lot" in note) == (prompts < PROMPTS)

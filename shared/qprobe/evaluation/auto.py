@@ -8,6 +8,7 @@ each other, and is kept, scored and used as such.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
 from qprobe.probe import blocks
 from qprobe.probe.losses import AUTO
 from qprobe.probe.network import ProbeNetwork
+from qprobe.probe.solved import MOST_COORDINATES
 from qprobe.probe.solvers import NothingToLearn, Rows, Solution
 from qprobe.probe.training import TrainedProbe, TrainingSettings
 from qprobe.run.joined import Joined
@@ -99,9 +101,14 @@ class Blocks:
             prompts: (P,) bool, those that are learned from.
         """
         assert joined.features is not None  # as above
-        width, own = joined.features.shape[1], prompts[joined.groups]
+        width, kept = joined.features.shape[1], _that_fit(joined, prompts, seed)
+        said = ""
+        if kept.sum() < prompts.sum():
+            said = (
+                f" Learned from {kept.sum()} of {prompts.sum()} prompts, by lot: a solver holds no more of this width."
+            )
         try:
-            solution = blocks.auto(self.rows(joined).take(own), seed=seed)
+            solution = blocks.auto(self.rows(joined).take(kept[joined.groups]), seed=seed)
         except NothingToLearn as error:
             return TrainedProbe(ProbeNetwork(width), 0.0, 0, False, 0, 0.0, str(error))
         choice = solution.choice
@@ -112,7 +119,7 @@ class Blocks:
             chosen=choice is not None,
             held_out_mixed=0 if choice is None else choice.prompts,
             learning_rate=0.0,
-            note=solution.sentence(),
+            note=solution.sentence() + said,
         )
 
     def sweep(
@@ -138,6 +145,23 @@ class Blocks:
             probe = self.solved(joined, kept, own)
             made.append(SweepProbe(AUTO, 0, fold, probe, prompts=int(kept.sum())))
         return made
+
+
+def _that_fit(joined: Joined, prompts: np.ndarray, seed: int) -> np.ndarray:
+    """(P,) bool, as many of the prompts as a solver holds the rows of; whole clusters, by lot."""
+    assert joined.features is not None  # the callers join with them
+    sizes, width = np.bincount(joined.groups), joined.features.shape[1]
+    most = max(MOST_COORDINATES // width, math.isqrt(MOST_COORDINATES))  # rows x the smaller of rows and columns
+    if sizes[prompts].sum() <= most:
+        return prompts
+    clusters = joined.cluster_of_prompt
+    lot = np.random.default_rng(seed).permutation(np.unique(clusters[prompts]))
+    place = np.empty(int(clusters.max()) + 1, dtype=np.int64)
+    place[lot] = np.arange(len(lot))
+    of_cluster = np.zeros(len(lot), dtype=np.int64)
+    np.add.at(of_cluster, place[clusters[prompts]], sizes[prompts])
+    fitting = int(np.searchsorted(of_cluster.cumsum(), most, side="right"))
+    return prompts & np.isin(clusters, lot[: max(1, fitting)])
 
 
 def settings_of(settings: EvaluationSettings) -> EvaluationSettings:
