@@ -80,7 +80,9 @@ def complete(tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable
         *scripts: Sequence[str], stop: tuple[str, ...] = (), max_new_tokens: int = 30, prompt: str = "def f"
     ) -> list[tuple[str, int, str]]:
         ids = [token_ids(script) for script in scripts]
-        monkeypatch.setattr("qprobe.models.memory.PrefixRun", lambda language_model: ScriptedRun(language_model, ids))
+        monkeypatch.setattr(
+            "qprobe.models.memory.PrefixRun", lambda language_model, copied: ScriptedRun(language_model, ids)
+        )
         sampler = HFSampler(
             tiny_model, SamplingSettings(n=1, temperature=0.0, stop=stop, max_new_tokens=max_new_tokens)
         )

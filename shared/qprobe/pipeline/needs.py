@@ -126,7 +126,7 @@ def count(pipeline: Pipeline, names: Sequence[str]) -> Work:
             read = [left]
             if pipeline.likelihood and pool.split.recorded is not None and pool.split in pipeline.tests:
                 read.append(_left(pool, [pool.likelihoods(pipeline.likelihood)]))
-            found["features"] += pool.rows(left) * len(layers)
+            found["features"] += pool.rows(left) * len(pipeline.embedder.layers)  # beside them the columns are few
             for keys in read:
                 own = sum(_completion_tokens(pool, key) for key in keys)
                 found["read"] += pool.rows(keys)

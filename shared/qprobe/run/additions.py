@@ -184,7 +184,7 @@ def _taken_over(folder: Path, pool: Pool, former: Former, rendered: Mapping[str,
     shutil.rmtree(staged, ignore_errors=True)
     new = Table(staged, {**old.inputs, "completions": pool.completions.identity}, None)
     new.begin()
-    features = folder.name.startswith("layer=")
+    features = "layer" in old.inputs
     rows = (old if features else store.found_table(folder, store.LIKELIHOODS)).read()
     found = list(zip(rows["task_id"].to_pylist(), rows["sample"].to_pylist(), strict=True))
     place = {former.keys[key]: number for number, key in enumerate(found)}
