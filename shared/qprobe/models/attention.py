@@ -43,7 +43,7 @@ class SharedPrompts:
         within = torch.arange(len(self.owner), device=self.owner.device) - first[self.owner]
         self.slots = self.owner * self.rows_per_prompt + within
         # Once, and not at every step: the prompts' keys are few beside those of their rows.
-        self.layers = [(key.float().contiguous(), value.contiguous()) for key, value in self.layers]
+        self.layers = [(key.float().contiguous(), value.float().contiguous()) for key, value in self.layers]
         self._hidden = None if bool(self.mask.all()) else ~self.mask[self.owner][:, None, None, :]
 
     def keep(self, rows: Tensor) -> SharedPrompts:
@@ -92,8 +92,7 @@ class SharedPrompts:
             own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
         weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
-        of_prompt, of_row = of_prompt.to(value.dtype), of_row.to(value.dtype)
-        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value
+        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
         return out.to(query.dtype).reshape(rows, heads, width, d)
 
 
