@@ -94,11 +94,11 @@ class Footprint:
         scores += at_once * (_BYTES_OF_GREEDY if greedy else _BYTES_OF_A_DRAW)
         seen = width + new_tokens
         if self.shared:
-            # Keys and values in float32, those of the prompts as the model computed them too.
-            own = self.prompts(rows, new_tokens) * 4 // self.bytes
-            held = own + self.prompts(count, width) * 4 // self.bytes + self.prompts(count, width) * (self.bytes < 4)
-            # Scores in float32, masked, joined and as weights; one layer's keys while they move to a larger place.
-            step = rows * self.heads * seen * 16 + own // self.layers
+            # The prompts' keys and values as the model computed them, and narrower ones in float32 too.
+            widened = 4 // self.bytes if self.bytes < 4 else 0
+            held = self.prompts(count, width) * (1 + widened) + self.prompts(rows, new_tokens)
+            # Scores in float32, masked, joined and as weights; one layer's own keys widened, or on their way to a larger place.
+            step = rows * self.heads * seen * 16 + self.prompts(rows, new_tokens, 1) * (1 + widened)
         else:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)
