@@ -43,6 +43,16 @@ def test_few_shot_examples_are_left_out_of_the_evaluation(composed: Composed, wo
     assert ids == {f"HumanEval/{number}" for number in range(164)} - {"HumanEval/0", "HumanEval/5"}
 
 
+def test_a_set_may_have_its_own_number_of_completions(composed: Composed, words: dict[str, list[str]]) -> None:
+    own = [
+        "+dataset.samples.humaneval=5",
+        "+dataset.samples.gsm8k-test=9",
+        "sampler.n=2",
+    ]  # of sets in use, and of another
+    pipeline = command.make_pipeline(composed([*words["humaneval"], *own, "model.name=embedded"]))
+    assert (pipeline.samples, pipeline.test_pools[0].smallest) == ({"humaneval": 5}, 5)
+
+
 def test_worked_questions_are_the_first_and_left_out(composed: Composed, words: dict[str, list[str]]) -> None:
     pipeline = command.make_pipeline(composed(words["gsm8k"]))
     assert pipeline.training_split is not None

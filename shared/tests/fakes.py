@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from qprobe import baselines
+from qprobe.embedding import LIKELIHOOD
+from qprobe.models.likelihood_columns import COLUMNS
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.run import rewarding, stages
@@ -162,6 +164,22 @@ class PlantedSampler(Sampler):
         return Completion(text, list(text.encode()), "stop", -1.0, seed)
 
 
+class EmbedderWithColumns(Embedder):
+    """With likelihood columns: every row of them is the sum of its completion's token ids, and so on upwards."""
+
+    likelihood = True
+
+    def likelihood_identity(self) -> dict[str, Any]:
+        return {"columns": "fake"}
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> dict[int, Tensor]:
+        sums = torch.tensor([[float(sum(row))] for of_prompt in completions for row in of_prompt])
+        columns = 1000.25 + sums + torch.arange(len(COLUMNS))  # more digits than float16 has
+        return super().embed(prompts, completions) | {LIKELIHOOD: columns}
+
+
 class PlantedEmbedder(Embedder):
     """As a configuration names one: layer 1 says how good an answer is, and nothing else; the layers above are noise."""
 
@@ -267,6 +285,11 @@ def pipeline(run: Path, **changes: Any) -> Pipeline:
         "progress": False,
     }
     return Pipeline(**values | changes)
+
+
+def maker(run: Path, **settled: Any) -> Callable[..., Pipeline]:
+    """Makes pipelines over one run folder, with fresh fakes each, and with these changes before a test's own."""
+    return lambda **changes: pipeline(**{"run": run} | settled | changes)
 
 
 def pool(run: Path, **changes: Any) -> Pool:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from qprobe import models
+from qprobe.embedding import LIKELIHOOD
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models import prefix
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood import Likelihood
+from qprobe.models.likelihood_columns import COLUMNS
 
 States = Callable[[ModelSpec, Sequence[int]], tuple[Tensor, ...]]
 Ids = Callable[..., list[list[int]]]
@@ -162,3 +165,29 @@ def test_a_layer_that_is_not_there_is_a_sentence(tiny_model: ModelSpec, layer: i
 def test_a_sequence_may_fill_the_context(tiny_model: ModelSpec, hold: Hold) -> None:
     batch = ([[7] * 100], [[[8] * 92]])
     hold(tiny_model, batch, HFEmbedder(tiny_model, (4,)).embed(*batch))
+
+
+def test_likelihood_columns_come_with_the_same_states(any_tiny_model: ModelSpec, batch: Any, hold: Hold) -> None:
+    found = HFEmbedder(any_tiny_model, (1, 3), likelihood=True, ending="the end").embed(*batch)
+    columns = found.pop(LIKELIHOOD)
+    assert sorted(found) == [1, 3]
+    hold(any_tiny_model, batch, found)
+    prompts, completions = batch
+    assert columns.shape == (sum(map(len, completions)), len(COLUMNS))
+    lengths = [len(ids) for of_prompt in completions for ids in of_prompt]
+    assert columns[:, COLUMNS.index("tokens")].tolist() == lengths
+    # Another way to the sum of a completion and its ending. Of an empty one the ending is the sum.
+    ending = HFEmbedder(any_tiny_model).encode_completion("the end")
+    assert len(ending) > 1
+    whole = [[[*ids, *ending] for ids in of_prompt] for of_prompt in completions]
+    read = itertools.chain.from_iterable(Likelihood(any_tiny_model).log_likelihood(prompts, whole))
+    for row, length, wanted in zip(columns, lengths, read, strict=True):
+        said, ended = (float(row[COLUMNS.index(name)]) for name in ("logprob_sum", "logprob_of_ending"))
+        assert said + ended * (length > 0) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_an_ending_beyond_the_context_is_a_sentence(tiny_model: ModelSpec) -> None:
+    whole = ([[7] * 100], [[[8] * 92]])
+    assert HFEmbedder(tiny_model, (4,), likelihood=True).embed(*whole)[LIKELIHOOD].shape == (1, len(COLUMNS))
+    with pytest.raises(ValueError, match="context"):
+        HFEmbedder(tiny_model, (4,), likelihood=True, ending="the end").embed(*whole)

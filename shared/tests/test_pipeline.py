@@ -29,13 +29,8 @@ Make = Callable[..., Pipeline]
 
 @pytest.fixture
 def make(fakes: ModuleType, tmp_path: Path) -> Make:
-    """Pipelines over one run folder, with fresh fakes each: 12 prompts x 4 samples, cross-validated."""
-
-    def made(**changes: Any) -> Pipeline:
-        settled = {"training": TRAINING, "settings": SETTINGS} | changes
-        piped: Pipeline = fakes.pipeline(**{"run": tmp_path / "run"} | settled)
-        return piped
-
+    """12 prompts x 4 samples, cross-validated."""
+    made: Make = fakes.maker(tmp_path / "run", training=TRAINING, settings=SETTINGS)
     return made
 
 

@@ -1,9 +1,9 @@
 """The probes that a pipeline keeps: what their cards say, which layer they read, and that a lost one is made again."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -24,13 +24,8 @@ Make = Callable[..., Pipeline]
 
 @pytest.fixture
 def make(fakes: ModuleType, tmp_path: Path) -> Make:
-    """Pipelines over one run folder, with fresh fakes each: 12 prompts x 4 samples, cross-validated."""
-
-    def made(**changes: Any) -> Pipeline:
-        settled = {"training": TRAINING, "settings": SETTINGS} | changes
-        piped: Pipeline = fakes.pipeline(**{"run": tmp_path / "run"} | settled)
-        return piped
-
+    """12 prompts x 4 samples, cross-validated."""
+    made: Make = fakes.maker(tmp_path / "run", training=TRAINING, settings=SETTINGS)
     return made
 
 
@@ -82,3 +77,37 @@ def test_probes_read_the_highest_layer_unless_another_is_asked_for(make: Make, f
     probe = QProbe.from_pretrained(first.run / "probes" / "numbers" / "reward_mse")
     assert probe.source is not None
     assert probe.source.layer == 1
+
+
+def test_a_split_may_have_its_own_number_of_samples_and_is_chosen_from_all_of_them(
+    make: Make, fakes: ModuleType
+) -> None:
+    few, many = fakes.split("few", 8), fakes.split("many", 9)
+    pipeline = make(tests=[few, many], training_split=few, greedy=None, samples={"many": 7})
+    pipeline.execute(WORK)
+    assert [pool.smallest for pool in pipeline.test_pools] == [4, 7]
+    assert [pipeline.results(split).k for split in (few, many)] == [4, 7]
+    assert pipeline.k == 4  # what probes are trained for
+    rewards = pipeline.rows(pipeline.test_pools[1], 1).rewards.reshape(9, 7)
+    (skyline,) = [row for row in pipeline.results(many).rows if row.method == "skyline pass@7"]
+    assert skyline.value == pytest.approx(rewards.max(axis=1).mean())
+
+
+@pytest.mark.parametrize("samples", [{"nobody": 3}, {"numbers": 0}])
+def test_a_number_of_samples_that_cannot_be_is_refused(make: Make, samples: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="samples"):
+        make(samples=samples)
+
+
+def test_auto_alone_is_a_table_of_its_own_and_points_to_its_probe(make: Make, fakes: ModuleType) -> None:
+    settings = dataclasses.replace(SETTINGS, losses=("auto",), controls=("likelihood_columns", "shuffled_labels"))
+    pipeline = make(embedder=fakes.EmbedderWithColumns((1, 2)), settings=settings)
+    pipeline.execute(WORK)
+    rows = {row.method: row for row in pipeline.results(pipeline.tests[0]).rows}
+    assert rows["shuffled labels"].value is None  # not run: there is no loss to train it by
+    assert rows["Q-probe auto"].value is not None
+    probe = QProbe.from_pretrained(pipeline.final_probe())
+    assert probe.source is not None
+    assert (probe.source.blocks, probe.source.likelihood) == ((1, 2, -1), {"columns": "fake"})
+    # The signal of these fakes is layer 1's first number: the probe finds it.
+    assert rows["Q-probe auto"].value == rows["skyline pass@4"].value

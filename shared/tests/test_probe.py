@@ -185,13 +185,8 @@ def test_saved_and_read_back_is_bit_for_bit_the_same(hidden: tuple[int, ...], tm
     for path in (tmp_path / "probe").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     source = json.loads((tmp_path / "probe" / "probe.json").read_text())["source"]
-    assert source == {
-        "model": {"name": "model-a", "content": "0f"},
-        "layer": 18,
-        "token": "last",
-        "template": "t",
-        "blocks": [],
-    }
+    expected = {"layer": 18, "token": "last", "template": "t", "blocks": [], "likelihood": {}}
+    assert source == {"model": {"name": "model-a", "content": "0f"}, **expected}
 
 
 def test_a_card_of_before_it_named_a_use_is_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from qprobe import store
 from qprobe.baselines.few_shot import FewShot, FewShotSettings
 from qprobe.cli.main import main
+from qprobe.embedding import LIKELIHOOD
 from qprobe.evaluation.sweep import EvaluationSettings
 from qprobe.models.language_model import ModelSpec
 from qprobe.pipeline.pipeline import Pipeline
@@ -79,6 +80,36 @@ def test_a_recorded_run_gives_the_tables_and_results_of_the_run_itself(make: Mak
     assert again.results(split).rows == real.results(split).rows
     # Whose completions they are is known by content: other results than of another recording.
     assert again.results(split).made_from != real.results(split).made_from
+
+
+def test_likelihood_columns_are_recorded_digit_for_digit_and_read_by_auto(
+    make: Make, fakes: ModuleType, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(SETTINGS, losses=("auto", "reward_mse"), controls=("likelihood_columns",))
+    real = make("real", embedder=fakes.EmbedderWithColumns((1, 2)), settings=settings)
+    real.execute(["sample", "reward", "embed", "train", "evaluate"])
+    pack(tmp_path / "real", tmp_path / "packed", layers=[1])
+    back_ends = recorded(str(tmp_path / "packed"))
+    assert back_ends["embedder"].layers == [1]
+    with_columns = RecordedEmbedder(MODEL, str(tmp_path / "packed"), likelihood=True)
+    again = make("again", **back_ends | {"embedder": with_columns}, settings=settings)
+    again.execute(["sample", "reward", "embed", "train", "evaluate"])
+    (theirs, ours) = (p.rows(p.sample_pools[0], LIKELIHOOD).features for p in (real, again))
+    assert theirs is not None
+    assert ours is not None
+    np.testing.assert_array_equal(theirs, ours)
+    assert len(np.unique(theirs % 1)) == 1  # float16 would have lost the .25
+    assert theirs.dtype == np.float32
+    found = {row.method: row for row in again.results(again.tests[0]).rows}
+    assert found["Q-probe auto"].value is not None
+    # All columns rise together: what the sum of tokens says is said by each, up to its sign.
+    assert found["highest self-certainty"].value == found["highest least log-probability"].value
+    assert found["lowest mean entropy"].value != found["highest self-certainty"].value
+
+
+def test_a_recording_without_columns_says_so(packed: str) -> None:
+    with pytest.raises(ValueError, match="likelihood"):
+        RecordedEmbedder(MODEL, packed, likelihood=True)
 
 
 def test_fewer_prompts_and_completions_than_were_recorded_are_its_first(

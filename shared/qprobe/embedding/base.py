@@ -64,6 +64,11 @@ class GivesLikelihoods(Protocol):
         """What decides the columns besides the embedder's own identity."""
 
 
+def columns_identity(embedder: Embedder, layers: Sequence[int]) -> dict[str, Any]:
+    """What decides the likelihood columns among layers that are read; empty where they are not."""
+    return embedder.likelihood_identity() if LIKELIHOOD in layers and isinstance(embedder, GivesLikelihoods) else {}
+
+
 def tables_of(embedder: Embedder) -> list[int]:
     """The layers that an embedder gives, the likelihood columns among them."""
     columns = isinstance(embedder, GivesLikelihoods) and embedder.likelihood

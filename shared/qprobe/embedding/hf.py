@@ -65,7 +65,8 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         longest_row = max((len(prompts[p]) + len(row) for p, row in zip(owner, rows, strict=True)), default=0)
-        self.check_length(longest_row, run.language_model.context_length)
+        behind = len(self._columns.ending) - 1 if self.likelihood else 0  # the last token of the ending is not read
+        self.check_length(longest_row + behind, run.language_model.context_length)
         if self.likelihood:
             found = self._columns.read(prompts, completions, layers)
             return {**found.states, LIKELIHOOD: torch.from_numpy(found.columns).float()}

@@ -168,10 +168,7 @@ def kernels_for_any_shape(device: torch.device) -> contextlib.AbstractContextMan
 
 
 def growing_cache() -> Any:
-    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them.
-
-    It holds float32, which `SharedPrompts.attend` computes in: widening all of them at every step costs more than the memory.
-    """
+    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -185,7 +182,7 @@ def growing_cache() -> Any:
             before = self.keys.shape[2] if self.is_initialized else 0
             seen = before + width
             if not self.is_initialized or self.memory.shape[3] < seen:
-                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d, dtype=key_states.dtype)
+                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d)
                 if before:
                     memory[0, :, :, :before], memory[1, :, :, :before] = self.keys, self.values
                 self.memory = memory

@@ -118,7 +118,9 @@ def _controls(setup: Setup, pool: Pool) -> controls.Scores:
     """Scores of the pool's rows that no probe of the table made."""
     joined, made = setup.rows(pool, setup.probe_layer), _untrained(setup, pool)
     ours = procedures(setup).ours
-    if "shuffled_labels" in setup.settings.controls and ours:
+    if "shuffled_labels" in setup.settings.controls and ours is None:
+        made["shuffled labels"] = None  # they are trained as the losses of the table are, and there are none
+    elif "shuffled_labels" in setup.settings.controls and ours:
         trained_on = setup.rows(setup.trained_on(pool), setup.probe_layer)
         made |= controls.shuffled_labels(
             trained_on, joined, ours.maker, setup.training, ours.settings, k=setup.k, seed=setup.seed

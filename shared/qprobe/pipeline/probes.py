@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qprobe.embedding import LIKELIHOOD, tables_of
+from qprobe.embedding import LIKELIHOOD, columns_identity, tables_of
 from qprobe.evaluation import auto, layer_choice, sweep
 from qprobe.evaluation.auto import Blocks
 from qprobe.evaluation.layer_choice import At, Scores
@@ -156,7 +156,9 @@ class AutoProbes(Probes):
         return self.folder.parent / pool.split.name  # beside those of the other losses
 
     def source(self, layer: int) -> EmbeddingSource:
-        return dataclasses.replace(super().source(layer), blocks=self.blocks.layers)
+        layers = self.blocks.layers
+        columns = columns_identity(self.setup.embedder, layers)
+        return dataclasses.replace(super().source(layer), blocks=layers, likelihood=columns)
 
     @property
     def maker(self) -> Maker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class EmbeddingSource:
         token: which token's state is read.
         template: fingerprint of the tokenizer with its chat template; empty where unknown.
         blocks: layers that lie beside each other in its features, where it reads several; -1 are the likelihood columns.
+        likelihood: what decides these columns, such as the ending; empty where it reads none.
     """
 
     model: dict[str, Any]
@@ -29,6 +30,7 @@ class EmbeddingSource:
     token: str = "last"
     template: str = ""
     blocks: tuple[int, ...] = ()
+    likelihood: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qprobe import store
-from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
+from qprobe.embedding import LIKELIHOOD, Embedder, columns_identity
 from qprobe.files import fingerprint
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
@@ -231,8 +231,8 @@ class Pool:
         """The table of a layer, or of the likelihood columns (`LIKELIHOOD`)."""
         inputs = {"completions": self.completions.identity, "embedder": embedder.identity(), "layer": layer}
         name = f"layer={layer:02d}"
-        if layer == LIKELIHOOD and isinstance(embedder, GivesLikelihoods):
-            inputs["likelihood"], name = embedder.likelihood_identity(), "likelihood"
+        if layer == LIKELIHOOD:
+            inputs["likelihood"], name = columns_identity(embedder, [layer]), "likelihood"
         return store.open_table(self.run, "features", self.name, embedder.folder_name(), name, inputs=inputs)
 
 

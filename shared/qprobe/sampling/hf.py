@@ -148,8 +148,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) 
     if settings.top_k == 0 and settings.top_p == 1:
         return _invert(scaled.softmax(dim=1, dtype=torch.float64), uniforms)
     count = min(settings.top_k or CANDIDATES, vocabulary)
-    log_law = scaled.log_softmax(dim=1)  # half the time of logsumexp
-    values, ids = log_law.topk(count, dim=1)
+    if not settings.top_k:
+        scaled = scaled.log_softmax(dim=1)  # half the time of logsumexp
+    values, ids = scaled.topk(count, dim=1)
     if settings.top_k:
         probabilities = values.softmax(dim=1, dtype=torch.float64)
     else:
@@ -160,7 +161,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) 
             full = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
             full[short] = False
             chosen[full] = _nucleus(probabilities[full], ids[full], uniforms[full], settings.top_p)
-            order = log_law[short].sort(dim=1, descending=True)
+            order = scaled[short].sort(dim=1, descending=True)
             chosen[short] = _nucleus(
                 order.values.softmax(dim=1, dtype=torch.float64), order.indices, uniforms[short], settings.top_p
             )

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import torch
 
-from qprobe.embedding import LIKELIHOOD, Embedder, tables_of, tokens_to_read
+from qprobe.embedding import LIKELIHOOD, Embedder, columns_identity, tables_of, tokens_to_read
 from qprobe.probe import selection
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
@@ -81,7 +81,8 @@ class Policy:
         self.layer = self._layer()
         if probe.source is not None:
             source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
-            probe.check_source(dataclasses.replace(source, blocks=self.blocks))
+            columns = columns_identity(embedder, self.blocks)
+            probe.check_source(dataclasses.replace(source, blocks=self.blocks, likelihood=columns))
 
     @overload
     def answer(self, prompt: OnePrompt, seed: int | None = None) -> str: ...  # type: ignore[overload-overlap]

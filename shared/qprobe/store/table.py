@@ -1,7 +1,7 @@
 """The run folder: typed Parquet parts that are only ever added, one manifest a table.
 
     run/prompts/<split>/                       run/completions/<pool>/
-    run/rewards/<pool>/<reward>/               run/features/<pool>/<embedder>/layer=NN/
+    run/rewards/<pool>/<reward>/               run/features/<pool>/<embedder>/layer=NN/, likelihood/
 
 A part holds one batch, is named by its keys, and appears by rename, whole or not at all. A killed stage loses at most the
 batch in work. The manifest says what the table was made from; a table made from other inputs is never added to. A table's
