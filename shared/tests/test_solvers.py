@@ -66,6 +66,16 @@ def test_the_block_that_carries_the_signal_is_chosen(loss: Any, signal: str) -> 
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_the_mean_of_candidates_is_judged_where_some_prompts_have_equal_rewards(loss: Any) -> None:
+    rows, _ = planted("hidden")
+    rows.rewards[rows.groups < 5] = 1.0
+    solution = solve(rows, loss, strengths=FEW, average=True)
+    assert solution.choice is not None
+    assert solution.choice.averaged > 1
+    assert auc(solution.left_out, rows) == pytest.approx(solution.choice.auc, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_an_untrained_score_that_knows_it_all_is_chosen_as_it_is(loss: Any) -> None:
     rows, _ = planted("entropy")
     solution = solve(rows, loss, strengths=[np.inf, 3.0], weightings=[{"hidden": 1.0}])

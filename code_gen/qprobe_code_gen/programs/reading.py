@@ -83,7 +83,8 @@ def read(completion: str, given: Given) -> Reading:
     6. Where none does, the program is the given code and the completion as they are.
 
     Args:
-        completion: as sampled. 100 kB take less than a second, whatever they are.
+        completion: as sampled. The compiler's effort is bounded by its length: 100 kB take about a second at most, whatever
+            they are.
         given: what it was asked to go on with.
     """
     text = re.sub(r"\r\n?", "\n", completion)

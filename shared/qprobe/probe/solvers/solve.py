@@ -157,7 +157,7 @@ def solve(
     solution = parts[0] if len(parts) == 1 else _mean(rows, parts, chosen)
     if choice is not None and len(parts) > 1:
         work = works[losses[0]]
-        own = work.within.auc(solution.left_out[rows.order[rows.mixed[rows.order]]])
+        own = work.within.auc(solution.left_out[rows.order[trained_rows(rows, losses[0])[rows.order]]])
         choice = choice.averaged_to(len(parts), own, candidates, aucs, work.within)
     means = [(candidate, float(auc)) for candidate, auc in zip(candidates, aucs.mean(axis=1), strict=True)]
     return dataclasses.replace(solution, choice=choice, aucs=means)
