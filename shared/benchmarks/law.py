@@ -4,7 +4,8 @@
     python shared/benchmarks/law.py --real MODEL
 
 For every family whose prompts are shared, each of them with copies too, and for families that always get copies: prompts of
-unequal length, completions that grow step by step and leave at unequal lengths, and the same completions read at once. The
+unequal length, completions that grow step by step and leave at unequal lengths, the same where some join later than others, and
+the same completions read at once. The
 reference is the same model in float64. Printed is KL(reference || ours), pooled over positions and seeds, by that of a plain pass
 over single rows in the same type: 1 is the rounding that the type costs anyway. Features of every layer: their mean relative
 distance to the states in float64, by the plain pass's. Goals: at most 1.1 in bfloat16 and float16, wherever the plain pass is
@@ -28,11 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from qprobe import models
+from qprobe.models import growing
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.prefix import PrefixRun, plain_attention
 
@@ -42,6 +45,8 @@ VOCABULARY, WIDTH, HEADS, LAYERS, CONTEXT = 256, 64, 4, 3, 256
 BIAS = 20.0
 # Prompts of a model, and how long each of their completions grows: rows leave on the way.
 PROMPTS = (40, 61, 17, 2)
+# Steps between two prompts' rows where they join one after the other.
+JOINED_AFTER = 20
 OWNER, LENGTHS = (0, 0, 0, 1, 1, 2, 2, 2, 3), (64, 9, 40, 64, 21, 64, 33, 64, 64)
 
 
@@ -240,7 +245,51 @@ def at_once(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], own
     return found.logits.double().log_softmax(-1), torch.stack([found.states[layer].double() for layer in layers], dim=1)
 
 
-PATHS: dict[str, Callable[..., Measured]] = {"step by step": stepped, "at once": at_once}
+def refilled(run: PrefixRun, prompts: list[list[int]], rows: list[list[int]], owner: tuple[int, ...]) -> Measured:
+    """Step by step, where the rows of every later prompt join when those of the first have grown for a while; in one group, whose
+    shorter rows are padded.
+    """
+    joins = sorted(set(owner))
+    device = run.language_model.device
+    scores: list[list[Tensor]] = [[] for _ in rows]
+    states: list[list[Tensor]] = [[] for _ in rows]
+    layers = tuple(range(run.language_model.layer_count + 1))
+    alive: list[int] = []
+    continuation = None
+    step = 0
+    with patch.dict(growing.GROUPS, {device.type: 1}):
+        while joins or alive:
+            if joins and (step % JOINED_AFTER == 0 or not alive):
+                prompt = joins.pop(0)
+                own = [row for row, p in enumerate(owner) if p == prompt]
+                found, places = run.prefill([prompts[prompt]]), torch.zeros(len(own), dtype=torch.int64)
+                if alive:
+                    assert continuation is not None
+                    continuation.join(found, places)
+                else:
+                    continuation = run.continuation(found, places)
+                alive += own
+            assert continuation is not None
+            ids = [[rows[row][len(scores[row])]] for row in alive]
+            output = continuation.extend(torch.tensor(ids, device=device), layers, logits=True)
+            assert output.logits is not None
+            for place, row in enumerate(alive):
+                scores[row].append(output.logits[place].double().log_softmax(-1))
+                states[row].append(torch.stack([output.states[layer][place, -1].double() for layer in layers]))
+            left = [place for place, row in enumerate(alive) if len(scores[row]) < len(rows[row])]
+            if left and len(left) < len(alive):
+                continuation.keep(torch.tensor(left, device=device))
+            alive = [alive[place] for place in left]
+            step += 1
+    return torch.cat([torch.stack(s) for s in scores]), torch.cat([torch.stack(s) for s in states])
+
+
+PATHS: dict[str, Callable[..., Measured]] = {"step by step": stepped, "at once": at_once, "refilled": refilled}
+
+
+def paths_of(run: PrefixRun) -> dict[str, Callable[..., Measured]]:
+    """Rows join where prompts are shared."""
+    return {name: path for name, path in PATHS.items() if run.shared or path is not refilled}
 
 
 def divergence(reference: Tensor, measured: Tensor) -> Tensor:
@@ -283,10 +332,12 @@ def measure(
         plain = joined(low, prompts, rows, OWNER)
         run = run_of(low, attention)
         assert run.shared == (family.shared and attention == "auto")
-        for path, work in PATHS.items():
+        for path, work in paths_of(run).items():
             ours = work(run, prompts, rows, OWNER)
             found[path].append(apart(reference, ours, plain))
     for path, parts in found.items():
+        if not parts:
+            continue
         yield path, Distances(*(torch.cat(list(of_seed)) for of_seed in zip(*parts, strict=True)))
 
 
@@ -320,7 +371,7 @@ def real(name: str) -> dict[str, Any]:
             rows += [made[row, ids.shape[1] :][:length].tolist() or [0] for row, length in enumerate(REAL_LENGTHS)]
     plain = joined(low, prompts, rows, owner)
     run = PrefixRun(language_model)
-    ours = {path: work(run, prompts, rows, owner) for path, work in PATHS.items()}
+    ours = {path: work(run, prompts, rows, owner) for path, work in paths_of(run).items()}
     reference = joined(low.float(), prompts, rows, owner)  # in place: two copies would not fit everywhere
     models.load.cache_clear()
     found: dict[str, Any] = {

@@ -21,6 +21,7 @@ from qprobe.models.memory import Passes, cut, halve
 from qprobe.models.prefix import PrefixRun
 from qprobe.sampling import SamplingSettings
 from qprobe.sampling.hf import HFSampler
+from qprobe.sampling.refilled import RefilledBatch
 
 Ids = Callable[..., list[list[int]]]
 LENGTHS = (5, 17, 1, 9)
@@ -35,7 +36,7 @@ def with_memory(spec: ModelSpec, gib: float | None) -> ModelSpec:
 
 @contextmanager
 def rows_of_passes() -> Iterator[list[int]]:
-    """The number of rows in every pass that is begun."""
+    """The number of rows in every pass of an embedder that is begun."""
     begun: list[int] = []
     run = Passes.run
 
@@ -49,6 +50,21 @@ def rows_of_passes() -> Iterator[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Passes, "run", watched)
         yield begun
+
+
+@contextmanager
+def rows_in_work() -> Iterator[list[int]]:
+    """The number of rows in a sampler's batch whenever some begin, those that begin included."""
+    found: list[int] = []
+    join = RefilledBatch._join
+
+    def watched(self: RefilledBatch, rows: Any) -> None:
+        found.append(len(self._alive) + len(rows))
+        join(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RefilledBatch, "_join", watched)
+        yield found
 
 
 @contextmanager
@@ -108,10 +124,10 @@ def test_halves_part_between_prompts_then_between_rows() -> None:
 def test_completions_are_those_of_one_pass(any_tiny_model: ModelSpec, random_ids: Ids, gib: float) -> None:
     prompts = random_ids(LENGTHS)
     whole = HFSampler(any_tiny_model, SETTINGS).sample(prompts, SEEDS)
-    with rows_of_passes() as begun:
+    with rows_in_work() as found:
         parts = HFSampler(with_memory(any_tiny_model, gib), SETTINGS).sample(prompts, SEEDS)
-    assert sum(begun) == 12
-    assert begun == [1] * 12 if gib < 1e-8 else 1 < len(begun) <= 12
+    assert found == [1] * 12 if gib < 1e-8 else 1 < len(found) <= 12
+    assert max(found) < 12
     for a, b in zip((c for row in whole for c in row), (c for row in parts for c in row), strict=True):
         assert (a.text, a.token_ids, a.finish_reason, a.seed) == (b.text, b.token_ids, b.finish_reason, b.seed)
         assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
@@ -180,6 +196,31 @@ def test_the_estimate_of_sampling_is_what_is_allocated(
     assert measured <= estimate <= 2 * measured
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_estimate_of_a_refilled_batch_is_what_is_allocated(
+    make_model: Callable[..., ModelSpec], random_ids: Ids, name: str
+) -> None:
+    count, length, n, new_tokens, changes = SHAPES[name]
+    settings = SamplingSettings(n=n, temperature=1.0, top_p=0.9, max_new_tokens=new_tokens)
+    sampler = HFSampler(make_model(**changes, eos_token_id=list(range(1, 250, 60))), settings, rows_at_once=count * n)
+    run, largest = sampler.passes.run, 0
+    footprint = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass)
+    join = RefilledBatch._join
+
+    def estimated(self: RefilledBatch, rows: Any) -> None:
+        nonlocal largest
+        largest = max(largest, self._need(rows))
+        join(self, rows)
+
+    batches = [(random_ids([length] * count), [[n * p + s for s in range(n)] for p in range(count)])] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RefilledBatch, "_join", estimated)
+        measured = peak_bytes(lambda: list(sampler.sample_batches(batches)))
+    fixed = footprint.sampling(count, length, count * n, new_tokens, False)
+    assert measured <= largest <= 2.5 * measured
+    assert largest <= 2 * fixed  # prompts are held until half of a group's have no row
+
+
 @pytest.mark.parametrize("layers", [(4,), (1, 2, 3)])
 def test_the_estimate_of_embedding_is_what_is_allocated(
     any_tiny_model: ModelSpec, random_ids: Ids, layers: tuple[int, ...]
@@ -212,13 +253,13 @@ def test_a_pass_out_of_memory_is_done_in_halves_and_remembered(
     prompts = random_ids(LENGTHS)
     whole = HFSampler(tiny_model, SETTINGS).sample(prompts, SEEDS)
     sampler = HFSampler(tiny_model, SETTINGS)
-    with at_most(2, tiny_model, error), rows_of_passes() as begun:
+    with at_most(2, tiny_model, error), rows_in_work() as found_rows:
         first = sampler.sample(prompts, SEEDS)
-        assert begun[:3] == [12, 6, 3]  # and then none of more than 2
-        assert max(begun[3:]) == 2
-        del begun[:]
+        assert found_rows[:3] == [12, 6, 3]  # and then none of more than 2
+        assert max(found_rows[3:]) == 2
+        del found_rows[:]
         second = sampler.sample(prompts, SEEDS)
-    assert max(begun) == 2
+    assert max(found_rows) == 2
     for found in (first, second):
         assert [[c.token_ids for c in row] for row in found] == [[c.token_ids for c in row] for row in whole]
     output = capsys.readouterr().out
@@ -244,7 +285,7 @@ def test_a_single_row_that_does_not_fit_is_a_sentence(tiny_model: ModelSpec, ran
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(tiny_model: ModelSpec, random_ids: Ids) -> None:
-    with at_most(0, tiny_model, RuntimeError("mat1 and mat2 differ")), rows_of_passes() as begun:
+    with at_most(0, tiny_model, RuntimeError("mat1 and mat2 differ")), rows_in_work() as begun:
         with pytest.raises(RuntimeError, match="differ"):
             HFSampler(tiny_model, SETTINGS).sample(random_ids(LENGTHS), SEEDS)
         assert begun == [12]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qprobe import models
-from qprobe.models import attention, prefix
+from qprobe.models import attention, growing, prefix
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.prefix import PrefixRun
 
@@ -114,6 +114,64 @@ def test_rows_may_be_dropped_before_the_first_step(run: PrefixRun, prompts: list
     hold(found, [[*prompts[1], 7, 8], [*prompts[4], 9, 10]], [2, 2])
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_rows_that_join_later_and_those_that_were_there_stay_exact(
+    tiny_model: ModelSpec,
+    prompts: list[list[int]],
+    random_ids: Ids,
+    stock_states: States,
+    relative_error: Error,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: int,
+) -> None:
+    monkeypatch.setitem(growing.GROUPS, "cpu", groups)
+    run = PrefixRun(models.load(tiny_model))
+    sequences: list[list[int]] = []
+    alive: list[int] = []
+    continuation = None
+    # Prompts whose rows join (two each), the width of the step, and the living rows that go on after it: the oldest leave, so
+    # that padding is cut off, whole groups leave, and one is joined by two prompts at once.
+    for step, (joining, width, kept) in enumerate(
+        [
+            ([0, 2], 18, [0, 1, 3]),
+            ([1], 1, [0, 1, 2, 3, 4]),
+            ([], 2, [0, 3, 4]),
+            ([3, 4], 1, [1, 2, 3, 6]),
+            ([2], 3, [2, 3, 4, 5]),
+            ([], 1, [0, 1, 2, 3]),
+        ]
+    ):
+        if joining:
+            found, owner = run.prefill([prompts[p] for p in joining]), torch.arange(len(joining)).repeat_interleave(2)
+            if continuation is None:
+                continuation = run.continuation(found, owner)
+            else:
+                continuation.join(found, owner)
+            alive += range(len(sequences), len(sequences) + 2 * len(joining))
+            sequences += [list(prompts[p]) for p in joining for _ in range(2)]
+        assert continuation is not None
+        ids = random_ids([width] * len(alive), seed=step)
+        for row, tokens in zip(alive, ids, strict=True):
+            sequences[row] += tokens
+        states = continuation.extend(torch.tensor(ids), (0, 3, 4)).states
+        for layer in (0, 3, 4):
+            wanted = torch.stack([stock_states(tiny_model, sequences[row])[layer][-width:] for row in alive])
+            assert relative_error(states[layer], wanted) <= TOLERANCE
+        continuation.keep(torch.tensor(kept))
+        alive = [alive[place] for place in kept]
+
+
+def test_one_prompt_of_several_is_itself(
+    tiny_model: ModelSpec, prompts: list[list[int]], stock_states: States, relative_error: Error
+) -> None:
+    run = PrefixRun(models.load(tiny_model))
+    found = run.prefill(prompts, (3,), logits=True).only(1)
+    assert found.mask.tolist() == [[True] * PROMPT_LENGTHS[1]]
+    states = run.continuation(found, torch.tensor([0])).extend(torch.tensor([[7, 8]]), (3,)).states[3]
+    wanted = stock_states(tiny_model, [*prompts[1], 7, 8])[3]
+    assert relative_error(torch.cat([found.states[3], states[0]]), wanted[-3:]) <= TOLERANCE
+
+
 def test_two_continuations_of_one_prefix_are_apart(run: PrefixRun, prompts: list[list[int]], hold: Hold) -> None:
     shared = run.prefill(prompts)
     first, second = (run.continuation(shared, torch.tensor(OWNER)) for _ in range(2))
@@ -153,7 +211,7 @@ def test_prompts_without_rows_are_let_go(tiny_model: ModelSpec, prompts: list[li
     held = []
     for kept in ([0, 2, 3, 5, 6], [0, 1], [1]):
         continuation.keep(torch.tensor(kept))
-        held.append(len(continuation._prompts.mask))
+        held.append(continuation.prompts)
     assert held == [5, 2, 1]  # of 5 prompts: 4 in use, then 2, then 1
 
 

@@ -92,7 +92,7 @@ class BackEnds:
     Args:
         greedy: the sampler at temperature 0; None where the row of greedy decoding is not asked for.
         rival: the sampler at temperature 0, for baselines.
-        batch_rows: completions that are drawn together.
+        batch_rows: completions in one part of a table.
     """
 
     sampler: Sampler

@@ -18,8 +18,6 @@ ATTENTION_NAME = "qprobe_shared_prefix"
 # Tokens of one prompt's completions in one call of the attention: every call reads the prompt's keys, and every token is
 # compared with all of its call. A GPU waits for every call.
 TOKENS_PER_CALL, TOKENS_PER_CALL_OF_A_GPU = 128, 1024
-# Tokens that a row's keys have place for ahead of time: fewer copies, and little memory beside what they hold.
-TOKENS_OF_GROWTH = 16
 
 
 @dataclass
@@ -54,6 +52,22 @@ class SharedPrompts:
             return SharedPrompts(self.layers, self.mask, owner)
         return SharedPrompts([(k[used], v[used]) for k, v in self.layers], self.mask[used], renumbered)
 
+    def joined(self, other: SharedPrompts) -> SharedPrompts:
+        """Those of both, these first; the shorter ones padded on the left. Neither may be used any more."""
+        both, width = (self, other), max(self.mask.shape[1], other.mask.shape[1])
+
+        def padded(tensors: tuple[Tensor, Tensor], after: tuple[int, ...] = ()) -> Tensor:
+            ahead = [width - one.mask.shape[1] for one in both]
+            pairs = zip(tensors, ahead, strict=True)
+            return torch.cat([torch.nn.functional.pad(tensor, (*after, left, 0)) for tensor, left in pairs])
+
+        layers = []
+        while self.layers:  # layer by layer: never twice in memory
+            (key, value), (key_too, value_too) = self.layers.pop(0), other.layers.pop(0)
+            layers.append((padded((key, key_too), (0, 0)), padded((value, value_too), (0, 0))))
+        owner = torch.cat([self.owner, other.owner + len(self.mask)])
+        return SharedPrompts(layers, padded((self.mask, other.mask)), owner)
+
     def by_prompt(self, rows: Tensor) -> Tensor:
         """(R, heads, m, d) of the rows -> (P, heads, n*m, d) of the prompts, empty places filled with zeros."""
         count, heads, m, d = rows.shape
@@ -68,14 +82,16 @@ class SharedPrompts:
         rows = prompts.view(count, heads, self.rows_per_prompt, m, s).transpose(1, 2).reshape(-1, heads, m, s)
         return rows if len(rows) == len(self.owner) else rows[self.slots]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Softmax attention over the row's prompt and the row's own tokens together.
 
         Scores, weights and sums are float32 whatever the model's type, as in the fused kernels of torch: key biases of real
         weights (Qwen2.5) make scores of 12,860, where bfloat16 steps by 64.
 
         Args:
-            query: (R, H, T, d); key, value: (R, H_kv, seen, d); mask: (R, 1, T, seen) bool.
+            query: (R, H, T, d); key, value: (R, H_kv, seen, d); mask: (R, 1, T, seen) bool; None where all is seen.
 
         Returns: (R, H, T, d), of the query's type.
         """
@@ -88,7 +104,7 @@ class SharedPrompts:
         own = grouped @ key.float().transpose(-1, -2)
         if self._hidden is not None:
             before.masked_fill_(self._hidden, -torch.inf)
-        if width > 1:  # a single token sees all before it
+        if mask is not None:
             own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
         weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
@@ -167,38 +183,6 @@ def kernels_for_any_shape(device: torch.device) -> contextlib.AbstractContextMan
     return sdpa_kernel(list(backends))
 
 
-def growing_cache() -> Any:
-    """A cache of transformers for the rows' own tokens: a step writes its token behind the others, and copies none of them."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-        keys: Tensor
-        values: Tensor
-        memory: Tensor
-        is_initialized: bool
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            rows, heads, width, d = key_states.shape
-            before = self.keys.shape[2] if self.is_initialized else 0
-            seen = before + width
-            if not self.is_initialized or self.memory.shape[3] < seen:
-                memory = key_states.new_empty(2, rows, heads, seen + TOKENS_OF_GROWTH, d)
-                if before:
-                    memory[0, :, :, :before], memory[1, :, :, :before] = self.keys, self.values
-                self.memory = memory
-            self.memory[0, :, :, before:seen], self.memory[1, :, :, before:seen] = key_states, value_states
-            self.keys, self.values = self.memory[:, :, :, :seen]
-            self.is_initialized = True
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            seen = self.keys.shape[2]
-            self.memory = self.memory[:, indices]
-            self.keys, self.values = self.memory[:, :, :, :seen]
-
-    return Cache(layer_class_to_replicate=GrowingLayer)
-
-
 def register() -> None:
     """Make the attention known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -208,7 +192,7 @@ def register() -> None:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        prompts: SharedPrompts | PackedRows | None = kwargs.pop("shared_prompts", None)
+        prompts: Any = kwargs.pop("shared_prompts", None)
         if prompts is None:
             output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
             return output

@@ -23,6 +23,11 @@ class CacheError(OSError):
     """The cache cannot be written."""
 
 
+def cache_root() -> Path:
+    """The folder of the cache, which need not be there."""
+    return Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
+
+
 def cache_folder(stem: str, spec: ModelSpec, kind: str) -> Path:
     """Where what is made of a model is kept: known by its content, wherever the model lies.
 
@@ -35,9 +40,9 @@ def cache_folder(stem: str, spec: ModelSpec, kind: str) -> Path:
         del identity["name"]  # it may lie anywhere
     del identity["dtype"]
     known_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("QPROBE_CACHE") or "~/.cache/qprobe").expanduser()
-    made = sorted((cache / "converted").glob(f"*-{known_by}-{kind}"))  # under another name of the file, too
-    return made[0] if made else cache / "converted" / f"{stem}-{known_by}-{kind}"
+    folder = cache_root() / "converted"
+    made = sorted(folder.glob(f"*-{known_by}-{kind}"))  # under another name of the file, too
+    return made[0] if made else folder / f"{stem}-{known_by}-{kind}"
 
 
 def made_once(folder: Path, write: Callable[[Path], object]) -> Path:

@@ -87,8 +87,12 @@ class Footprint:
         # Those of one layer are there twice while several passes are put together.
         return self.prompts(count, width) + self.prompts(count, width, 1) + self.forward(rows, width)
 
-    def sampling(self, count: int, width: int, rows: int, new_tokens: int, greedy: bool) -> int:
-        """A pass that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens."""
+    def sampling(self, count: int, width: int, rows: int, new_tokens: int, greedy: bool, joining: int = 0) -> int:
+        """A batch that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens.
+
+        Args:
+            joining: of these prompts are run while the others' rows are in work; 0 where all are run at its beginning.
+        """
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
         at_once = min(rows * self.vocabulary, max(scores_at_once(self.device), self.vocabulary))
         scores += at_once * (_BYTES_OF_GREEDY if greedy else _BYTES_OF_A_DRAW)
@@ -103,7 +107,9 @@ class Footprint:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)
             step = self.forward(rows, 1, seen) + self.prompts(rows, seen, 1)
-        return max(self.prefill(count, width) + count * self.vocabulary * self.bytes, held + scores + step)
+        first = joining or count
+        prefill = self.prefill(first, width) + first * self.vocabulary * self.bytes
+        return max(prefill + (held + scores if joining else 0), held + scores + step)
 
     def reading(self, count: int, width: int, rows: Sequence[int], layers: Sequence[int]) -> int:
         """A pass that runs whole completions of `count` prompts padded to `width` tokens.
@@ -186,13 +192,13 @@ class Passes:
         self.ceiling: int | None = None
         self._said = False
 
-    def budget(self) -> int:
-        """Bytes that the estimate of a pass may reach now."""
+    def budget(self, held: int = 0) -> int:
+        """Bytes that the estimate of a pass may reach now, of which it holds some already."""
         if self.memory_gib is not None:
             budget = int(self.memory_gib * GIB)
         else:
             on_gpu = any(device.type != "cpu" for device in self.devices)
-            budget = int(free_memory(self.devices) * (_SHARE_OF_GPU if on_gpu else _SHARE_OF_CPU))
+            budget = int((free_memory(self.devices) + held) * (_SHARE_OF_GPU if on_gpu else _SHARE_OF_CPU))
         return budget if self.ceiling is None else min(budget, self.ceiling)
 
     def run(
@@ -226,25 +232,40 @@ class Passes:
                     raise
                 failed = str(error).strip().split("\n")[0] or type(error).__name__
             # Behind the except clause: the error held the frames with the pass's tensors.
-            if len(chosen) == 1:
-                raise RuntimeError(
-                    f"Model {self.name!r}: a single row with a prompt of {lengths[owner[chosen[0]]]} tokens does not fit the "
-                    f"memory of {self._places()} beside the weights (about {need(chosen) / GIB:.2g} GiB; "
-                    f"{failed.rstrip('.')}): use a smaller model, a narrower dtype (model.dtype=bfloat16), shorter prompts, a "
-                    "lower max_new_tokens, or another device."
-                )
-            self._release()
-            halves = halve(chosen, owner)
-            # Of equal halves either may be the larger; at least the pass that failed shall not come again.
-            self.ceiling = min(max(need(half) for half in halves), need(chosen) - 1)
-            if not self._said:
-                self._said = True
-                tqdm.write(
-                    f"{self.name}: {len(chosen)} rows at once ran out of memory on {self._places()}; going on with "
-                    f"{len(halves[0])} or fewer. Set model.memory_gib to begin with less."
-                )
+            halves = halve(chosen, owner) if len(chosen) > 1 else [chosen]
+            # Of equal halves either may be the larger.
+            largest = max(need(half) for half in halves)
+            self.lower(len(chosen), len(halves[0]), need(chosen), largest, lengths[owner[chosen[0]]], failed)
             left = [row for later in waiting for row in later]
             waiting = [*halves, *cut(left, owner, lengths, need, self.budget())]
+
+    def lower(self, rows: int, fewer: int, need: int, of_fewer: int, width: int, failed: str) -> None:
+        """Remember that a pass ran out of memory, and free what can be.
+
+        Args:
+            rows, need: of it, and what was estimated for it.
+            fewer, of_fewer: the same of what is tried next.
+            width: tokens of its first row's prompt.
+            failed: what the error said.
+
+        Raises:
+            RuntimeError: it was a single row.
+        """
+        if rows == 1:
+            raise RuntimeError(
+                f"Model {self.name!r}: a single row with a prompt of {width} tokens does not fit the "
+                f"memory of {self._places()} beside the weights (about {need / GIB:.2g} GiB; "
+                f"{failed.rstrip('.')}): use a smaller model, a narrower dtype (model.dtype=bfloat16), shorter prompts, a "
+                "lower max_new_tokens, or another device."
+            )
+        self._release()
+        self.ceiling = min(of_fewer, need - 1)  # at least the pass that failed shall not come again
+        if not self._said:
+            self._said = True
+            tqdm.write(
+                f"{self.name}: {rows} rows at once ran out of memory on {self._places()}; going on with "
+                f"{fewer} or fewer. Set model.memory_gib to begin with less."
+            )
 
     def _release(self) -> None:
         gc.collect()
@@ -266,6 +287,7 @@ class PromptPasses:
         self.run = PrefixRun(language_model, copied=language_model.spec.attention == "copied")
         self.footprint = Footprint(language_model, self.run.shared, self.run.tokens_per_pass)
         self._passes = Passes(language_model)
+        self.budget, self.lower = self._passes.budget, self._passes.lower
 
     def each(
         self,

@@ -4,6 +4,7 @@
     prefix = run.prefill(prompts)                    # one pass over the prompts: keys, values
     continuation = run.continuation(prefix, owner)   # rows; row r continues prompt owner[r]
     outputs = continuation.extend(ids)               # (R, T) tokens more of every row
+    continuation.join(other_prefix, other_owner)     # rows of further prompts, where prompts are shared
     states = run.read(prefix, rows, owner, (18,))    # or whole completions at once
 
 Sampling extends by one token at a time; embedding reads whole completions. Both are exact: the same attention as
@@ -28,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, growing_cache, register, shares_prefix
+from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
+from qprobe.models.growing import GrowingRows
 from qprobe.models.language_model import LanguageModel, ModelSpec
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
@@ -63,6 +65,18 @@ class Prefix:
     lengths: Tensor
     logits: Tensor | None
     states: dict[int, Tensor]
+
+    def only(self, place: int) -> Prefix:
+        """One of the prompts by itself, its padding cut off, in memory of its own; where prompts are shared."""
+        from transformers import DynamicCache
+
+        ahead = self.mask.shape[1] - int(self.lengths[place])
+        one, cache = slice(place, place + 1), DynamicCache()
+        for number, (key, value) in enumerate(_keys(self)):
+            cache.update(key[one, :, ahead:].clone(), value[one, :, ahead:].clone(), number)
+        logits = None if self.logits is None else self.logits[one].clone()
+        states = {layer: state[one].clone() for layer, state in self.states.items()}
+        return Prefix(cache, self.mask[one, ahead:].clone(), self.lengths[one].clone(), logits, states)
 
 
 @dataclass
@@ -184,12 +198,8 @@ class PrefixRun:
         if self.shared:
             within = torch.arange(len(ids), device=device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
             before = prefix.lengths[torch.tensor(owner, device=device)].repeat_interleave(lengths)
-            # Our attention reads no mask; a four-dimensional one is what transformers passes on as it is.
-            extra: dict[str, Any] = {
-                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                "shared_prompts": PackedRows(_keys(prefix), prefix.lengths, owner, lengths.tolist()),
-                "use_cache": False,
-            }
+            packed = PackedRows(_keys(prefix), prefix.lengths, owner, lengths.tolist())
+            extra = _unmasked(ids, packed)
             found = self._forward(ids[None], (before + within)[None], None, layers, logits, scored=0, **extra)
             kept = torch.ones(1, len(ids), dtype=torch.bool)
         else:
@@ -232,20 +242,37 @@ class PrefixRun:
 
 
 class Continuation:
-    """Rows that grow from shared prompts. `keep` drops finished rows, `extend` adds tokens to the rest."""
+    """Rows that grow from shared prompts. `join` adds rows, `keep` drops finished ones, `extend` adds tokens to all."""
 
     def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
         self.run = run
-        self.owner = owner
-        self.length = 0
-        self._lengths = prefix.lengths
-        self._mask = prefix.mask
+        self._positions = prefix.lengths[owner]
         if run.shared:
-            self._cache = growing_cache()
-            self._prompts = SharedPrompts(_keys(prefix), prefix.mask, owner)
+            self._growing = GrowingRows()
+            self._growing.join(SharedPrompts(_keys(prefix), prefix.mask, owner))
         else:
+            self._mask = prefix.mask[owner].to(torch.int64)
             self._cache = copy.deepcopy(prefix.cache)
             self._cache.batch_select_indices(owner)
+
+    @property
+    def held(self) -> int:
+        """Bytes of keys and values, where prompts are shared."""
+        return self._growing.held
+
+    @property
+    def prompts(self) -> int:
+        """Prompts whose keys and values are held, where they are shared."""
+        return self._growing.prompts
+
+    def join(self, prefix: Prefix, owner: Tensor) -> None:
+        """Put rows that have no token yet behind those that are there; arguments as of `PrefixRun.continuation`.
+
+        Only where prompts are shared: a copied cache has no place for rows of another length.
+        """
+        owner = owner.to(self.run.language_model.device)
+        self._growing.join(SharedPrompts(_keys(prefix), prefix.mask, owner))
+        self._positions = torch.cat([self._positions, prefix.lengths[owner]])
 
     @torch.inference_mode()
     def extend(self, ids: Tensor, layers: Sequence[int] = (), logits: bool = False, scored: int = 1) -> Extension:
@@ -257,28 +284,35 @@ class Continuation:
             layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
             scored: last tokens that logits are made of, (R, scored, V); 1 makes (R, V), 0 is all of them.
         """
-        rows, width = ids.shape
-        positions = self._lengths[self.owner][:, None] + self.length + torch.arange(width, device=ids.device)
-        seen = self.length + width
+        width = ids.shape[1]
+        positions = self._positions[:, None] + torch.arange(width, device=ids.device)
         if self.run.shared:
-            causal = torch.ones(width, seen, dtype=torch.bool, device=ids.device).tril(self.length)
-            extra: dict[str, Any] = {
-                "attention_mask": causal.expand(rows, 1, width, seen),
-                "shared_prompts": self._prompts,
-            }
+            self._growing.begin(width)
+            output = self.run._forward(ids, positions, None, layers, logits, scored, **_unmasked(ids, self._growing))
+            self._growing.end(width)
         else:
-            tokens = torch.ones(rows, seen, dtype=torch.int64, device=ids.device)
-            extra = {"attention_mask": torch.cat([self._mask[self.owner].to(torch.int64), tokens], dim=1)}
-        output = self.run._forward(ids, positions, self._cache, layers, logits, scored, **extra)
-        self.length = seen
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+            output = self.run._forward(ids, positions, self._cache, layers, logits, scored, attention_mask=self._mask)
+        self._positions = self._positions + width
         return output
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only. (R',) int64, rising."""
-        self._cache.batch_select_indices(rows)
-        self.owner = self.owner[rows]
+        self._positions = self._positions[rows]
         if self.run.shared:
-            self._prompts = self._prompts.keep(rows)
+            self._growing.keep(rows)
+        else:
+            self._mask = self._mask[rows]
+            self._cache.batch_select_indices(rows)
+
+
+def _unmasked(ids: Tensor, prompts: GrowingRows | PackedRows) -> dict[str, Any]:
+    """Arguments of a pass with an attention of ours: it reads no mask, and keeps what it needs of the keys itself.
+
+    A four-dimensional mask is what transformers passes on as it is.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+    return {"attention_mask": mask, "shared_prompts": prompts, "use_cache": False}
 
 
 def _keys(prefix: Prefix) -> list[tuple[Tensor, Tensor]]:

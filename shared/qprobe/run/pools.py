@@ -22,6 +22,7 @@ from qprobe.files import fingerprint
 from qprobe.models.likelihood import Likelihood
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, sample_seeds
+from qprobe.sampling.base import Batch, Refills
 from qprobe.store.table import Table
 
 Keys = tuple[str, ...]
@@ -213,11 +214,39 @@ class Pool:
             inputs["recorded"] = self.split.recorded_identity
         return store.open_table(self.run, "completions", self.name, inputs=inputs, schema=store.COMPLETIONS)
 
-    def draw(self, keys: Keys, prompts: Sequence[list[int]]) -> list[list[Completion]]:
-        """The completions of a batch: the sampler's, or those that are there already."""
-        if self.split.recorded is None:
-            return self.sampler.sample(prompts, [sample_seeds(self.seed, key, self.samples(key)) for key in keys])
-        return [[Completion(text, None, "imported", math.nan, -1) for text in self.split.recorded[key]] for key in keys]
+    def draw(
+        self, batches: Iterable[Keys], prompts: Mapping[str, list[int]]
+    ) -> Iterator[tuple[Keys, list[list[Completion]]]]:
+        """Batches with their completions, in any order: the sampler's, or those that are there already.
+
+        Args:
+            prompts: token ids of every prompt.
+        """
+        sampler, recorded = self.sampler, self.split.recorded
+        if recorded is not None:
+            for keys in batches:
+                yield (
+                    keys,
+                    [[Completion(text, None, "imported", math.nan, -1) for text in recorded[key]] for key in keys],
+                )
+            return
+
+        def asked(keys: Keys) -> Batch:
+            return [prompts[key] for key in keys], [sample_seeds(self.seed, key, self.samples(key)) for key in keys]
+
+        if not isinstance(sampler, Refills):
+            for keys in batches:
+                yield keys, sampler.sample(*asked(keys))
+            return
+        begun: list[Keys] = []
+
+        def each() -> Iterator[Batch]:
+            for keys in batches:
+                begun.append(keys)
+                yield asked(keys)
+
+        for number, completions in sampler.sample_batches(each()):
+            yield begun[number], completions
 
     def rewards(self, reward: Reward) -> Table:
         inputs = {"completions": self.completions.identity, "reward": reward.identity()}

@@ -84,8 +84,7 @@ def sample(pool: Pool, progress: bool = True) -> None:
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
         nonlocal verified
-        for keys in batches:
-            completions = pool.draw(keys, [prompt_ids[key] for key in keys])
+        for keys, completions in pool.draw(batches, prompt_ids):
             if verifies and not verified:  # before anything of it is kept
                 table.note("law", noted(sampler.verify()))
                 verified = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from qprobe.prompts import Prompt
 
@@ -141,6 +141,20 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         """`settings.n` completions of every prompt, in order; `seeds[p][i]` belongs to completion i of prompt p."""
+
+
+# Prompts as token ids, and the seeds of each one's completions: as `Sampler.sample` takes them.
+Batch = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]
+
+
+@runtime_checkable
+class Refills(Protocol):
+    """A sampler that has rows of several batches in work, so that it is never half idle."""
+
+    def sample_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[int, list[list[Completion]]]]:
+        """(number of the batch, from 0 on, what `Sampler.sample` returns of it), in any order; a batch is asked for when rows of
+        it can begin.
+        """
 
 
 def sample_seeds(run_seed: int, task_id: str, n: int) -> list[int]:

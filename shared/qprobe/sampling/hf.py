@@ -1,8 +1,9 @@
 """Sampling with transformers: the reference, and the default without a GPU.
 
-A prompt is prefilled once, all its completions read its keys and values, and rows leave as they finish. Every row draws
-from a generator of its own, so a completion depends on its seed and not on its neighbours (up to the rounding of batched
-products: none seen in float32, 1-2 % of a state in bfloat16). So a batch may be cut into passes that fit the memory.
+A prompt is prefilled once, all its completions read its keys and values, and rows that finish are replaced by others
+(`sampling/refilled.py`). Every row draws from a generator of its own, so a completion depends on its seed and not on its
+neighbours (up to the rounding of batched products: none seen in float32, 1-2 % of a state in bfloat16). So any rows may be in
+work together, as many as fit the memory and are fast.
 
 Where it stops: one process, one model; beam search and repetition penalties are not part of the method.
 """
@@ -10,7 +11,7 @@ Where it stops: one process, one model; beam search and repetition penalties are
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from tqdm import tqdm
 from qprobe import models
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.memory import UsesModel, scores_at_once
-from qprobe.models.prefix import PrefixRun, check_prompts, law_of
-from qprobe.sampling.base import Completion, SamplingSettings, check_seeds
+from qprobe.models.pace import UNMEASURED, best_rows
+from qprobe.models.prefix import check_prompts, law_of
+from qprobe.sampling.base import Batch, Completion, SamplingSettings, check_seeds
 from qprobe.sampling.law import LawCheck, compare, refuse
 from qprobe.sampling.local import LocalSampler
+from qprobe.sampling.refilled import RefilledBatch
 from qprobe.sampling.stopping import Growing, StopTexts
 
 # Nucleus sampling looks at this many likeliest tokens and sorts a row in full only when their mass is short of top_p.
@@ -39,9 +42,17 @@ class HFSampler(UsesModel, LocalSampler):
     Args:
         model: which model; it is loaded at the first call and shared with the process.
         settings: the sampling law.
+        rows_at_once: completions that are decoded together, at least 1, where the model's prompts are shared; None measures once
+            what the machine likes best (`qprobe.models.pace`). It changes no completion beyond the rounding of batched products.
     """
 
     back_end = "hf"
+
+    def __init__(self, model: ModelSpec, settings: SamplingSettings, rows_at_once: int | None = None) -> None:
+        super().__init__(model, settings)
+        if rows_at_once is not None and rows_at_once < 1:
+            raise ValueError(f"sampler rows_at_once is {rows_at_once}: give 1 or more, or null to have it measured.")
+        self.rows_at_once = rows_at_once
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
@@ -50,24 +61,32 @@ class HFSampler(UsesModel, LocalSampler):
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
-        check_prompts(prompts)
-        run, settings = self.passes.run, self.settings
-        self.check_length(prompts, run.language_model.context_length)
-        n, greedy = settings.n, settings.temperature == 0
-        owner = [p for p in range(len(prompts)) for _ in range(n)]
-        stops, eos = StopTexts(models.load_tokenizer(self.model), settings), run.language_model.eos_token_ids
-        made: dict[int, Growing] = {}
+        ((_, completions),) = self.sample_batches([(prompts, seeds)])
+        return completions
 
-        def need(count: int, width: int, rows: Sequence[int]) -> int:
-            return self.passes.footprint.sampling(count, width, len(rows), settings.max_new_tokens, greedy)
+    def sample_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[int, list[list[Completion]]]]:
+        language_model = self.passes.run.language_model
+        stops, eos = StopTexts(models.load_tokenizer(self.model), self.settings), language_model.eos_token_ids
 
-        def draw(rows: list[int], used: list[Sequence[int]], places: list[int]) -> None:
-            growing = [Growing(prompts[owner[row]], seeds[owner[row]][row % n], eos, stops) for row in rows]
-            _draw(run, used, places, growing, settings)
-            made.update(zip(rows, growing, strict=True))
+        def checked() -> Iterator[Batch]:
+            for prompts, seeds in batches:
+                check_seeds(prompts, seeds, self.settings.n)
+                check_prompts(prompts)
+                self.check_length(prompts, language_model.context_length)
+                yield prompts, seeds
 
-        self.passes.each(range(len(owner)), owner, prompts, need, draw)
-        return self.finished([made[row] for row in range(len(owner))])
+        def start(prompt: Sequence[int], seed: int) -> Growing:
+            return Growing(prompt, seed, eos, stops)
+
+        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once)
+        for number, rows in batch.complete(checked()):
+            yield number, self.finished(rows)
+
+    def _at_once(self, there: int) -> int:
+        """How many rows are decoded at once, of so many that are there."""
+        if self.rows_at_once is not None:
+            return self.rows_at_once
+        return UNMEASURED if there <= UNMEASURED else best_rows(self.passes)
 
     def verify(self) -> LawCheck:
         """The first batch compared with the model; samplers of one model in one process share the answer.
@@ -81,40 +100,6 @@ class HFSampler(UsesModel, LocalSampler):
             tqdm.write(check.sentence(), file=sys.stderr)
             _checked[self.model] = check
         return _checked[self.model]
-
-
-def _draw(
-    run: PrefixRun,
-    prompts: Sequence[Sequence[int]],
-    owner: Sequence[int],
-    rows: Sequence[Growing],
-    settings: SamplingSettings,
-) -> None:
-    """Let the rows of a pass grow to their ends: row r continues prompt `owner[r]`, prompts in rising order."""
-    device, length = run.language_model.device, settings.max_new_tokens
-    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
-    uniforms = torch.stack([torch.rand(length, generator=own, dtype=torch.float64) for own in generators]).to(device)
-    prefix = run.prefill(prompts, logits=True)
-    places = torch.tensor(owner)
-    assert prefix.logits is not None  # asked for
-    logits = prefix.logits[places.to(device)]
-    continuation = run.continuation(prefix, places)
-    del prefix
-    alive = list(range(len(rows)))
-    for step in range(length):
-        chosen, logprobs = draw_tokens(logits, uniforms[alive, step], settings)
-        drawn = enumerate(zip(alive, chosen.tolist(), logprobs.tolist(), strict=True))
-        going_on = [place for place, (row, token, logprob) in drawn if rows[row].take(token, logprob)]
-        if not going_on:
-            return
-        if len(going_on) < len(alive):
-            kept = torch.tensor(going_on, device=device)
-            continuation.keep(kept)
-            chosen = chosen[kept]
-            alive = [alive[place] for place in going_on]
-        output = continuation.extend(chosen[:, None], logits=True)
-        assert output.logits is not None  # asked for
-        logits = output.logits
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:

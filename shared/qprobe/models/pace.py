@@ -1,0 +1,104 @@
+"""How many rows a machine decodes together best, found by a short measurement and remembered for model and machine.
+
+A step reads all weights once, however few its rows are: more rows share that, until the products themselves take the time. Where
+that is depends on processor, threads, model and type.
+
+It is measured by steps of one token with rows of one short prompt, for 32 rows and then twice as many, and so on: the better of
+two steps after a first one. It ends where twice as many rows save less than a tenth of a row's time or do not fit the memory, or
+after five seconds; taken are the fewest rows within a tenth of the best time a row. What is found lies under `measured/` in the
+cache (`qprobe.models.cache`); delete the file to have it measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from qprobe.files import fingerprint, write_whole
+from qprobe.models.cache import cache_root
+from qprobe.models.memory import PromptPasses
+
+# Rows that are decoded together where no more are there: too few to pay for a measurement.
+UNMEASURED = 64
+_FIRST, _LAST = 32, 1024
+_PROMPT, _STEPS, _SECONDS = 32, 3, 5.0
+_WORTH = 0.1
+_found: dict[str, int] = {}
+
+
+def best_rows(passes: PromptPasses) -> int:
+    """Rows that are decoded together fastest, by a measurement of this process, or of an earlier one.
+
+    Args:
+        passes: of the model; nothing of it is in work.
+    """
+    key = _key(passes)
+    if key not in _found:
+        path = cache_root() / "measured" / f"{key}.json"
+        try:
+            _found[key] = max(1, int(json.loads(path.read_text())["rows"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            seconds = seconds_a_row(passes)
+            _found[key] = chosen(seconds)
+            said = ", ".join(f"{rows}: {1000 * each:.2g}" for rows, each in seconds.items())
+            name = passes.run.language_model.spec.name
+            tqdm.write(
+                f"{name}: {_found[key]} rows are decoded together (milliseconds a row and token, measured: {said}).",
+                file=sys.stderr,
+            )
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noted = {"rows": _found[key], "seconds a row": seconds, "model": name}
+                write_whole(path, json.dumps(noted).encode())
+            except OSError:
+                pass  # measured anew next time
+    return _found[key]
+
+
+def seconds_a_row(passes: PromptPasses) -> dict[int, float]:
+    """Rows -> seconds a row of one step, for as many as the measurement goes to."""
+    run = passes.run
+    found: dict[int, float] = {}
+    prefix = run.prefill([[1] * _PROMPT])
+    rows, began = _FIRST, time.perf_counter()
+    while rows <= _LAST:
+        if found and passes.footprint.sampling(1, _PROMPT, rows, _STEPS, False) > passes.budget():
+            break
+        continuation = run.continuation(prefix, torch.zeros(rows, dtype=torch.int64))
+        ids = torch.ones(rows, 1, dtype=torch.int64, device=run.language_model.device)
+        times = []
+        for _ in range(_STEPS):
+            before = time.perf_counter()
+            scores = continuation.extend(ids, logits=True).logits
+            assert scores is not None  # asked for
+            scores[0, 0].item()  # a GPU has done its work
+            times.append(time.perf_counter() - before)
+        found[rows] = min(times[1:]) / rows
+        before_it = found.get(rows // 2)
+        if before_it is not None and found[rows] > (1 - _WORTH) * before_it:
+            break
+        if time.perf_counter() - began > _SECONDS:
+            break
+        rows *= 2
+    return found
+
+
+def chosen(seconds: dict[int, float]) -> int:
+    """The fewest rows within a tenth of the best time."""
+    best = min(seconds.values())
+    return min(rows for rows, each in seconds.items() if each <= (1 + _WORTH) * best)
+
+
+def _key(passes: PromptPasses) -> str:
+    """Of model and machine: another number of threads is another machine."""
+    language_model = passes.run.language_model
+    device = language_model.device
+    machine = [platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__, str(device)]
+    if device.type == "cuda":
+        machine.append(torch.cuda.get_device_name(device))
+    return f"rows-{fingerprint([language_model.spec.identity(), machine])}"

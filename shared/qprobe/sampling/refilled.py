@@ -1,0 +1,249 @@
+"""A batch of rows that is kept full: rows that finished are replaced by rows of the next prompts.
+
+A batch of fixed rows runs its long tail almost empty, and a row costs three times as much in a step of 8 rows as in one of 64
+(135M parameters, one core). Rows join in groups, once an eighth of the batch is free, so that their prompts are run together.
+Every row has its own random numbers: a completion depends on its seed and not on who is in the batch with it.
+
+Models whose keys and values are copied (`qprobe.models.prefix`) begin with the next rows when the batch is empty: their caches
+hold rows of one length.
+
+Where it stops: rows begin in the order of the batches, and a batch with a long row may be done after later ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qprobe.models.loading import is_out_of_memory
+from qprobe.models.memory import PromptPasses
+from qprobe.models.prefix import Continuation, Prefix
+from qprobe.sampling.base import Batch, SamplingSettings
+from qprobe.sampling.stopping import Growing
+
+# Share of the batch that joins together.
+REFILL = 1 / 8
+Draw = Callable[[Tensor, Tensor, SamplingSettings], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Row:
+    """A completion in work.
+
+    Args:
+        batch: its number.
+        prompt: its prompt's place in the batch.
+        growing: the completion so far.
+        uniforms: its random numbers, one a token.
+    """
+
+    batch: int
+    prompt: int
+    growing: Growing
+    uniforms: list[float]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Of its prompt."""
+        return self.batch, self.prompt
+
+    @property
+    def width(self) -> int:
+        return len(self.growing.prompt)
+
+    def begin_again(self) -> None:
+        old = self.growing
+        self.growing = Growing(old.prompt, old.seed, old.eos, old.stops)
+
+
+class RefilledBatch:
+    """Rows in work.
+
+    Args:
+        passes: of the model.
+        settings: the sampling law.
+        start: a completion of a prompt (token ids) with a seed, without tokens.
+        draw: a token for every row and its log-probability; of scores (R, V), uniforms (R,) float64 and the settings.
+        at_once: how many rows the batch holds, at least 1, where so many are there; asked again whenever rows may join.
+    """
+
+    def __init__(
+        self,
+        passes: PromptPasses,
+        settings: SamplingSettings,
+        start: Callable[[Sequence[int], int], Growing],
+        draw: Draw,
+        at_once: Callable[[int], int],
+    ) -> None:
+        self._passes = passes
+        self._run = passes.run
+        self._settings = settings
+        self._start = start
+        self._draw = draw
+        self._at_once = at_once
+        self._waiting: deque[_Row] = deque()
+        self._joining: list[_Row] = []
+        self._alive: list[_Row] = []
+        self._continuation: Continuation | None = None
+        self._logits: Tensor | None = None
+        # The prompt of which some rows have joined and others wait: it is run once.
+        self._begun: tuple[tuple[int, int], Prefix] | None = None
+
+    def complete(self, batches: Iterable[Batch]) -> Iterator[tuple[int, list[Growing]]]:
+        """Draw the completions of batches, each of which is asked for when rows of it can begin.
+
+        Returns: (number of the batch, its completions, prompt by prompt), as they are done.
+
+        Raises:
+            RuntimeError: a single row does not fit the memory.
+        """
+        source = enumerate(batches)
+        rows: dict[int, list[_Row]] = {}
+        while True:
+            while self._wants_more() and (batch := next(source, None)):
+                rows[batch[0]] = self._rows(*batch)
+                if not rows[batch[0]]:
+                    yield batch[0], [row.growing for row in rows.pop(batch[0])]
+            if not self._waiting and not self._alive:
+                return
+            for number in self._worked():
+                if all(row.growing.reason for row in rows[number]):
+                    yield number, [row.growing for row in rows.pop(number)]
+
+    def _rows(self, number: int, batch: Batch) -> list[_Row]:
+        """A batch's rows, which are to join prompts of similar length together."""
+        rows = []
+        for place, (prompt, seeds) in enumerate(zip(*batch, strict=True)):
+            for seed in seeds:
+                own = torch.Generator().manual_seed(seed)
+                uniforms = torch.rand(self._settings.max_new_tokens, generator=own, dtype=torch.float64)
+                rows.append(_Row(number, place, self._start(prompt, seed), uniforms.tolist()))
+        self._waiting.extend(sorted(rows, key=lambda row: (row.width, row.prompt)))
+        return rows
+
+    def _worked(self) -> set[int]:
+        """Let rows join where there is place, and all grow by a token; the batches of those that finished."""
+        try:
+            self._fill()
+            return self._grow()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error).strip().split("\n")[0] or type(error).__name__
+        # Behind the except clause: the error held the frames with the tensors.
+        rows = [*self._alive, *self._joining]
+        self._clear()
+        half = rows[: (len(rows) + 1) // 2]
+        self._passes.lower(len(rows), len(half), self._need(rows), self._need(half), rows[0].width, failed)
+        for row in reversed(rows):
+            row.begin_again()
+            self._waiting.appendleft(row)
+        return set()
+
+    def _clear(self) -> None:
+        self._alive, self._joining = [], []
+        self._continuation = self._logits = self._begun = None
+
+    def _limit(self) -> int:
+        """Rows that the batch may hold now."""
+        there = len(self._waiting) + len(self._alive)
+        return self._at_once(there) if self._run.shared else there
+
+    def _wants_more(self) -> bool:
+        """Whether another batch is asked for: where a row more than there is place for waits, it is known that there are more."""
+        if not self._run.shared:
+            return not self._waiting and not self._alive
+        return len(self._waiting) <= self._limit() - len(self._alive)
+
+    def _fill(self) -> None:
+        """Let rows join where enough of them can."""
+        if self._alive and not self._run.shared:
+            return
+        place = self._limit() - len(self._alive)
+        if not self._enough(min(place, len(self._waiting))):
+            return
+        first = itertools.islice(self._waiting, max(0, place))
+        # Copies are padded to one length, that of a batch's prompts as they come.
+        offered = [row for row in first if self._run.shared or row.batch == self._waiting[0].batch]
+        held = self._continuation.held if self._continuation else 0
+        budget = self._passes.budget(held)
+        count = bisect.bisect_right(range(1, len(offered) + 1), budget, key=lambda n: self._need(offered[:n]))
+        count = max(count, not self._alive)
+        if self._enough(count):
+            self._joining = [self._waiting.popleft() for _ in range(count)]
+            self._join(self._joining)
+            self._alive += self._joining
+            self._joining = []
+
+    def _enough(self, count: int) -> bool:
+        """Whether so many rows are worth a pass over their prompts."""
+        if not count or not self._alive:
+            return count > 0
+        return count == len(self._waiting) or count >= REFILL * (len(self._alive) + count)
+
+    def _need(self, rows: Sequence[_Row]) -> int:
+        """Estimated bytes of the batch when these rows have joined it."""
+        new = {row.key for row in rows}
+        held = self._continuation.prompts + (self._begun is not None) if self._continuation else 0
+        return self._passes.footprint.sampling(
+            held + len(new),
+            max(row.width for row in [*self._alive, *rows]),
+            len(self._alive) + len(rows),
+            self._settings.max_new_tokens,
+            self._settings.temperature == 0,
+            joining=len(new) if held else 0,
+        )
+
+    def _join(self, rows: Sequence[_Row]) -> None:
+        """Run the rows' prompts, and put the rows behind the others."""
+        by_prompt = {key: list(own) for key, own in itertools.groupby(rows, key=lambda row: row.key)}
+        parts: list[tuple[Prefix, list[int]]] = []
+        last = rows[-1].key
+        if self._begun is not None and (more := by_prompt.pop(self._begun[0], None)):
+            parts.append((self._begun[1], [0] * len(more)))
+        if by_prompt:
+            prefix = self._run.prefill([own[0].growing.prompt for own in by_prompt.values()], logits=True)
+            parts.append((prefix, [place for place, own in enumerate(by_prompt.values()) for _ in own]))
+        if not self._run.shared or not self._waiting or self._waiting[0].key != last:
+            self._begun = None
+        elif by_prompt:
+            self._begun = last, parts[-1][0].only(len(by_prompt) - 1)
+        logits = [] if self._logits is None else [self._logits]
+        for prefix, owner in parts:
+            places = torch.tensor(owner)
+            assert prefix.logits is not None  # asked for
+            logits.append(prefix.logits[places.to(prefix.logits.device)])
+            if self._continuation is None:
+                self._continuation = self._run.continuation(prefix, places)
+            else:
+                self._continuation.join(prefix, places)
+        self._logits = logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _grow(self) -> set[int]:
+        """A token for every row; the batches of rows that finished."""
+        assert self._logits is not None
+        assert self._continuation is not None
+        drawn_so_far = [(row, len(row.growing.tokens)) for row in self._alive]
+        uniforms = torch.tensor([row.uniforms[t] for row, t in drawn_so_far], dtype=torch.float64)
+        chosen, logprobs = self._draw(self._logits, uniforms.to(self._logits.device), self._settings)
+        drawn = enumerate(zip(self._alive, chosen.tolist(), logprobs.tolist(), strict=True))
+        going_on = [place for place, (row, token, logprob) in drawn if row.growing.take(token, logprob)]
+        ended = {row.batch for row in self._alive if row.growing.reason}
+        if not going_on:
+            begun = self._begun
+            self._clear()
+            self._begun = begun
+            return ended
+        if len(going_on) < len(self._alive):
+            kept = torch.tensor(going_on, device=chosen.device)
+            self._continuation.keep(kept)
+            chosen = chosen[kept]
+            self._alive = [self._alive[place] for place in going_on]
+        self._logits = self._continuation.extend(chosen[:, None], logits=True).logits
+        return ended
