@@ -183,6 +183,15 @@ def kernels_for_any_shape(device: torch.device) -> contextlib.AbstractContextMan
     return sdpa_kernel(list(backends))
 
 
+def unmasked(ids: Tensor, prompts: object) -> dict[str, Any]:
+    """Arguments of a pass with an attention of ours: it reads no mask, and keeps what it needs of the keys itself.
+
+    A four-dimensional mask is what transformers passes on as it is.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+    return {"attention_mask": mask, "shared_prompts": prompts, "use_cache": False}
+
+
 def register() -> None:
     """Make the attention known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface

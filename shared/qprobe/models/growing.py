@@ -7,13 +7,18 @@ When there are more groups than `GROUPS`, two neighbours become one, the shorter
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import SharedPrompts
+from qprobe.models.attention import SharedPrompts, unmasked
+
+if TYPE_CHECKING:  # of the module that uses this one
+    from qprobe.models.prefix import Extension, Prefix, PrefixRun
 
 # Groups at once, by the kind of device; a GPU waits for every call.
 GROUPS = {"cpu": 8}
@@ -172,3 +177,68 @@ class GrowingRows:
             own = slice(start, start + group.rows)
             start = own.stop  # before the group may lose rows
             yield group, own
+
+
+class Continuation:
+    """Rows that grow from shared prompts. `join` adds rows, `keep` drops finished ones, `extend` adds tokens to all."""
+
+    def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
+        self.run = run
+        self._positions = prefix.lengths[owner]
+        if run.shared:
+            self._growing = GrowingRows()
+            self._growing.join(SharedPrompts(prefix.keys, prefix.mask, owner))
+        else:
+            self._mask = prefix.mask[owner].to(torch.int64)
+            self._cache = copy.deepcopy(prefix.cache)
+            self._cache.batch_select_indices(owner)
+
+    @property
+    def held(self) -> int:
+        """Bytes of keys and values, where prompts are shared."""
+        return self._growing.held
+
+    @property
+    def prompts(self) -> int:
+        """Prompts whose keys and values are held, where they are shared."""
+        return self._growing.prompts
+
+    def join(self, prefix: Prefix, owner: Tensor) -> None:
+        """Put rows that have no token yet behind those that are there; arguments as of `PrefixRun.continuation`.
+
+        Only where prompts are shared: a copied cache has no place for rows of another length.
+        """
+        owner = owner.to(self.run.language_model.device)
+        self._growing.join(SharedPrompts(prefix.keys, prefix.mask, owner))
+        self._positions = torch.cat([self._positions, prefix.lengths[owner]])
+
+    @torch.inference_mode()
+    def extend(self, ids: Tensor, layers: Sequence[int] = (), logits: bool = False, scored: int = 1) -> Extension:
+        """Add tokens to every row.
+
+        Args:
+            ids: (R, T) int64; shorter rows are padded on the right with any token (what is there reaches nothing
+                before it).
+            layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
+            scored: last tokens that logits are made of, (R, scored, V); 1 makes (R, V), 0 is all of them.
+        """
+        width = ids.shape[1]
+        positions = self._positions[:, None] + torch.arange(width, device=ids.device)
+        if self.run.shared:
+            self._growing.begin(width)
+            output = self.run.forward(ids, positions, None, layers, logits, scored, **unmasked(ids, self._growing))
+            self._growing.end(width)
+        else:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+            output = self.run.forward(ids, positions, self._cache, layers, logits, scored, attention_mask=self._mask)
+        self._positions = self._positions + width
+        return output
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only. (R',) int64, rising."""
+        self._positions = self._positions[rows]
+        if self.run.shared:
+            self._growing.keep(rows)
+        else:
+            self._mask = self._mask[rows]
+            self._cache.batch_select_indices(rows)

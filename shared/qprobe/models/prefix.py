@@ -20,7 +20,6 @@ Two ways lead there, chosen by `shares_prefix(model)`:
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import ATTENTION_NAME, PackedRows, SharedPrompts, register, shares_prefix
-from qprobe.models.growing import GrowingRows
+from qprobe.models.attention import ATTENTION_NAME, PackedRows, register, shares_prefix, unmasked
+from qprobe.models.growing import Continuation
 from qprobe.models.language_model import LanguageModel, ModelSpec
 
 # Tokens, padding included, in one pass over prompts or completions, by the kind of device: enough to keep it busy. On a CPU
@@ -66,13 +65,18 @@ class Prefix:
     logits: Tensor | None
     states: dict[int, Tensor]
 
+    @property
+    def keys(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the layers that were run."""
+        return [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
+
     def only(self, place: int) -> Prefix:
         """One of the prompts by itself, its padding cut off, in memory of its own; where prompts are shared."""
         from transformers import DynamicCache
 
         ahead = self.mask.shape[1] - int(self.lengths[place])
         one, cache = slice(place, place + 1), DynamicCache()
-        for number, (key, value) in enumerate(_keys(self)):
+        for number, (key, value) in enumerate(self.keys):
             cache.update(key[one, :, ahead:].clone(), value[one, :, ahead:].clone(), number)
         logits = None if self.logits is None else self.logits[one].clone()
         states = {layer: state[one].clone() for layer, state in self.states.items()}
@@ -163,7 +167,7 @@ class PrefixRun:
             ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask = torch.arange(width, device=device) >= (width - lengths)[:, None]
         cache = DynamicCache(config=self.model.config)
-        output = self._forward(
+        output = self.forward(
             ids, (mask.cumsum(1) - 1).clamp(min=0), cache, layers, logits, attention_mask=mask.to(torch.int64)
         )
         return Prefix(cache, mask, lengths, output.logits, {k: v[:, -1] for k, v in output.states.items()})
@@ -198,9 +202,9 @@ class PrefixRun:
         if self.shared:
             within = torch.arange(len(ids), device=device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
             before = prefix.lengths[torch.tensor(owner, device=device)].repeat_interleave(lengths)
-            packed = PackedRows(_keys(prefix), prefix.lengths, owner, lengths.tolist())
-            extra = _unmasked(ids, packed)
-            found = self._forward(ids[None], (before + within)[None], None, layers, logits, scored=0, **extra)
+            packed = PackedRows(prefix.keys, prefix.lengths, owner, lengths.tolist())
+            extra = unmasked(ids, packed)
+            found = self.forward(ids[None], (before + within)[None], None, layers, logits, scored=0, **extra)
             kept = torch.ones(1, len(ids), dtype=torch.bool)
         else:
             kept = torch.arange(int(lengths.max())) < lengths.cpu()[:, None]
@@ -212,7 +216,7 @@ class PrefixRun:
             {layer: values[kept.to(values.device)] for layer, values in found.states.items()},
         )
 
-    def _forward(
+    def forward(
         self,
         ids: Tensor,
         positions: Tensor,
@@ -239,85 +243,6 @@ class PrefixRun:
             else:
                 self.model.base_model(**inputs)
         return Extension(scores[:, -1] if scores is not None and scored == 1 else scores, states)
-
-
-class Continuation:
-    """Rows that grow from shared prompts. `join` adds rows, `keep` drops finished ones, `extend` adds tokens to all."""
-
-    def __init__(self, run: PrefixRun, prefix: Prefix, owner: Tensor) -> None:
-        self.run = run
-        self._positions = prefix.lengths[owner]
-        if run.shared:
-            self._growing = GrowingRows()
-            self._growing.join(SharedPrompts(_keys(prefix), prefix.mask, owner))
-        else:
-            self._mask = prefix.mask[owner].to(torch.int64)
-            self._cache = copy.deepcopy(prefix.cache)
-            self._cache.batch_select_indices(owner)
-
-    @property
-    def held(self) -> int:
-        """Bytes of keys and values, where prompts are shared."""
-        return self._growing.held
-
-    @property
-    def prompts(self) -> int:
-        """Prompts whose keys and values are held, where they are shared."""
-        return self._growing.prompts
-
-    def join(self, prefix: Prefix, owner: Tensor) -> None:
-        """Put rows that have no token yet behind those that are there; arguments as of `PrefixRun.continuation`.
-
-        Only where prompts are shared: a copied cache has no place for rows of another length.
-        """
-        owner = owner.to(self.run.language_model.device)
-        self._growing.join(SharedPrompts(_keys(prefix), prefix.mask, owner))
-        self._positions = torch.cat([self._positions, prefix.lengths[owner]])
-
-    @torch.inference_mode()
-    def extend(self, ids: Tensor, layers: Sequence[int] = (), logits: bool = False, scored: int = 1) -> Extension:
-        """Add tokens to every row.
-
-        Args:
-            ids: (R, T) int64; shorter rows are padded on the right with any token (what is there reaches nothing
-                before it).
-            layers, logits: as in `PrefixRun.prefill`; logits are those after the T-th token.
-            scored: last tokens that logits are made of, (R, scored, V); 1 makes (R, V), 0 is all of them.
-        """
-        width = ids.shape[1]
-        positions = self._positions[:, None] + torch.arange(width, device=ids.device)
-        if self.run.shared:
-            self._growing.begin(width)
-            output = self.run._forward(ids, positions, None, layers, logits, scored, **_unmasked(ids, self._growing))
-            self._growing.end(width)
-        else:
-            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-            output = self.run._forward(ids, positions, self._cache, layers, logits, scored, attention_mask=self._mask)
-        self._positions = self._positions + width
-        return output
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only. (R',) int64, rising."""
-        self._positions = self._positions[rows]
-        if self.run.shared:
-            self._growing.keep(rows)
-        else:
-            self._mask = self._mask[rows]
-            self._cache.batch_select_indices(rows)
-
-
-def _unmasked(ids: Tensor, prompts: GrowingRows | PackedRows) -> dict[str, Any]:
-    """Arguments of a pass with an attention of ours: it reads no mask, and keeps what it needs of the keys itself.
-
-    A four-dimensional mask is what transformers passes on as it is.
-    """
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    return {"attention_mask": mask, "shared_prompts": prompts, "use_cache": False}
-
-
-def _keys(prefix: Prefix) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the layers that were run."""
-    return [(layer.keys, layer.values) for layer in prefix.cache.layers if layer.is_initialized]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qprobe.models.growing import Continuation
 from qprobe.models.loading import is_out_of_memory
 from qprobe.models.memory import PromptPasses
-from qprobe.models.prefix import Continuation, Prefix
+from qprobe.models.prefix import Prefix
 from qprobe.sampling.base import Batch, SamplingSettings
 from qprobe.sampling.stopping import Growing
 
