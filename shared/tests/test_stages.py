@@ -47,6 +47,22 @@ def test_completions_carry_their_own_seed_and_the_tables_join(pool: Pool, fakes:
     np.testing.assert_array_equal(joined.features[:, 0], np.array(goodness, np.float16))
 
 
+def test_a_sampler_that_works_on_several_batches_gives_them_back_in_any_order(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    class Several(fakes.Sampler):  # type: ignore[misc, name-defined]
+        def sample_batches(self, batches: Any) -> Any:
+            asked = list(batches)
+            for number in reversed(range(len(asked))):
+                yield number, self.sample(*asked[number])
+
+    plain, several = fakes.pool(tmp_path / "plain"), fakes.pool(tmp_path / "several", sampler=Several())
+    for pool in (plain, several):
+        stages.sample(pool, progress=False)
+    assert several.sampler.calls == plain.sampler.calls[::-1]
+    assert contents(several.completions) == contents(plain.completions)
+
+
 def test_a_stage_resumes_where_it_was_cut_and_ends_as_if_undisturbed(fakes: ModuleType, tmp_path: Path) -> None:
     whole = fakes.pool(tmp_path / "whole")
     undisturbed = fakes.complete(whole)

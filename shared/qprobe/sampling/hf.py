@@ -10,6 +10,7 @@ Where it stops: one process, one model; beam search and repetition penalties are
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -86,7 +87,11 @@ class HFSampler(UsesModel, LocalSampler):
         """How many rows are decoded at once, of so many that are there."""
         if self.rows_at_once is not None:
             return self.rows_at_once
-        return UNMEASURED if there <= UNMEASURED else best_rows(self.passes)
+        return UNMEASURED if there <= UNMEASURED else self._best
+
+    @functools.cached_property
+    def _best(self) -> int:
+        return best_rows(self.passes)
 
     def verify(self) -> LawCheck:
         """The first batch compared with the model; samplers of one model in one process share the answer.
