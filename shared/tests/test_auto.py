@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from qprobe.embedding import LIKELIHOOD
 from qprobe.evaluation import auto
 from qprobe.evaluation.auto import Blocks, settings_of
-from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
+from qprobe.evaluation.scoring import score
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, load_sweep, probe_seed, save_sweep
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
 from qprobe.probe import blocks
 from qprobe.probe.ranking import within_prompt_auc
@@ -149,6 +151,26 @@ def test_without_likelihood_columns_there_are_layers_alone() -> None:
     assert (list(rows.blocks), list(rows.anchors)) == (["layer 3", "layer 7"], [])
     _, (probe,) = swept(own, at, folded=False)
     assert probe.trained.network.dimension == 2 * WIDTH
+
+
+def test_how_likely_a_choice_is_right_is_said_by_probes_that_did_not_see_the_prompt_and_kept(tmp_path: Path) -> None:
+    own, at = planted(None)
+    rows, probes = swept(own, at, folded=True)
+    assert rows.features is not None
+    hidden = rows.features.shape[1] - len(COLUMNS)
+    save_sweep(probes, tmp_path, {})
+    again = load_sweep(tmp_path, {})
+    assert again is not None
+    settings = dataclasses.replace(settings_of(EvaluationSettings(folds=4)), seeds=1)
+    right = score(again, rows, settings, 0)[1.0]["auto"].right
+    assert right is not None
+    fold = fold_of(PROMPTS, 4, probe_seed(0, 0))
+    for probe in probes:
+        made, out = probe.trained.calibration, (fold == probe.fold)[rows.groups]
+        assert made is not None
+        assert made.weights[:hidden].any()
+        assert not made.weights[hidden:].any()  # likelihoods lie elsewhere on other prompts
+        assert right[0, out] == pytest.approx(made.probabilities(rows.features[out], rows.groups[out]), abs=1e-6)
 
 
 @pytest.mark.parametrize(("most", "prompts"), [(10 * ROWS, 10), (PROMPTS * ROWS, PROMPTS), (1, 1)])

@@ -21,6 +21,7 @@ from qprobe.evaluation.layer_choice import At
 from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
 from qprobe.probe import blocks
+from qprobe.probe.calibration import Calibration, calibrate
 from qprobe.probe.losses import AUTO
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solved import MOST_COORDINATES
@@ -29,7 +30,7 @@ from qprobe.probe.training import TrainedProbe, TrainingSettings
 from qprobe.run.joined import Joined
 
 # What decides these probes besides their inputs: those that other code made are made anew.
-MADE_BY = 1
+MADE_BY = 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,27 @@ class Blocks:
             network.biases[0].fill_(solution.bias)
         return network
 
+    def calibration(self, joined: Joined, prompts: np.ndarray, solution: Solution) -> Calibration | None:
+        """How likely the choices of a solution are right, from the rows that it was solved on.
+
+        The level reads the hidden layers alone where there are any: likelihoods lie elsewhere on other prompts (trained on MBPP,
+        tested on HumanEval: Brier score .51, .18 by layer 18).
+        """
+        assert joined.features is not None  # as above
+        own, width = prompts[joined.groups], joined.features.shape[1]
+        slices = self.slices(width)
+        read = {name: at for name, at in slices.items() if name != "likelihood"} or slices
+        found = {name: joined.features[own][:, at] for name, at in read.items()}
+        clusters = joined.cluster_of_prompt[joined.groups]
+        made = calibrate(
+            Rows(found, joined.rewards[own], joined.groups[own], clusters=clusters[own]), solution.left_out
+        )
+        if made is None:
+            return None
+        weights = np.zeros(width)
+        weights[np.r_[tuple(read.values())]] = made.weights
+        return dataclasses.replace(made, weights=weights)
+
     def solved(self, joined: Joined, prompts: np.ndarray, seed: int) -> TrainedProbe:
         """The probe of some prompts' rows; one that scores all alike where there is nothing to learn.
 
@@ -107,8 +129,9 @@ class Blocks:
             said = (
                 f" Learned from {kept.sum()} of {prompts.sum()} prompts, by lot: a solver holds no more of this width."
             )
+        rows = self.rows(joined).take(kept[joined.groups])
         try:
-            solution = blocks.auto(self.rows(joined).take(kept[joined.groups]), seed=seed)
+            solution = blocks.auto(rows, seed=seed)
         except NothingToLearn as error:
             return TrainedProbe(ProbeNetwork(width), 0.0, 0, False, 0, 0.0, str(error))
         choice = solution.choice
@@ -120,6 +143,7 @@ class Blocks:
             held_out_mixed=0 if choice is None else choice.prompts,
             learning_rate=0.0,
             note=solution.sentence() + said,
+            calibration=self.calibration(joined, kept, solution),
         )
 
     def sweep(
