@@ -93,7 +93,9 @@ def test_whether_being_sure_says_which_prompts_to_answer(low: float, brier: floa
     found = advice(pool(), [probe(0.6)], None, Certainties(series={"Q-probe auto": known}))[-1]
     assert f"surest of, 0.800 [{low:.3f}, 0.900] are right, of all 0.600" in found
     assert end in found
-    assert advice(pool(), [probe(0.6, name="Q-probe L_Q")], None, Certainties(series={"Q-probe auto": known}))[-1] != found
+    assert (
+        advice(pool(), [probe(0.6, name="Q-probe L_Q")], None, Certainties(series={"Q-probe auto": known}))[-1] != found
+    )
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_advised() -> None:

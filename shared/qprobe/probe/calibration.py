@@ -142,7 +142,7 @@ def _means(values: Floats, groups: np.ndarray) -> Floats:
 
 
 def _logistic(inputs: Floats, rewards: Floats) -> list[float]:
-    """Constant and coefficients (1 + C,), these >= 0, of a logistic regression with a standard normal prior on standardised inputs.
+    """Constant and coefficients >= 0 (1 + C,) of a logistic regression with a standard normal prior on standardised inputs.
 
     A level that knows nothing is, left out, the mean of all other prompts, which falls where the own prompt's is high: only
     coefficients above 0 are knowledge.
