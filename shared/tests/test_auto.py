@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from qprobe.embedding import LIKELIHOOD
-from qprobe.evaluation import auto
+from qprobe.evaluation import auto, controls
 from qprobe.evaluation.auto import Blocks, settings_of
 from qprobe.evaluation.scoring import score
 from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, load_sweep, probe_seed, save_sweep
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
+from qprobe.models.question import QUESTION_COLUMNS
 from qprobe.probe import blocks
 from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.training import TrainingSettings, score_rows
@@ -119,7 +120,8 @@ def test_an_anchors_weight_is_put_on_its_column() -> None:
     assert rows.features is not None
     made = blocks.auto(own.rows(rows))
     nothing = {name: np.zeros_like(of_block) for name, of_block in made.coefficients.items()}
-    for name, sign in UNTRAINED.items():
+    for name in own.rows(rows).anchors:
+        sign = UNTRAINED[name]
         solution = dataclasses.replace(made, anchor=name, anchor_weight=2.0, bias=0.0, coefficients=nothing)
         found = score_rows(own.network(solution, rows.features.shape[1]), torch.from_numpy(rows.features)).numpy()
         column = at[LIKELIHOOD].features
@@ -142,6 +144,30 @@ def test_where_there_is_nothing_to_learn_all_score_alike_and_it_is_said(reward: 
     assert not probe.trained.chosen
     assert not scored(probe, rows).any()
     assert "differ" in probe.trained.note
+
+
+def test_the_answer_to_a_question_is_an_untrained_score_beside_the_others() -> None:
+    _, at = planted(None)
+    lot = np.random.default_rng(5)
+    knows = at[3].rewards + 0.3 * lot.normal(size=PROMPTS * ROWS)
+    columns = np.c_[at[LIKELIHOOD].features, knows, lot.normal(size=PROMPTS * ROWS)].astype(np.float32)
+    at[LIKELIHOOD] = dataclasses.replace(at[LIKELIHOOD], features=columns)
+    own = Blocks((3, LIKELIHOOD), (*COLUMNS, *QUESTION_COLUMNS))
+    rows = own.joined(at.__getitem__)
+    made = own.rows(rows)
+    assert {name: block.shape[1] for name, block in made.blocks.items()} == {
+        "layer 3": WIDTH,
+        "likelihood": len(COLUMNS) + len(QUESTION_COLUMNS),
+    }
+    assert made.anchors["question_log_odds"] == pytest.approx(knows, abs=1e-5)
+    (probe,) = own.sweep(rows, TrainingSettings(), EvaluationSettings(), k=ROWS, seed=0, progress=False, folded=False)
+    assert "question_log_odds" in probe.trained.note
+    assert np.nanmean(within_prompt_auc(scored(probe, rows), rows.rewards, rows.groups)) > 0.95
+    asked = controls.of_columns(
+        at[LIKELIHOOD], EvaluationSettings(controls=("likelihood_columns",)), (*COLUMNS, *QUESTION_COLUMNS)
+    )
+    assert asked["highest log-odds of Yes"] is not None
+    assert asked["highest log-odds of Yes"][0] == pytest.approx(knows, abs=1e-5)
 
 
 def test_without_likelihood_columns_there_are_layers_alone() -> None:

@@ -250,6 +250,11 @@ def pipeline(
         AUTO in settings.losses or "likelihood_columns" in settings.controls
     ):
         ends.embedder.likelihood = False  # nobody reads them, and they cost a pass over the output head
+    if getattr(ends.embedder, "question", None) and not getattr(ends.embedder, "likelihood", False):
+        raise ValueError(
+            "embedder.question is asked for nobody: its columns lie beside the likelihood columns, which the loss auto or the "
+            "controls likelihood_columns read (and embedder.likelihood must be true). Add one of these, or say null."
+        )
     return Pipeline(
         sampler=ends.sampler,
         greedy=ends.greedy,

@@ -39,9 +39,11 @@ class Blocks:
 
     Args:
         layers: in order; the likelihood columns (`LIKELIHOOD`) last, where there are any.
+        columns: the names of these.
     """
 
     layers: tuple[int, ...]
+    columns: tuple[str, ...] = COLUMNS
 
     def joined(self, at: At) -> Joined:
         """The rows of a pool with all blocks beside each other, (N, D) float32.
@@ -56,7 +58,7 @@ class Blocks:
     def slices(self, width: int) -> dict[str, slice]:
         """Name of every block -> its columns among `width`."""
         hidden = [layer for layer in self.layers if layer != LIKELIHOOD]
-        each = (width - (len(COLUMNS) if LIKELIHOOD in self.layers else 0)) // max(1, len(hidden))
+        each = (width - (len(self.columns) if LIKELIHOOD in self.layers else 0)) // max(1, len(hidden))
         found = {f"layer {layer}": slice(n * each, (n + 1) * each) for n, layer in enumerate(hidden)}
         return found | ({"likelihood": slice(len(hidden) * each, width)} if LIKELIHOOD in self.layers else {})
 
@@ -72,7 +74,8 @@ class Blocks:
         anchors = {}
         if "likelihood" in found:
             columns = found["likelihood"].astype(np.float64)
-            anchors = {name: sign * columns[:, COLUMNS.index(name)] for name, sign in UNTRAINED.items()}
+            known = {name: sign for name, sign in UNTRAINED.items() if name in self.columns}
+            anchors = {name: sign * columns[:, self.columns.index(name)] for name, sign in known.items()}
             counts = np.bincount(joined.groups)
             means = np.stack([np.bincount(joined.groups, column) / counts for column in columns.T], axis=1)
             found["likelihood"] = columns - means[joined.groups]
@@ -86,7 +89,7 @@ class Blocks:
         for name, own in slices.items():
             weights[own] = solution.coefficients[name]
         if solution.anchor:
-            column = slices["likelihood"].start + COLUMNS.index(solution.anchor)
+            column = slices["likelihood"].start + self.columns.index(solution.anchor)
             weights[column] += UNTRAINED[solution.anchor] * solution.anchor_weight
         network = ProbeNetwork(width)
         with torch.no_grad():

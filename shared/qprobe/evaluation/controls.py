@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ COLUMN_CONTROLS = {
     "lowest worst window of entropy": "entropy_max_window_9",
     "highest self-certainty": "self_certainty_mean",
     "highest least log-probability": "logprob_min",
+    "highest log-odds of Yes": "question_log_odds",
 }
 
 # One of them may choose well or badly by luck, far beyond the interval over prompts; their mean is what a row should say.
@@ -56,17 +58,19 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
     return made
 
 
-def of_columns(joined: Joined, settings: EvaluationSettings) -> Scores:
+def of_columns(joined: Joined, settings: EvaluationSettings, names: Sequence[str] = COLUMNS) -> Scores:
     """The scores of the likelihood columns' controls, where "likelihood_columns" is asked for; rows as of `scores`.
 
     Args:
         joined: the rows with likelihood columns as features.
+        names: of these columns.
     """
     if "likelihood_columns" not in settings.controls:
         return {}
     assert joined.features is not None  # the callers join with them
     columns = np.asarray(joined.features, dtype=float)
-    return {method: UNTRAINED[name] * columns[None, :, COLUMNS.index(name)] for method, name in COLUMN_CONTROLS.items()}
+    known = {method: name for method, name in COLUMN_CONTROLS.items() if name in names}
+    return {method: UNTRAINED[name] * columns[None, :, list(names).index(name)] for method, name in known.items()}
 
 
 def shuffled_labels(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qprobe.embedding import LIKELIHOOD, columns_identity, tables_of
+from qprobe.embedding import LIKELIHOOD, GivesLikelihoods, columns_identity, tables_of
 from qprobe.evaluation import auto, layer_choice, sweep
 from qprobe.evaluation.auto import Blocks
 from qprobe.evaluation.layer_choice import At, Scores
@@ -146,7 +146,9 @@ class AutoProbes(Probes):
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(tuple(sorted(tables_of(self.setup.embedder), key=lambda layer: (layer == LIKELIHOOD, layer))))
+        embedder = self.setup.embedder
+        layers = tuple(sorted(tables_of(embedder), key=lambda layer: (layer == LIKELIHOOD, layer)))
+        return Blocks(layers, embedder.column_names()) if isinstance(embedder, GivesLikelihoods) else Blocks(layers)
 
     @property
     def layers(self) -> list[int]:
