@@ -24,6 +24,7 @@ from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import SFT, SFTSettings
 from qprobe.cli import configuration
 from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
+from qprobe.embedding.given import GivenEmbedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
 from qprobe.embedding.vllm import VLLMEmbedder
@@ -46,7 +47,13 @@ from qprobe.serving.policy import Policy
 from qprobe.settings import UsageError, accepted, build, check_keys, meant
 
 SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
-EMBEDDERS = {"hf": HFEmbedder, "openai": OpenAIEmbedder, "recorded": RecordedEmbedder, "vllm": VLLMEmbedder}
+EMBEDDERS = {
+    "given": GivenEmbedder,
+    "hf": HFEmbedder,
+    "openai": OpenAIEmbedder,
+    "recorded": RecordedEmbedder,
+    "vllm": VLLMEmbedder,
+}
 _RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  # with the keys that each knows
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
@@ -383,6 +390,11 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
             "Python, Policy(sampler, embedder, probe) takes any."
         )
     config = _overridden(probe.use, overrides)
+    if config["embedder"].get("backend") == "given":
+        raise ValueError(
+            f"The probe reads features of your own ({', '.join(config['embedder']['files'])}), which a new completion has not: "
+            "make them, and score them by QProbe.from_pretrained(...).score(features), blocks beside each other."
+        )
     if probe.source is not None:
         blocks = probe.source.blocks
         config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]

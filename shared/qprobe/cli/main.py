@@ -92,6 +92,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add = arguments_of("import", "the same from completions and rewards that you have already")
     add("candidates", **file, help=f"JSON lines, each with prompt (or messages), completion, reward; {packed}")
     add("--run", **file, required=True, help="the run folder")
+    own = "your own features, .npy or Parquet, in the place of a model's; again for further blocks"
+    add("--features", **file, action="append", default=[], help=own)
     add("-m", "--multirun", **flag, help=several)
     add = arguments_of("answer", "an answer chosen by a saved probe")
     add("prompt", help="the prompt; - reads it from the standard input")
@@ -135,7 +137,7 @@ def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
     from qprobe.cli import own_work
 
-    work = functools.partial(own_work.import_candidates, chosen.candidates)
+    work = functools.partial(own_work.import_candidates, chosen.candidates, features=chosen.features)
     return _execute(work, chosen.run, overrides, chosen.multirun)
 
 

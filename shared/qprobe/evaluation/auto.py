@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,10 +40,13 @@ class Blocks:
     Args:
         layers: in order; the likelihood columns (`LIKELIHOOD`) last, where there are any.
         columns: the names of these.
+        named: layer -> what its block is called and how many columns it has; those that are not in it are of one model, and of
+            one width.
     """
 
     layers: tuple[int, ...]
     columns: tuple[str, ...] = COLUMNS
+    named: Mapping[int, tuple[str, int]] = field(default_factory=dict)
 
     def joined(self, at: At) -> Joined:
         """The rows of a pool with all blocks beside each other, (N, D) float32.
@@ -57,10 +60,14 @@ class Blocks:
 
     def slices(self, width: int) -> dict[str, slice]:
         """Name of every block -> its columns among `width`."""
-        hidden = [layer for layer in self.layers if layer != LIKELIHOOD]
-        each = (width - (len(self.columns) if LIKELIHOOD in self.layers else 0)) // max(1, len(hidden))
-        found = {f"layer {layer}": slice(n * each, (n + 1) * each) for n, layer in enumerate(hidden)}
-        return found | ({"likelihood": slice(len(hidden) * each, width)} if LIKELIHOOD in self.layers else {})
+        named = dict(self.named) | {LIKELIHOOD: ("likelihood", len(self.columns))}
+        known = sum(named[layer][1] for layer in self.layers if layer in named)
+        each = (width - known) // max(1, sum(layer not in named for layer in self.layers))
+        found, start = {}, 0
+        for layer in self.layers:
+            name, own = named.get(layer, (f"layer {layer}", each))
+            found[name], start = slice(start, start + own), start + own
+        return found
 
     def rows(self, joined: Joined) -> Rows:
         """What is solved on: the blocks, and the untrained scores that the likelihood columns hold.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qprobe.embedding import LIKELIHOOD, GivesLikelihoods, columns_identity, tables_of
+from qprobe.embedding.given import GivenEmbedder
 from qprobe.evaluation import auto, layer_choice, sweep
 from qprobe.evaluation.auto import Blocks
 from qprobe.evaluation.layer_choice import At, Scores
@@ -148,6 +149,8 @@ class AutoProbes(Probes):
     def blocks(self) -> Blocks:
         embedder = self.setup.embedder
         layers = tuple(sorted(tables_of(embedder), key=lambda layer: (layer == LIKELIHOOD, layer)))
+        if isinstance(embedder, GivenEmbedder):
+            return Blocks(layers, named={n: (embedder.names[n], embedder.widths[n]) for n in layers})
         return Blocks(layers, embedder.column_names()) if isinstance(embedder, GivesLikelihoods) else Blocks(layers)
 
     @property

@@ -65,6 +65,7 @@ class Candidates:
         prompts: those with two candidates at least.
         notes: what a user should know of the file, as sentences.
         lines: numbers of their lines, from 1.
+        places: of every line of the file that is not empty, by its number: which candidate it is, from 0.
     """
 
     prompts: list[PromptRow]
@@ -72,6 +73,7 @@ class Candidates:
     rewards: dict[str, list[float]]
     notes: list[str]
     lines: dict[str, list[int]]
+    places: dict[int, int]
 
 
 def read_prompts(path: Path, split: str) -> list[PromptRow]:
@@ -133,7 +135,9 @@ def read_candidates(path: Path, split: str) -> Candidates:
     lines: dict[str, list[int]] = {}
     repeated: list[int] = []
     extra: set[str] = set()
+    places: dict[int, int] = {}
     for line in _lines(path):
+        places[line.number] = len(places)
         row = line.prompt_row(split)
         own = json.dumps(row.prompt)
         known = by_prompt.get(own)
@@ -182,7 +186,7 @@ def read_candidates(path: Path, split: str) -> Candidates:
         )
     for task_id in alone:
         del groups[task_id], completions[task_id], rewards[task_id], lines[task_id]
-    return Candidates(list(groups.values()), completions, rewards, notes, lines)
+    return Candidates(list(groups.values()), completions, rewards, notes, lines, places)
 
 
 @dataclass(frozen=True)
