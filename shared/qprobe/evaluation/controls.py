@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,9 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
         # The end is in the sum: it counts as a token.
         by_token = None if summed is None or joined.tokens is None else summed / (joined.tokens + 1)
         made["highest logprob per token"] = _known(by_token)
+    if "agreement" in settings.controls:
+        made["nearest to the others"] = _nearness(joined)[None]
+        made["most repeated"] = _repeats(joined)[None]
     if "random_direction" in settings.controls:
         made["random direction"] = _random_directions(joined, RANDOM_DIRECTIONS, seed)
     return made
@@ -112,6 +116,24 @@ def shuffled_labels(
 
 def _known(values: np.ndarray | None) -> np.ndarray | None:
     return None if values is None or not np.isfinite(values).all() else values[None].astype(float)
+
+
+def _nearness(joined: Joined) -> np.ndarray:
+    """(N,) less the mean distance to the candidates of the prompt, in standardised features: the highest is their medoid."""
+    data = training_data(joined)
+    mean, scale = statistics(data, torch.ones(1, len(joined.task_ids), dtype=torch.bool))
+    found = np.zeros(len(joined.groups))
+    for rows in np.split(np.arange(len(joined.groups)), np.flatnonzero(np.diff(joined.groups)) + 1):
+        own = (data.features[rows].float() - mean) / scale
+        found[rows] = -torch.cdist(own, own).mean(dim=1).numpy()
+    return found
+
+
+def _repeats(joined: Joined) -> np.ndarray:
+    """(N,) how many of the prompt's candidates are the same text."""
+    keys = list(zip(joined.groups.tolist(), joined.completions, strict=True))
+    counts = Counter(keys)
+    return np.array([counts[key] for key in keys], dtype=float)
 
 
 def _random_directions(joined: Joined, count: int, seed: int) -> np.ndarray:

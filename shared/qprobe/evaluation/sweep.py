@@ -34,7 +34,7 @@ LEFT_OUT = 0.1
 # What decides a sweep besides its inputs: a sweep that other code drew is trained anew.
 DRAWN_BY = 2
 CALIBRATION = ".calibration"  # behind the number of a probe, the name of a tensor
-CONTROLS = ("length", "logprob", "likelihood", "likelihood_columns", "random_direction", "shuffled_labels")
+CONTROLS = ("length", "logprob", "likelihood", "likelihood_columns", "agreement", "random_direction", "shuffled_labels")
 
 
 @dataclass(frozen=True)
