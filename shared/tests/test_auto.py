@@ -57,9 +57,11 @@ def within(values: np.ndarray) -> float:
     return float(np.std(by_prompt - by_prompt.mean(axis=1, keepdims=True)))
 
 
-def swept(own: Blocks, at: dict[int, Joined], folded: bool) -> tuple[Joined, list[SweepProbe]]:
+def swept(
+    own: Blocks, at: dict[int, Joined], folded: bool, curve: tuple[float, ...] = ()
+) -> tuple[Joined, list[SweepProbe]]:
     rows = own.joined(at.__getitem__)
-    settings = settings_of(EvaluationSettings(folds=4))
+    settings = settings_of(EvaluationSettings(folds=4, curve_shares=curve))
     return rows, own.sweep(rows, TrainingSettings(), settings, k=ROWS, seed=0, progress=False, folded=folded)
 
 
@@ -146,6 +148,23 @@ def test_where_there_is_nothing_to_learn_all_score_alike_and_it_is_said(reward: 
     assert "differ" in probe.trained.note
 
 
+def test_the_learning_curve_has_a_probe_a_share_of_fewer_of_the_same_prompts() -> None:
+    own, at = planted("layer 3")
+    rows, probes = swept(own, at, folded=False, curve=(0.25, 0.5))
+    assert [(probe.share, probe.prompts) for probe in probes] == [(1.0, PROMPTS), (0.25, 15), (0.5, 30)]
+    rising = [
+        np.nanmean(within_prompt_auc(scored(probe, rows), rows.rewards, rows.groups))
+        for probe in sorted(probes, key=lambda probe: probe.share)
+    ]
+    assert rising[0] > 0.8
+    assert rising[0] < rising[2] + 0.02
+    folded = swept(own, at, folded=True, curve=(0.5,))[1]
+    assert [(probe.share, probe.fold, probe.prompts) for probe in folded] == [
+        *((1.0, fold, 45) for fold in range(4)),
+        *((0.5, fold, 22) for fold in range(4)),
+    ]
+
+
 def test_the_answer_to_a_question_is_an_untrained_score_beside_the_others() -> None:
     _, at = planted(None)
     lot = np.random.default_rng(5)
@@ -160,7 +179,7 @@ def test_the_answer_to_a_question_is_an_untrained_score_beside_the_others() -> N
         "likelihood": len(COLUMNS) + len(QUESTION_COLUMNS),
     }
     assert made.anchors["question_log_odds"] == pytest.approx(knows, abs=1e-5)
-    (probe,) = own.sweep(rows, TrainingSettings(), EvaluationSettings(), k=ROWS, seed=0, progress=False, folded=False)
+    _, (probe,) = swept(own, at, folded=False)
     assert "question_log_odds" in probe.trained.note
     assert np.nanmean(within_prompt_auc(scored(probe, rows), rows.rewards, rows.groups)) > 0.95
     asked = controls.of_columns(

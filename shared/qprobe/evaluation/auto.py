@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qprobe.embedding import LIKELIHOOD
 from qprobe.evaluation.layer_choice import At
-from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, drawn_prompts, fold_of, probe_seed
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
 from qprobe.probe import blocks
 from qprobe.probe.calibration import Calibration, calibrate
@@ -167,17 +167,19 @@ class Blocks:
         progress: bool,
         folded: bool,
     ) -> list[SweepProbe]:
-        """As `sweep.Maker`; a probe a fold, or one of all prompts where they are a training set."""
+        """As `sweep.Maker`; a probe a fold and share, or one a share where the prompts are a training set."""
         prompts, own = len(joined.task_ids), probe_seed(seed, 0)
         every = np.ones(prompts, dtype=bool)
         of = fold_of(prompts, settings.folds, own, joined.clusters) if folded else None
         learned: Sequence[tuple[int | None, np.ndarray]] = (
             [(None, every)] if of is None else [(fold, of != fold) for fold in range(settings.folds)]
         )
+        planned = [(share, fold, kept) for share in (1.0, *settings.curve_shares) for fold, kept in learned]
         made = []
-        for fold, kept in tqdm(learned, "auto", unit="probe", disable=not progress):
-            probe = self.solved(joined, kept, own)
-            made.append(SweepProbe(AUTO, 0, fold, probe, prompts=int(kept.sum())))
+        for share, fold, kept in tqdm(planned, "auto", unit="probe", disable=not progress):
+            drawn = drawn_prompts(np.flatnonzero(kept), joined.cluster_of_prompt, share, own)
+            probe = self.solved(joined, np.isin(np.arange(prompts), drawn), own)
+            made.append(SweepProbe(AUTO, 0, fold, probe, share, len(drawn)))
         return made
 
 
@@ -199,5 +201,5 @@ def _that_fit(joined: Joined, prompts: np.ndarray, seed: int) -> np.ndarray:
 
 
 def settings_of(settings: EvaluationSettings) -> EvaluationSettings:
-    """How the probes of `auto` are measured: as the table's, but one seed and no learning curve."""
-    return dataclasses.replace(settings, losses=(AUTO,), seeds=1, curve_shares=(), curve_prompts=(), train_share=1.0)
+    """How the probes of `auto` are measured: as the table's, but one seed, which leaves no training prompt out."""
+    return dataclasses.replace(settings, losses=(AUTO,), seeds=1, train_share=1.0)

@@ -79,6 +79,8 @@ def evaluate(
     table = rows(tested, methods, over_control, published or {})
     scored = scores.by_share[1.0]
     certainties = certainty(tested, scored)
+    said = notes.of_table(tested, methods, table, scores, over_control, best, apart or {})
+    advised = advice(tested, methods, best, certainties)
     return Results(
         title=title,
         protocol=protocol,
@@ -96,8 +98,8 @@ def evaluate(
         reward_against_layer=curves.against_layer(tested, scored, scores.by_layer),
         scores_per_prompt=curves.by_prompt(tested, scored),
         certainty=certainties,
-        notes=notes.of_table(tested, methods, table, scores, over_control, best, apart or {}),
-        advice=advice(tested, methods, best, certainties),
+        notes=[note for note in said if note not in advised],
+        advice=advised,
         best_control=best.name if best else "",
         made_from=made_from,
     )

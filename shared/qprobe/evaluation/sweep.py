@@ -239,7 +239,7 @@ def _train(
     for share in (1.0, *settings.curve_shares):
         for loss in settings.losses:
             for (s, fold), training_prompts in own.items():
-                drawn = _draw(training_prompts, joined.cluster_of_prompt, whole * share, probe_seed(seed, s))
+                drawn = drawn_prompts(training_prompts, joined.cluster_of_prompt, whole * share, probe_seed(seed, s))
                 groups = torch.zeros(prompts, dtype=torch.bool)
                 groups[torch.from_numpy(drawn)] = True
                 task = ProbeTask(loss, probe_seed(seed, s), groups)
@@ -262,7 +262,7 @@ def _train(
     ]
 
 
-def _draw(prompts: np.ndarray, clusters: np.ndarray, share: float, seed: int) -> np.ndarray:
+def drawn_prompts(prompts: np.ndarray, clusters: np.ndarray, share: float, seed: int) -> np.ndarray:
     """The prompts of a share of their clusters, by lot; a smaller share is part of a larger one."""
     own = np.unique(clusters[prompts])
     order = np.random.default_rng([seed, len(own)]).permutation(own)

@@ -215,7 +215,10 @@ class Procedures:
         """What all of the table say of a pool."""
         first, *others = [probes.scores(pool, compare=True) for probes in self.own]
         for other in others:
-            first.by_share[1.0].update(other.by_share[1.0])
+            for share, scored in other.by_share.items():
+                first.by_share[share].update(scored)
+            if first.plain is not None:
+                first.plain.update(other.by_share[1.0])
         return first
 
 
