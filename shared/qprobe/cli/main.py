@@ -2,7 +2,7 @@
 
 qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from completions to probes and a table
 qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
-qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
+qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe; with --prompts FILE one to every prompt
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
 qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qprobe.cli import command, completion, configuration
 from qprobe.cli.command import Parser, groups_text, guarded, without_debug
+from qprobe.settings import UsageError
 
 if TYPE_CHECKING:
     from qprobe.cli.own_work import Work
@@ -94,7 +95,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add("--run", **file, required=True, help="the run folder")
     add("-m", "--multirun", **flag, help=several)
     add = arguments_of("answer", "an answer chosen by a saved probe")
-    add("prompt", help="the prompt; - reads it from the standard input")
+    add("prompt", nargs="?", help="the prompt; - reads it from the standard input")
+    add("--prompts", **file, help=f"JSON lines of prompts in its place: a JSON line each, in batches; {packed}")
+    add("--output", **file, help="of --prompts: the file that lines are added to, gone on with after a stop")
+    add("--candidates", **flag, help="of --prompts: all candidates in every line")
     add("--probe", required=True, help="a folder such as runs/NAME/probes/prompts/policy_gradient")
     add("--n", type=int, help="candidates; as in training if not said")
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
@@ -161,28 +165,24 @@ def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], 
     return multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
 
 
-def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from qprobe.cli import composition
-    from qprobe.probe.estimator import QProbe
+def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> int | None:
+    from qprobe.cli import answering
 
-    prompt = sys.stdin.read().rstrip("\n") if chosen.prompt == "-" else chosen.prompt
-    if not prompt.strip():
-        raise ValueError("The prompt is empty: give a text, or - and a text on the standard input.")
-    more = [] if chosen.n is None else [f"sampler.n={chosen.n}"]
-    policy = composition.policy(QProbe.from_pretrained(chosen.probe), [*overrides, *more], chosen.beta)
-    choice = policy.choose(prompt, chosen.seed)
-    if chosen.show_candidates:
-        for place, candidate in enumerate(choice.candidates):
-            mark = "chosen" if place == choice.chosen else "      "
-            print(f"{mark}  Q {candidate.score:+.3f}  probability {candidate.probability:.3f}", file=sys.stderr)
-            print("\n".join(f"    | {line}" for line in candidate.text.splitlines()), file=sys.stderr)
-    if not choice.answer.strip():
-        empty = sum(not candidate.text.strip() for candidate in choice.candidates)
-        raise RuntimeError(
-            f"The chosen answer is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with more "
-            "candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+    if (chosen.prompt is None) == (chosen.prompts is None):
+        raise UsageError("Give either a prompt or --prompts FILE: qprobe answer --help says more.")
+    if chosen.prompts is None and (chosen.output or chosen.candidates):
+        raise UsageError(
+            "--output and --candidates belong to --prompts FILE; --show-candidates prints those of a prompt."
         )
-    print(choice.answer)
+    if chosen.prompts is not None and chosen.show_candidates:
+        raise UsageError("--show-candidates belongs to a single prompt; say --candidates.")
+    words = [*overrides, *([] if chosen.n is None else [f"sampler.n={chosen.n}"])]
+    if chosen.prompts is None:
+        answering.one(chosen.probe, chosen.prompt, words, chosen.beta, chosen.seed, chosen.show_candidates)
+        return None
+    return answering.many(
+        chosen.probe, chosen.prompts, words, chosen.beta, chosen.seed, chosen.output, chosen.candidates
+    )
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
