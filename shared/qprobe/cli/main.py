@@ -5,6 +5,7 @@ qprobe import CANDIDATES --run RUN            the same from completions and rewa
 qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe; with --prompts FILE one to every prompt
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
+qprobe export PROBE --to KIND WHERE           a probe as a sequence classifier, or on the hub
 qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
 
 `run` and `import` take several values with -m: a run for every combination.
@@ -39,6 +40,7 @@ qprobe COMMAND --help says more of each. All take --debug: where an error came f
 # Commands that take KEY=VALUE, with examples.
 _CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
 _CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
+_CHANGED["export"] = "model.dtype=float32"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +59,8 @@ def _main(words: list[str]) -> int | None:
     chosen, rest = _parser().parse_known_args(words)
     if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
+    work = {"run": _run, "import": _import, "answer": _answer, "export": _export}
+    work |= {"inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
 
 
@@ -76,7 +79,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     def arguments_of(name: str, does: str) -> Callable[..., Any]:
         words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
-        epilog = None if name not in _CHANGED else words if name == "answer" else f"{words}\n\n{groups}"
+        epilog = None if name not in _CHANGED else words if name in ("answer", "export") else f"{words}\n\n{groups}"
         return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
 
     file: dict[str, Any] = {"type": Path}
@@ -104,6 +107,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
     add("--seed", type=int, help="for the same answer again; a new one every time if not said")
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
+    add = arguments_of(
+        "export", "a probe that leaves: its model with the probe as a classifier's head, or a page of the hub"
+    )
+    add("probe", help="a folder such as runs/NAME/probes/prompts/policy_gradient")
+    add("--to", required=True, choices=("sequence-classification", "hub"), help="what it becomes")
+    add("where", help="the new folder, or USER/NAME on the hub")
+    add("--private", **flag, help="of the hub: for nobody else to see")
     add = arguments_of("inspect", "what is in a run folder: rows a stage, pass rate, what is missing")
     add("run", **file, help="the run folder, such as runs/demo")
     add = arguments_of(
@@ -183,6 +193,15 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> int | None:
     return answering.many(
         chosen.probe, chosen.prompts, words, chosen.beta, chosen.seed, chosen.output, chosen.candidates
     )
+
+
+def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.cli import exporting
+
+    if chosen.to == exporting.CLASSIFIER:
+        exporting.to_sequence_classification(chosen.probe, Path(chosen.where), overrides)
+    else:
+        exporting.to_hub(chosen.probe, chosen.where, chosen.private)
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -50,12 +50,17 @@ def described(source: EmbeddingSource) -> str:
     return f"{read} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
 
 
-def from_hub(name: str, revision: str | None) -> Path:
+def from_hub(name: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of some files of a repository of the hub.
+
+    Raises:
+        FileNotFoundError: the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"Probe {name!r} is neither a folder here nor to be had from the hub: check the name."
