@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -66,7 +67,10 @@ class OnHub(
     """
 
     def __init__(self, probe: QProbe) -> None:
-        self.probe = probe
+        self.probe = copy.copy(probe)
+        place = str(probe.use.get("model", {}).get("name", ""))
+        if probe.source is not None and probe.source.model.get("content") and Path(place).name != place:
+            self.probe.use, self.probe.data_ = (_without(place, value) for value in (probe.use, probe.data_))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.probe.save_pretrained(save_directory)
@@ -154,9 +158,16 @@ def _reads(probe: QProbe) -> str:
 
 
 def _name(model: dict[str, Any]) -> str:
-    """A model's name; of a folder or file its last part: the rest is nobody's business."""
-    name = str(model.get("name") or model.get("model") or "a model")
-    return Path(name).name if model.get("content") else name
+    return str(model.get("name") or model.get("model") or "a model")
+
+
+def _without(place: str, value: Any) -> Any:
+    """A copy in which a folder or file of this machine has only its last part: the rest is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without(place, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without(place, item) for item in value]
+    return Path(place).name if value == place else value
 
 
 def _base_model(model: dict[str, Any]) -> str | None:
