@@ -154,7 +154,7 @@ def test_lines_that_are_wrong_are_named_and_cost_the_others_nothing(
     named = [line for line in said.err.splitlines() if "ine " in line and "answered in" not in line]
     for number, word in ((1, "JSON"), (3, "text"), (4, "context"), (8, "x"), (9, "messages")):
         assert any(f"ine {number}" in line and word in line for line in named), (number, said.err)
-    assert "3 of 8 prompts are answered; 5 lines have none" in said.err.splitlines()[-1]
+    assert "3 of 8 prompts are answered; 5 have none" in said.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def many(
         print(sentence, file=sys.stderr)
     failed = len(wrong) + len(done.wrong)
     said = [f"{done.answered} of {len(rows) + len(wrong)} prompts are answered"]
-    said += [f"{done.empty} answers are empty"] if done.empty else []
-    said += [f"{failed} lines have none, as said above"] if failed else []
+    said += [f"{done.empty} of these answers are empty"] if done.empty else []
+    said += [f"{failed} have none, as said above"] if failed else []
     print("; ".join(said) + ".", file=sys.stderr)
     return 1 if failed else 0

@@ -74,8 +74,8 @@ class JoinedText:
         if not self.scored:
             return f"{first}."
         return (
-            f"{first}: of {self.scored} of them the score moves by {self.mean:.3g} on average, {self.largest:.3g} at most "
-            f"(standard deviation of the scores: {self.spread:.3g}). Tokenise prompt and completion apart, and join their ids."
+            f"{first}; the scores of {self.scored} of these move by {self.mean:.3g} on average, {self.largest:.3g} at most "
+            f"(standard deviation of all: {self.spread:.3g}). Tokenise prompt and completion apart, and join their ids."
         )
 
 

@@ -29,9 +29,8 @@ from qprobe.serving.policy import Choice, Policy
 from qprobe.store.jsonl import PromptRow
 
 Lines = list[dict[str, Any]]
-_REFUSED = (
-    8  # prompts that a server refuses before it answers one: then it refuses all, such as a model that it does not know
-)
+# Prompts that a server refuses before it answers one: then it refuses all, such as a model that it does not know.
+_REFUSED = 8
 
 
 @dataclass(frozen=True)
