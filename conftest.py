@@ -140,6 +140,17 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return save_model(tmp_path_factory.mktemp("tiny-gpt2"), config, byte_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A Qwen2: biased queries, and one matrix for embeddings and output head."""
+    from transformers import Qwen2Config
+
+    values = llama_config(num_hidden_layers=3, tie_word_embeddings=True).to_dict()
+    for name in ("model_type", "head_dim", "architectures", "transformers_version", "rope_parameters"):
+        values.pop(name, None)
+    return save_model(tmp_path_factory.mktemp("tiny-qwen2"), Qwen2Config(**values), byte_tokenizer())
+
+
 def load_from_tests(name: str) -> ModuleType:
     """A module of shared/tests that is no test file."""
     path = Path(__file__).parent / "shared" / "tests" / f"{name}.py"

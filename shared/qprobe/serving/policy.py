@@ -160,7 +160,11 @@ class Policy:
         features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
         sizes = [len(candidates) for candidates in drawn]
         of_prompts = zip(torch.from_numpy(self.probe.score(features)).split(sizes), features.split(sizes), strict=True)
-        return [self._choice(own, *found, seed) for own, found in zip(drawn, of_prompts, strict=True)]
+        # The seed behind those of a prompt's candidates: prompts of one call draw apart from each other.
+        return [
+            self._choice(own, *found, own_seeds[-1] + 1)
+            for own, found, own_seeds in zip(drawn, of_prompts, seeds, strict=True)
+        ]
 
     def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
         calibration = self.probe.calibration_
