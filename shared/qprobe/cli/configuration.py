@@ -101,7 +101,8 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
             try:
                 config = compose(name, list(words))
             except (HydraException, OmegaConfBaseException):
-                _check(package, name, words, parsed)  # by composing again, which a command that is right need not wait for
+                # It composes again, which a command that is right need not wait for.
+                _check(package, name, words, parsed)
                 raise
             return plain(config)
 
