@@ -245,7 +245,7 @@ def six_cpus() -> Iterator[Any]:
 
 @pytest.fixture
 def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures without embedded fonts, which take longer than the rest of a run of two prompts; test_report_figures.py has them."""
+    """Figures without embedded fonts, which take longer than the rest of a small run; test_report_figures.py has them."""
     drawing = pytest.importorskip("qprobe.report.drawing", reason="figures need the extra `report`")
     monkeypatch.setitem(drawing._STYLE, "pdf.fonttype", 3)
 
