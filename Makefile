@@ -59,8 +59,8 @@ report: $(VENV)/.installed ## A finished run as one HTML page, every prompt with
 check: $(VENV)/.developed ## Style, types, and which package imports which
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy shared/qprobe code_gen/qprobe_code_gen preference/qprobe_preference && $(BIN)/lint-imports
 
-test-all: $(VENV)/.developed ## All tests, the slow ones too
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+test-all: $(VENV)/.developed ## All tests, the slow ones too, one by one: some of these measure time and memory
+	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, in an environment of their own (minutes to build, once)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm shared/tests preference/tests $(ARGS)
