@@ -12,6 +12,9 @@ from typing import Any
 
 # No test may wait for a network; libraries read this when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests that run side by side have a core each; torch counts its threads when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Models that are unpacked once stay for the next call of the tests, and out of the user's own cache.
 os.environ.setdefault("QPROBE_CACHE", str(Path(__file__).parent / ".pytest_cache" / "qprobe"))
 
@@ -249,6 +252,13 @@ def six_cpus() -> Iterator[Any]:
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without embedded fonts, which take longer than the rest of a small run; test_report_figures.py has them."""
+    drawing = pytest.importorskip("qprobe.report.drawing", reason="figures need the extra `report`")
+    monkeypatch.setitem(drawing._STYLE, "pdf.fonttype", 3)
 
 
 ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")
