@@ -26,11 +26,19 @@ OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 @dataclass(frozen=True)
 class Candidate:
-    """One completion that an answer was chosen from: its text, its score Q, and the probability that it was chosen with."""
+    """One completion that an answer was chosen from.
+
+    Args:
+        text: the completion.
+        score: its Q.
+        probability: that it was chosen with.
+        right: probability that it is right as the chosen one, in [0, 1]; None where the probe is not calibrated.
+    """
 
     text: str
     score: float
     probability: float
+    right: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Choice:
     @property
     def answer(self) -> str:
         return self.candidates[self.chosen].text
+
+    @property
+    def right(self) -> float | None:
+        """Probability that the answer is right; None where the probe is not calibrated. Where it is low, say none of these."""
+        return self.candidates[self.chosen].right
 
 
 class Policy:
@@ -146,16 +159,22 @@ class Policy:
         states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
         features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
         sizes = [len(candidates) for candidates in drawn]
-        of_prompts = torch.from_numpy(self.probe.score(features)).split(sizes)
-        return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
+        of_prompts = zip(torch.from_numpy(self.probe.score(features)).split(sizes), features.split(sizes), strict=True)
+        # The seed behind those of a prompt's candidates: prompts of one call draw apart from each other.
+        return [
+            self._choice(own, *found, own_seeds[-1] + 1)
+            for own, found, own_seeds in zip(drawn, of_prompts, seeds, strict=True)
+        ]
 
-    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, seed: int) -> Choice:
+    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
+        calibration = self.probe.calibration_
+        right = [None] * len(drawn) if calibration is None else calibration.probabilities(features.numpy()).tolist()
         weights = selection.selection_weights(scores, self.beta)
         chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
         return Choice(
             [
-                Candidate(completion.text, float(score), float(weight))
-                for completion, score, weight in zip(drawn, scores, weights, strict=True)
+                Candidate(completion.text, float(score), float(weight), sure)
+                for completion, score, weight, sure in zip(drawn, scores, weights, right, strict=True)
             ],
             chosen,
         )
