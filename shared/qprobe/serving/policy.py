@@ -58,6 +58,19 @@ class Choice:
         return self.candidates[self.chosen].right
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a probe reads of the k candidates of a prompt, in their order.
+
+    Args:
+        features: (k, D) float32, the blocks beside each other.
+        scores: (k,) float32, Q values.
+    """
+
+    features: torch.Tensor
+    scores: torch.Tensor
+
+
 class Policy:
     """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
 
@@ -145,6 +158,21 @@ class Policy:
         rendered = [self.sampler.render(prompt) for prompt in asked]
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
+        found = self.read(asked, rendered, drawn)
+        return [self.choice(candidates, of, seed) for candidates, of in zip(drawn, found, strict=True)]
+
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        rendered: Sequence[tuple[str, list[int]]],
+        drawn: Sequence[Sequence[Completion]],
+    ) -> list[Read]:
+        """Embed and score the candidates of several prompts together, whoever drew them.
+
+        Args:
+            rendered: of every prompt, as `sampler.render` gives it.
+            drawn: of every prompt, one candidate at least.
+        """
         fingerprint = self.sampler.tokenizer_fingerprint()
         to_read = [
             tokens_to_read(
@@ -154,19 +182,21 @@ class Policy:
                 [(completion.text, completion.token_ids) for completion in candidates],
                 templated=prompt.text is None,
             )
-            for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
+            for prompt, of_prompt, candidates in zip(prompts, rendered, drawn, strict=True)
         ]
         states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
         features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
         sizes = [len(candidates) for candidates in drawn]
-        of_prompts = zip(torch.from_numpy(self.probe.score(features)).split(sizes), features.split(sizes), strict=True)
-        return [self._choice(own, *found, seed) for own, found in zip(drawn, of_prompts, strict=True)]
+        scores = torch.from_numpy(self.probe.score(features))
+        return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 
-    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
+    def choice(self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None) -> Choice:
+        """Choose one of a prompt's candidates by what was read of them; `beta` None is the policy's own."""
         calibration = self.probe.calibration_
-        right = [None] * len(drawn) if calibration is None else calibration.probabilities(features.numpy()).tolist()
-        weights = selection.selection_weights(scores, self.beta)
-        chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
+        right = [None] * len(drawn) if calibration is None else calibration.probabilities(read.features).tolist()
+        beta, scores = self.beta if beta is None else beta, read.scores
+        weights = selection.selection_weights(scores, beta)
+        chosen = selection.select(scores, beta, torch.Generator().manual_seed(seed))
         return Choice(
             [
                 Candidate(completion.text, float(score), float(weight), sure)
