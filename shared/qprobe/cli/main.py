@@ -3,6 +3,7 @@
 qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from completions to probes and a table
 qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
 qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
+qprobe serve --probe PROBE                    the same for clients of OpenAI's protocol
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
 qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qprobe.cli import command, completion, configuration
+from qprobe.cli import command, completion, configuration, serving
 from qprobe.cli.command import Parser, groups_text, guarded, without_debug
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ examples:
 qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
 # Commands that take KEY=VALUE, with examples.
 _CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
-_CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
+_CHANGED["answer"] = _CHANGED["serve"] = "sampler.temperature=0.7 or model.device=cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def _main(words: list[str]) -> int | None:
     chosen, rest = _parser().parse_known_args(words)
     if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
+    work = {"run": _run, "import": _import, "answer": _answer, "serve": _serve, "inspect": _inspect}
+    work |= {"report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
 
 
@@ -75,7 +77,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     def arguments_of(name: str, does: str) -> Callable[..., Any]:
         words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
-        epilog = None if name not in _CHANGED else words if name == "answer" else f"{words}\n\n{groups}"
+        epilog = None if name not in _CHANGED else words if name in ("answer", "serve") else f"{words}\n\n{groups}"
         return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
 
     file: dict[str, Any] = {"type": Path}
@@ -102,6 +104,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
     add("--seed", type=int, help="for the same answer again; a new one every time if not said")
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
+    serving.add(arguments_of("serve", "a saved probe for clients of OpenAI's protocol"))
     add = arguments_of("inspect", "what is in a run folder: rows a stage, pass rate, what is missing")
     add("run", **file, help="the run folder, such as runs/demo")
     add = arguments_of(
@@ -185,6 +188,10 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
             "candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
         )
     print(choice.answer)
+
+
+def _serve(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    serving.serve(chosen, overrides)
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
