@@ -108,6 +108,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add("--n", type=int, help="candidates; as in training if not said")
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
     add("--seed", type=int, help="for the same answer again; a new one every time if not said")
+    add(
+        "--at-least",
+        type=float,
+        help="no answer where it is less likely to be right, in [0, 1]; the probe must be calibrated",
+    )
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
     add = arguments_of(
         "export", "a probe that leaves: its model with the probe as a classifier's head, or a page of the hub"
@@ -189,12 +194,11 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> int | None:
     if chosen.prompts is not None and chosen.show_candidates:
         raise UsageError("--show-candidates belongs to a single prompt; say --candidates.")
     words = [*overrides, *([] if chosen.n is None else [f"sampler.n={chosen.n}"])]
+    asked = answering.Asked(chosen.probe, words, chosen.beta, chosen.seed, chosen.at_least)
     if chosen.prompts is None:
-        answering.one(chosen.probe, chosen.prompt, words, chosen.beta, chosen.seed, chosen.show_candidates)
+        answering.one(asked, chosen.prompt, chosen.show_candidates)
         return None
-    return answering.many(
-        chosen.probe, chosen.prompts, words, chosen.beta, chosen.seed, chosen.output, chosen.candidates
-    )
+    return answering.many(asked, chosen.prompts, chosen.output, chosen.candidates)
 
 
 def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
