@@ -21,6 +21,8 @@ from qprobe.cli import composition
 from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 WORDS = (
     *("experiment=trl", "model=hub", "model.dtype=float32", "model.device=cpu", "dataset.prompts=text"),
     *("embedder.layers=[1,2]", "evaluation.seeds=2", "evaluation.bootstrap=4000", "evaluation.curve_shares=[]"),

@@ -17,6 +17,8 @@ from qprobe.cli import main
 from qprobe.models.language_model import ModelSpec
 from qprobe.probe.estimator import QProbe
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 REWARD = """
 def reward(prompt, completion, number):
     return (len(completion) + number) % 3 / 2

@@ -14,8 +14,8 @@ from served import Served, policy_of, post, save_probe, serving
 
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
-from qprobe.sampling import Completion
-from qprobe.serving.policy import Policy
+from qprobe.sampling import Completion, sample_seeds
+from qprobe.serving.policy import Policy, choice_seed
 from qprobe.serving.running import application
 from qprobe.serving.settings import ServeSettings
 
@@ -79,7 +79,7 @@ def test_candidates_are_read_as_the_probe_was_trained(served: Served, policy: Po
     (read,) = policy.read([prompt], [policy.sampler.render(prompt)], [completions])
     scores = [candidate["score"] for candidate in said["qprobe"]["candidates"]]
     assert scores == pytest.approx(read.scores.tolist(), abs=1e-4)
-    choice = policy.choice(completions, read, 11)
+    choice = policy.choice(completions, read, choice_seed(sample_seeds(11, policy.sampler.render(prompt)[0], 4)))
     assert said["choices"][0]["message"]["content"] == choice.answer
     assert said["choices"][0]["logprobs"]["content"]  # of the chosen one
     assert (said["id"], said["created"], said["system_fingerprint"]) == ("chatcmpl-theirs", 5, "fp")

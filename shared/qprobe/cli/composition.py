@@ -6,7 +6,6 @@ it belongs to (`settings.build`), so that what is wrong in one is a sentence wit
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import re
@@ -22,8 +21,8 @@ from qprobe.baselines.finetune_rm import FinetuneRM
 from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
 from qprobe.baselines.settings import LoRASettings
 from qprobe.baselines.sft import SFT, SFTSettings
-from qprobe.cli import configuration
-from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
+from qprobe.cli import configuration, uses
+from qprobe.embedding import Embedder, GivesLikelihoods
 from qprobe.embedding.given import GivenEmbedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.embedding.openai import OpenAIEmbedder
@@ -44,7 +43,7 @@ from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
 from qprobe.sampling.vllm import VLLMSampler
 from qprobe.serving.policy import Policy
-from qprobe.settings import UsageError, accepted, build, check_keys, meant
+from qprobe.settings import accepted, build, check_keys
 
 SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
 EMBEDDERS = {
@@ -59,8 +58,6 @@ _RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What two procedures in one table share.
 COMMON = ("losses", "k", "curve_shares", "curve_prompts", "controls", "bootstrap")
-# What an application needs besides a probe.
-_USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
 
 def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -384,35 +381,6 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
     Raises:
         ValueError: a card that names none, or an override that cannot be.
     """
-    if missing := sorted(_USE_KEYS - set(probe.use)):
-        raise ValueError(
-            f"The probe's card does not say {', '.join(missing)}: it was not made by `qprobe run` or `qprobe import`. In "
-            "Python, Policy(sampler, embedder, probe) takes any."
-        )
-    config = _overridden(probe.use, overrides)
-    if config["embedder"].get("backend") == "given":
-        raise ValueError(
-            f"The probe reads features of your own ({', '.join(config['embedder']['files'])}), which a new completion has not: "
-            "make them, and score them by QProbe.from_pretrained(...).score(features), blocks beside each other."
-        )
-    if probe.source is not None:
-        blocks = probe.source.blocks
-        config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]
-        if "likelihood" in config["embedder"]:  # not read where the probe does not
-            config["embedder"]["likelihood"] = LIKELIHOOD in blocks
-    config["sampler"]["greedy"] = False
+    config = uses.used(probe, overrides)
     ends = back_ends(config)
     return Policy(ends.sampler, ends.embedder, probe, style=config["prompts"], beta=beta)
-
-
-def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy with some values changed; no key is added."""
-    config, known = copy.deepcopy(use), sorted(configuration.leaves(use))
-    for name, value in configuration.values(overrides):
-        if name not in known:
-            raise UsageError(
-                f"A probe's card has no setting {name}{meant(name, known)}: choose from {', '.join(known)}."
-            )
-        *parents, key = name.split(".")
-        functools.reduce(dict.__getitem__, parents, config)[key] = value
-    return config

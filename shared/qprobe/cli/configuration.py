@@ -89,6 +89,8 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
     """
     with _hydra():
         from hydra import compose, initialize_config_module
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
         parsed = _parsed(words)
         if several := [word for word, found in zip(words, parsed, strict=True) if found.is_sweep_override()]:
@@ -96,8 +98,13 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
                 f"{several[0]} says several values: write KEY=[1,2] for a list; add --multirun for a run with each."
             )
         with initialize_config_module(package, version_base="1.3"):
-            _check(package, name, words, parsed)
-            return plain(compose(name, list(words)))
+            try:
+                config = compose(name, list(words))
+            except (HydraException, OmegaConfBaseException):
+                # It composes again, which a command that is right need not wait for.
+                _check(package, name, words, parsed)
+                raise
+            return plain(config)
 
 
 def plain(config: Any) -> dict[str, Any]:

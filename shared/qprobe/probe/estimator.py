@@ -360,7 +360,7 @@ class QProbe:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = from_hub(str(name), revision)
+            folder = from_hub(str(name), revision, [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE])
         if not (folder / CARD_FILE).is_file():
             raise FileNotFoundError(f"{name} holds no saved probe: {CARD_FILE} is missing.")
         try:
@@ -380,17 +380,20 @@ class QProbe:
         probe.network_, probe.calibration_ = network.load(folder), load_calibration(folder)
         return probe
 
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload the saved probe to the Hugging Face hub; returns the commit's address. Needs `hf auth login`."""
-        import tempfile
+    def push_to_hub(self, repo_id: str, private: bool = False, *, trained_on: str = "", table: str = "") -> str:
+        """Upload the saved probe with a card to the Hugging Face hub. Needs `hf auth login`.
 
-        from huggingface_hub import HfApi
+        Args:
+            repo_id: USER/NAME.
+            private: for nobody else to see.
+            trained_on: how much it learned from, in words, where the probe does not say so itself.
+            table: of results, as Markdown; `qprobe export --to hub` takes both from the probe's run.
 
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a Q-probe"))
+        Returns: the commit's address.
+        """
+        from qprobe.probe import hub
+
+        return hub.push(self, repo_id, private, trained_on, table)
 
     def _fitted(self) -> ProbeNetwork:
         if not hasattr(self, "network_"):

@@ -50,6 +50,11 @@ class Asked:
     until: float
     give_up: float
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of the candidates, as the library has them."""
+        return sample_seeds(self.seed, self.rendered[0], self.law.n)
+
     def left(self) -> float:
         """Seconds for drawing."""
         return self.until - time.monotonic()
@@ -132,12 +137,12 @@ class OwnModel:
     async def draw(self, asked: Asked) -> Draws:
         refuse_law(asked.given)
         assert self.dispatcher is not None  # set by the service
-        law, (text, ids) = asked.law, asked.rendered
+        law, ids = asked.law, asked.rendered[1]
         try:
             self._with(law).check_length([ids], load(self._sampler.model).context_length)
         except ValueError as error:
             raise Refused(400, str(error), code="context_length_exceeded") from None
-        item = (ids, sample_seeds(asked.seed, text, law.n))
+        item = (ids, asked.seeds)
         completions = await self.dispatcher.submit(
             DRAW, item, key=law, size=law.n, until=asked.until, give_up=asked.give_up
         )

@@ -71,6 +71,11 @@ class Read:
     scores: torch.Tensor
 
 
+def choice_seed(seeds: Sequence[int]) -> int:
+    """The seed behind those of a prompt's candidates: prompts of one call draw apart from each other."""
+    return seeds[-1] + 1
+
+
 class Policy:
     """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
 
@@ -159,7 +164,10 @@ class Policy:
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
         found = self.read(asked, rendered, drawn)
-        return [self.choice(candidates, of, seed) for candidates, of in zip(drawn, found, strict=True)]
+        return [
+            self.choice(candidates, of, choice_seed(own))
+            for candidates, of, own in zip(drawn, found, seeds, strict=True)
+        ]
 
     def read(
         self,

@@ -25,7 +25,7 @@ from qprobe.sampling import Completion
 from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
 from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
 from qprobe.serving.metrics import Metrics
-from qprobe.serving.policy import Choice, Policy, Read
+from qprobe.serving.policy import Choice, Policy, Read, choice_seed
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
 from qprobe.serving.settings import ServeSettings
 
@@ -257,7 +257,7 @@ class Service:
         choice, places = None, list(range(len(completions)))
         try:
             read = await self._read(loaded, asked.prompt, asked.rendered, completions, asked.give_up)
-            choice = loaded.policy.choice(completions, read, asked.seed, beta)
+            choice = loaded.policy.choice(completions, read, choice_seed(asked.seeds), beta)
             places.sort(key=lambda place: (place != choice.chosen, -choice.candidates[place].score))
         except Exception as error:
             if isinstance(error, Refused | TooLate) and self.settings.when_scoring_fails == "error":

@@ -104,6 +104,28 @@ def read_prompts(path: Path, split: str) -> list[PromptRow]:
     return rows
 
 
+def sound_prompts(path: Path, split: str) -> tuple[list[PromptRow], list[str]]:
+    """The prompts of a file, and a sentence on every line that is none; the same prompt may be there twice.
+
+    Args:
+        split: as of `read_prompts`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    by_id: dict[str, PromptRow] = {}
+    wrong: list[str] = []
+    for number, text in _texts(path):
+        try:
+            line = _line(path, number, text)
+            row = line.prompt_row(split)
+            if (other := by_id.setdefault(row.task_id, row)) is not row:
+                raise line.wrong(f"the task_id {row.task_id!r} was given to line {other.line} too; give each its own")
+        except ValueError as error:
+            wrong.append(str(error))
+    return list(by_id.values()), wrong
+
+
 def check_apart(training: list[PromptRow], tests: list[PromptRow]) -> None:
     """Raise ValueError where a test prompt or its task id is among the training prompts."""
     ids = {row.task_id: row for row in training}
@@ -242,17 +264,26 @@ class _Line:
 
 def _lines(path: Path) -> Iterator[_Line]:
     """Every line that is not empty."""
+    for number, text in _texts(path):
+        yield _line(path, number, text)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not empty."""
     # Only line feeds end a line: JSON may hold the other separators that str.splitlines knows.
     for number, text in enumerate(read_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = _Line(path, number, json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise _Line(path, number, {}).wrong(f"this is no JSON ({error}); write one JSON object a line") from error
-        if not isinstance(line.values, dict):
-            raise line.wrong("this is no JSON object; write {...} with its fields")
-        yield line
+        if text.strip():
+            yield number, text
+
+
+def _line(path: Path, number: int, text: str) -> _Line:
+    try:
+        line = _Line(path, number, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise _Line(path, number, {}).wrong(f"this is no JSON ({error}); write one JSON object a line") from error
+    if not isinstance(line.values, dict):
+        raise line.wrong("this is no JSON object; write {...} with its fields")
+    return line
 
 
 def _is_message(message: Any) -> bool:
