@@ -20,20 +20,19 @@ import uvicorn
 from qprobe.cli import composition
 from qprobe.embedding import LIKELIHOOD, columns_identity
 from qprobe.embedding.hf import HFEmbedder
+from qprobe.models import outline
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood_columns import COLUMNS
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.serving.policy import Policy
 
-WIDTH = 32  # of the tiny models
-
 
 def save_probe(folder: Path, spec: ModelSpec, *overrides: str, seed: int = 0) -> Path:
     """A probe of two layers and the likelihood columns beside each other, as `auto` makes them, with a card to use it by."""
     blocks = (2, 4, LIKELIHOOD)
     rng = np.random.default_rng(seed)
-    features = rng.normal(size=(200, 2 * WIDTH + len(COLUMNS))).astype("float32")
+    features = rng.normal(size=(200, 2 * outline(spec).width + len(COLUMNS))).astype("float32")
     rewards = (features[:, 0] > 0).astype("float32")
     probe = QProbe(loss="reward_mse", steps=20, beta=0.2).fit(features, rewards, np.arange(200) // 5)
     embedder = HFEmbedder(spec, (2, 4), likelihood=True)
