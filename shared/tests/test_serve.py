@@ -325,17 +325,19 @@ def test_the_command_serves_a_probe(
     from qprobe.cli.main import main
 
     ran: list[Any] = []
-    monkeypatch.setattr("uvicorn.run", lambda application, **more: ran.append((application, more)))
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: ran.append(server.config))
     assert main(["serve", "--probe", str(probe), "--port", "8123", "--n", "3", "--beta", "0"]) == 0
-    (made, more) = ran.pop()
-    assert (more["host"], more["port"]) == ("127.0.0.1", 8123)
-    assert "http://127.0.0.1:8123/v1" in capsys.readouterr().err
-    with serving(made) as served:
-        usage = post(f"{served.url}/chat/completions", body(served))[2]["usage"]["qprobe"]
-        assert (usage["candidates"], usage["beta"]) == (3, 0)
     words = ["--host", "0.0.0.0", "--upstream", "http://127.0.0.1:9/v1", "--upstream-model", "theirs"]
     assert main(["serve", "--probe", str(probe), *words]) == 0
-    assert "QPROBE_SERVE_TOKEN" in capsys.readouterr().err
+    monkeypatch.undo()
+    config = ran[0]
+    assert (config.host, config.port) == ("127.0.0.1", 8123)
+    said = capsys.readouterr().err
+    assert "http://127.0.0.1:8123/v1" in said
+    assert "QPROBE_SERVE_TOKEN" in said
+    with serving(config.app) as served:
+        usage = post(f"{served.url}/chat/completions", body(served))[2]["usage"]["qprobe"]
+        assert (usage["candidates"], usage["beta"]) == (3, 0)
     assert main(["serve", "--probe", str(probe), "--upstream-model", "x"]) == 1
     assert main(["serve", "--probe", str(probe), "--n", "0"]) == 1
     assert "k is 0" in capsys.readouterr().err

@@ -4,6 +4,7 @@ qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from
 qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
 qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe; with --prompts FILE one to every prompt
 qprobe serve --probe PROBE                    the same for clients of OpenAI's protocol
+qprobe update FOLDER                          a new probe from what users said of a server's answers
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
 qprobe export PROBE --to KIND WHERE           a probe as a sequence classifier, or on the hub
@@ -61,7 +62,7 @@ def _main(words: list[str]) -> int | None:
     if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     work = {"run": _run, "import": _import, "answer": _answer, "serve": _serve, "export": _export}
-    work |= {"inspect": _inspect, "report": _report, "pack": _pack}
+    work |= {"update": _update, "inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
 
 
@@ -117,6 +118,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
     serving.add(arguments_of("serve", "a saved probe for clients of OpenAI's protocol"))
+    serving.add_update(arguments_of("update", "a new probe from what users said of a server's answers"))
     add = arguments_of(
         "export", "a probe that leaves: its model with the probe as a classifier's head, or a page of the hub"
     )
@@ -215,6 +217,10 @@ def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _serve(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
     serving.serve(chosen, overrides)
+
+
+def _update(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    serving.update(chosen)
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 POST /v1/chat/completions, /v1/completions   an answer chosen of k candidates
 POST /v1/score                               scores and probabilities of given candidates
+POST /v1/feedback                            what a user says of an answer
 GET /v1/models, /health, /ready, /metrics
 """
 
@@ -22,12 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qprobe.models.keys import Key
 from qprobe.serving import replies
+from qprobe.serving.feedback import FeedbackBody
 from qprobe.serving.protocol import Body, ChatBody, Refused, ScoreBody, TextBody, parsed, prompt_of
 from qprobe.serving.service import Answer, Service
 
 # Seconds after which a stream says that it lives.
 KEEP_ALIVE = 5.0
-_LARGEST_BODY = 16 * 2**20
+_LARGEST_BODY = 4 * 2**20
 _OPEN = ("/health", "/ready", "/metrics")
 
 
@@ -39,9 +41,16 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
         token: that a request must bear; None or empty takes all.
     """
 
+    async def load() -> None:
+        try:
+            await service.start()
+        except Exception as error:
+            service.failure = error
+            made.state.stop()
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(service.start())
+        loading = asyncio.create_task(load())
         try:
             yield
         finally:
@@ -50,6 +59,7 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
 
     made = FastAPI(title="Q-probe", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
+    made.state.service, made.state.stop = service, lambda: None  # whoever runs it says how it is stopped
     made.add_middleware(_Counted, service=service, token=token)
 
     @made.exception_handler(Refused)
@@ -84,10 +94,9 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
         if not body.stream:
             answer = await _awaited(request, work, service)
             return JSONResponse(replies.whole(answer, body), headers=answer.headers)
-        await asyncio.wait({work}, timeout=KEEP_ALIVE)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        if work.done():  # a fault still has a status of its own
-            headers |= work.result().headers
+        if (answer := await _awaited(request, work, service, KEEP_ALIVE)) is not None:  # a fault still has its status
+            headers |= answer.headers
         return StreamingResponse(_stream(work, body, service), media_type="text/event-stream", headers=headers)
 
     @made.post("/v1/chat/completions")
@@ -110,6 +119,17 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
         found = {"object": "list", "model": service.source.name, "probe": loaded.fingerprint, "data": rows}
         best = max(range(len(rows)), key=lambda place: rows[place]["score"])
         return JSONResponse(found | {"best": best})
+
+    @made.post("/v1/feedback")
+    async def feedback(request: Request) -> Any:
+        if service.feedback is None:
+            raise Refused(
+                404, "This server keeps no feedback: it is started with --feedback FOLDER.", code="no_feedback"
+            )
+        body, _ = parsed(FeedbackBody, await _content(request))
+        taken = service.feedback.take(body)
+        service.metrics.feedback.inc()
+        return {"object": "feedback", "id": body.id, "rewards": taken}
 
     @made.get("/v1/models")
     async def models() -> Any:
@@ -182,17 +202,23 @@ async def _content(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def _awaited(request: Request, work: asyncio.Task[Any], service: Service) -> Any:
-    """What the work gives; a client that goes away ends it."""
+async def _awaited(request: Request, work: asyncio.Task[Any], service: Service, seconds: float | None = None) -> Any:
+    """What the work gives, or None where it goes on after some seconds; a client that goes away ends it."""
     left = asyncio.create_task(_left(request))
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
+        if not left.done():
+            return None
         service.metrics.gone.inc()
+        await _ended(work)
         raise Refused(499, "The client has gone.")
+    except asyncio.CancelledError:
+        await _ended(work)
+        raise
     finally:
-        await _ended(work, left)
+        await _ended(left)
 
 
 async def _left(request: Request) -> None:

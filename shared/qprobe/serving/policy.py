@@ -65,10 +65,12 @@ class Read:
     Args:
         features: (k, D) float32, the blocks beside each other.
         scores: (k,) float32, Q values.
+        widths: columns of every block.
     """
 
     features: torch.Tensor
     scores: torch.Tensor
+    widths: tuple[int, ...]
 
 
 def choice_seed(seeds: Sequence[int]) -> int:
@@ -193,18 +195,30 @@ class Policy:
             for prompt, of_prompt, candidates in zip(prompts, rendered, drawn, strict=True)
         ]
         states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
-        features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
+        blocks = [states[layer] for layer in self.blocks or (self.layer,)]
+        widths, features = tuple(block.shape[1] for block in blocks), torch.cat(blocks, dim=1)
         sizes = [len(candidates) for candidates in drawn]
         scores = torch.from_numpy(self.probe.score(features))
-        return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
+        return [Read(*found, widths) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 
-    def choice(self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None) -> Choice:
-        """Choose one of a prompt's candidates by what was read of them; `beta` None is the policy's own."""
+    def choice(
+        self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None, explore: float = 0.0
+    ) -> Choice:
+        """Choose one of a prompt's candidates by what was read of them.
+
+        Args:
+            beta: None is the policy's own.
+            explore: share of choices that are made by lot, in [0, 1]; the probabilities are those of both ways together.
+        """
         calibration = self.probe.calibration_
         right = [None] * len(drawn) if calibration is None else calibration.probabilities(read.features).tolist()
         beta, scores = self.beta if beta is None else beta, read.scores
         weights = selection.selection_weights(scores, beta)
-        chosen = selection.select(scores, beta, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        chosen = selection.select(scores, beta, generator)
+        if explore:
+            weights = (1 - explore) * weights + explore / len(drawn)
+            chosen = int(torch.multinomial(weights, 1, generator=generator))
         return Choice(
             [
                 Candidate(completion.text, float(score), float(weight), sure)

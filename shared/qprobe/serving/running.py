@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qprobe.models.keys import Key
 from qprobe.models.openai_client import ApiSettings
@@ -23,11 +24,22 @@ TOKEN = "QPROBE_SERVE_TOKEN"
 _HERE = ("127.0.0.1", "localhost", "::1")
 
 
-def application(policy: Policy, settings: ServeSettings, upstream: ApiSettings | None = None) -> FastAPI:
+def application(
+    policy: Policy,
+    settings: ServeSettings,
+    upstream: ApiSettings | None = None,
+    *,
+    feedback: Path | None = None,
+    texts: bool = False,
+    probe: Path | None = None,
+) -> FastAPI:
     """The application that serves a policy.
 
     Args:
         upstream: a server that draws in the place of the policy's own sampler, with the same model.
+        feedback: folder for replies and what users say of them; None keeps nothing.
+        texts: whether prompts and answers are kept there too.
+        probe: the folder of the policy's probe, watched for a new one.
 
     Raises:
         ModuleNotFoundError: the extra `serve` (or `openai`, for an upstream) is not installed.
@@ -42,6 +54,7 @@ def application(policy: Policy, settings: ServeSettings, upstream: ApiSettings |
             f"The package {error.name} is not installed: run `pip install 'qprobe[serve]'`."
         ) from error
     from qprobe.serving.app import app
+    from qprobe.serving.feedback import FeedbackLog
     from qprobe.serving.metrics import Metrics
     from qprobe.serving.service import Service
 
@@ -50,7 +63,8 @@ def application(policy: Policy, settings: ServeSettings, upstream: ApiSettings |
     for used in (token, *([] if key is None else [key])):
         if (why := used.fault()) is not None:
             raise ValueError(why)
-    return app(Service(policy, source, settings, Metrics()), key, token)
+    log = None if feedback is None else FeedbackLog(feedback, texts)
+    return app(Service(policy, source, settings, Metrics(), log, probe), key, token)
 
 
 def _source(policy: Policy, upstream: ApiSettings | None) -> tuple[Source, Key | None]:
@@ -76,9 +90,12 @@ def _source(policy: Policy, upstream: ApiSettings | None) -> tuple[Source, Key |
     return Upstream(upstream), Key.of(upstream.api_key_variable)
 
 
-def serve(policy: Policy, settings: ServeSettings, host: str, port: int, upstream: ApiSettings | None = None) -> None:
-    """Serve until stopped."""
-    made = application(policy, settings, upstream)
+def serve(made: FastAPI, host: str, port: int) -> None:
+    """Serve an application until stopped.
+
+    Raises:
+        Exception: what kept it from loading its model.
+    """
     import uvicorn
 
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -86,4 +103,9 @@ def serve(policy: Policy, settings: ServeSettings, host: str, port: int, upstrea
     if host not in _HERE and not os.environ.get(TOKEN, "").strip():
         said = f"Whoever reaches {host} may ask, on this machine's costs: {TOKEN} sets a token that requests must bear."
         print(said, file=sys.stderr)
-    uvicorn.run(made, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=10)
+    plain: Any = {"access_log": False, "log_level": "warning", "timeout_graceful_shutdown": 10}
+    server = uvicorn.Server(uvicorn.Config(made, host=host, port=port, **plain))
+    made.state.stop = lambda: setattr(server, "should_exit", True)
+    server.run()
+    if (failure := made.state.service.failure) is not None:
+        raise failure

@@ -5,25 +5,31 @@ No HTTP here: `app` translates.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import secrets
+import sys
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from qprobe.models.keys import Key
+from qprobe.probe.card import CARD_FILE
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion
 from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
 from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
+from qprobe.serving.feedback import FeedbackLog, watch
 from qprobe.serving.metrics import Metrics
 from qprobe.serving.policy import Choice, Policy, Read, choice_seed
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
@@ -32,6 +38,7 @@ from qprobe.serving.settings import ServeSettings
 SCORE = "score"
 # Seeds that a service makes by itself.
 _SEED_BITS = 60
+LOOK = 2.0  # seconds between looks whether a new probe is there
 _REMEMBERED = 64  # requests whose seconds say how long the next one will take
 
 
@@ -123,14 +130,28 @@ class Service:
     Args:
         policy: whose probe chooses, whose embedder reads, and whose sampler's law holds where a request says nothing.
         source: draws the candidates.
+        feedback: takes replies and what users say of them; None: nothing is kept.
+        probe: the folder of the policy's probe; when a new one is written there it is taken.
     """
 
-    def __init__(self, policy: Policy, source: Source, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        source: Source,
+        settings: ServeSettings,
+        metrics: Metrics,
+        feedback: FeedbackLog | None = None,
+        probe: Path | None = None,
+    ) -> None:
+        self.feedback = feedback
+        self._probe = probe
+        self._background: list[asyncio.Task[None]] = []
         self.loaded = Loaded(policy)
         self.source = source
         self.settings = settings
         self.metrics = metrics
         self.ready = False
+        self.failure: Exception | None = None  # of loading
         self._in_work = 0
         self._took: deque[float] = deque([1.0], maxlen=_REMEMBERED)
         rows, told = settings.batch_rows, metrics.batch
@@ -140,15 +161,22 @@ class Service:
         self.dispatcher = Dispatcher(lanes)
         if isinstance(source, OwnModel):
             source.dispatcher = self.dispatcher
-        metrics.probe.info({"fingerprint": self.loaded.fingerprint, "loss": policy.probe.loss})
+        self._tell()
 
     async def start(self) -> None:
         """Begin to serve, and load the models."""
         self.dispatcher.start()
         await self.dispatcher.run(self._warm)
+        if self.feedback is not None:
+            self._background.append(asyncio.create_task(self.feedback.keep_flushing()))
+        if self._probe is not None:
+            self._background.append(asyncio.create_task(watch(self._probe / CARD_FILE, LOOK, self.reload)))
         self.ready = True
 
     async def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         await self.dispatcher.close()
         await self.source.close()
 
@@ -186,8 +214,27 @@ class Service:
                 raise Refused(504, "The candidates were not scored in time: try again.", code="timeout") from None
             return loaded.policy.choice(completions, read, 0, beta), loaded
 
+    async def reload(self) -> None:
+        """Take the probe that lies in the folder now; requests in work end with the one that they began with."""
+        before = self.loaded.policy
+        try:
+            assert self._probe is not None  # watched
+            probe = await asyncio.to_thread(QProbe.from_pretrained, self._probe)
+            beta = None if before.beta == before.probe.beta_ else before.beta
+            self.loaded = Loaded(Policy(before.sampler, before.embedder, probe, style=before.style, beta=beta))
+        except (OSError, ValueError) as error:  # half written, or another model's
+            tqdm.write(f"The probe in {self._probe} is not taken: {error}", file=sys.stderr)
+            return
+        self._tell()
+        tqdm.write(f"The probe in {self._probe} is in use ({self.loaded.fingerprint}).", file=sys.stderr)
+
+    def _tell(self) -> None:
+        self.metrics.probe.info({"fingerprint": self.loaded.fingerprint, "loss": self.loaded.policy.probe.loss})
+
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
+        if self.failure is not None:
+            raise Refused(503, f"The model cannot be loaded: {self.failure}", code="not_ready")
         if not self.ready:
             raise Refused(503, "The model is being loaded: try again in a moment.", code="not_ready", wait=2)
         most = self.settings.most_in_work
@@ -254,10 +301,12 @@ class Service:
     async def _chosen(self, body: Body, asked: Asked, draws: Draws, loaded: Loaded) -> Answer:
         beta = loaded.policy.beta if body.qprobe.beta is None else body.qprobe.beta
         completions = [candidate.completion for candidate in draws.candidates]
-        choice, places = None, list(range(len(completions)))
+        choice, read, places = None, None, list(range(len(completions)))
+        plain = body.qprobe.beta is None and not asked.seeded and (body.n or 1) == 1
+        explore = self.settings.explore if plain and self.feedback is not None else 0.0
         try:
             read = await self._read(loaded, asked.prompt, asked.rendered, completions, asked.give_up)
-            choice = loaded.policy.choice(completions, read, choice_seed(asked.seeds), beta)
+            choice = loaded.policy.choice(completions, read, choice_seed(asked.seeds), beta, explore)
             places.sort(key=lambda place: (place != choice.chosen, -choice.candidates[place].score))
         except Exception as error:
             if isinstance(error, Refused | TooLate) and self.settings.when_scoring_fails == "error":
@@ -271,9 +320,13 @@ class Service:
             self.metrics.tokens.labels(kind).inc(draws.usage.get(kind) or 0)
         origin = draws.candidates[places[0]].origin
         made = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        created = origin.get("created")
+        created, id = origin.get("created"), origin.get("id")
+        id = id if isinstance(id, str) and id else made
+        if self.feedback is not None and choice is not None and read is not None:
+            id = made if self.feedback.knows(id) else id
+            self.feedback.record(id, asked.rendered[0], loaded.fingerprint, beta, choice, read)
         return Answer(
-            id=origin["id"] if isinstance(origin.get("id"), str) and origin["id"] else made,
+            id=id,
             created=created if isinstance(created, int) else int(time.time()),
             asked=asked.law.n,
             draws=draws,
@@ -295,7 +348,12 @@ class Service:
         item = (prompt, rendered, completions)
         try:
             found: Read = await self.dispatcher.submit(
-                SCORE, (loaded.policy, item), key=id(loaded), size=len(completions), until=give_up, give_up=give_up
+                SCORE,
+                (loaded.policy, item),
+                key=loaded.fingerprint,
+                size=len(completions),
+                until=give_up,
+                give_up=give_up,
             )
             return found
         except ValueError as error:  # what is too long for the embedder, in its own sentence
@@ -310,9 +368,11 @@ class Service:
         if isinstance(self.source, OwnModel):
             self.source.warm()
         policy = self.loaded.policy
-        if isinstance(self.source, OwnModel) or hasattr(policy.embedder, "passes"):
-            prompt = Prompt("warm", text="The")
-            policy.read([prompt], [policy.sampler.render(prompt)], [[Completion(" sea", None, "stop", math.nan, 0)]])
+        if self.feedback is not None or hasattr(policy.embedder, "passes"):
+            prompt, said = Prompt("warm", text="The"), Completion(" sea", None, "stop", math.nan, 0)
+            (read,) = policy.read([prompt], [policy.sampler.render(prompt)], [[said]])
+            if self.feedback is not None:
+                self.feedback.open(policy.probe.source, read.widths, self._probe)
 
 
 def probe_fingerprint(probe: QProbe) -> str:

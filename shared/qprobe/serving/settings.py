@@ -18,6 +18,7 @@ class ServeSettings:
         candidate_seconds: after which a candidate is left.
         request_seconds: after which a request is given up.
         batch_rows: candidates that are drawn or read together.
+        explore: share of requests whose answer is taken by lot, in [0, 1): feedback on them is what a new probe learns from.
         when_scoring_fails: "error", or "first": the first candidate, and a header that says so.
     """
 
@@ -27,6 +28,7 @@ class ServeSettings:
     candidate_seconds: float = 120.0
     request_seconds: float = 180.0
     batch_rows: int = 128
+    explore: float = 0.0
     when_scoring_fails: str = "error"
 
     def __post_init__(self) -> None:
@@ -35,5 +37,7 @@ class ServeSettings:
         for name in ("most_candidates", "most_in_work", "batch_rows", "candidate_seconds", "request_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        if not 0 <= self.explore < 1:
+            raise ValueError(f"explore is {self.explore}: a share of requests, in [0, 1).")
         if self.k is not None and not 1 <= self.k <= self.most_candidates:
             raise ValueError(f"k is {self.k}: at least 1, and at most most_candidates={self.most_candidates}.")
