@@ -94,6 +94,7 @@ def served(probe: Path) -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "qprobe", "serve", "--probe", str(probe), "--port", str(port)]
+    command += ["--candidate-seconds", "600", "--request-seconds", "600"]
     process = subprocess.Popen(command)
     try:
         root = f"http://127.0.0.1:{port}"
@@ -125,7 +126,7 @@ async def asked(root: str, pid: int, clients: int, seconds: float, first_seed: i
     texts, replies, errors = prompts(), dict[int, str](), list[str]()
     sizes: list[tuple[float, float]] = []
     seeds = iter(range(first_seed, first_seed + 10**6))
-    async with openai.AsyncOpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    async with openai.AsyncOpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
         began = time.monotonic()
 
