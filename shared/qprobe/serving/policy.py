@@ -45,6 +45,34 @@ class Choice:
         return self.candidates[self.chosen].text
 
 
+def features_of(
+    sampler: Sampler,
+    embedder: Embedder,
+    layers: Sequence[int],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+    rendered: Sequence[tuple[str, list[int]]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of prompts with completions.
+
+    Args:
+        sampler: renders the prompts.
+        layers: beside each other in what is returned.
+        completions: text and token ids (None where there are none) of each prompt's.
+        rendered: the prompts as `sampler.render` gives them, where that was asked before.
+
+    Returns: (N, D) float32, completions of the first prompt first.
+    """
+    fingerprint = sampler.tokenizer_fingerprint()
+    rendered = [sampler.render(prompt) for prompt in prompts] if rendered is None else rendered
+    to_read = [
+        tokens_to_read(embedder, fingerprint, as_read, own, templated=prompt.text is None)
+        for prompt, as_read, own in zip(prompts, rendered, completions, strict=True)
+    ]
+    states = embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
+    return torch.cat([states[layer] for layer in layers], dim=1)
+
+
 class Policy:
     """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
 
@@ -132,22 +160,35 @@ class Policy:
         rendered = [self.sampler.render(prompt) for prompt in asked]
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
-        fingerprint = self.sampler.tokenizer_fingerprint()
-        to_read = [
-            tokens_to_read(
-                self.embedder,
-                fingerprint,
-                of_prompt,
-                [(completion.text, completion.token_ids) for completion in candidates],
-                templated=prompt.text is None,
-            )
-            for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
-        ]
-        states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
-        features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
-        sizes = [len(candidates) for candidates in drawn]
-        of_prompts = torch.from_numpy(self.probe.score(features)).split(sizes)
+        read = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
+        of_prompts = self._scored(asked, read, rendered)
         return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
+
+    def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Q of completions that something else has drawn; the sampler only renders the prompts.
+
+        Args:
+            prompts: as those of `choose`.
+            completions: the texts of each prompt, one at least in all.
+
+        Raises:
+            ValueError: as `choose`; or not as many lists as prompts.
+        """
+        asked = [self._prompt(prompt) for prompt in prompts]
+        return [
+            found.tolist() for found in self._scored(asked, [[(text, None) for text in own] for own in completions])
+        ]
+
+    def _scored(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+        rendered: Sequence[tuple[str, list[int]]] | None = None,
+    ) -> Sequence[torch.Tensor]:
+        layers = self.blocks or (self.layer,)
+        features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
+        scores: Sequence[torch.Tensor] = torch.from_numpy(self.probe.score(features)).split(list(map(len, completions)))
+        return scores
 
     def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, seed: int) -> Choice:
         weights = selection.selection_weights(scores, self.beta)
