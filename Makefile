@@ -10,6 +10,10 @@ PIP_ARGS ?=
 # More overrides for a run: make demo ARGS="limit=8 sampler.n=4"
 ARGS ?=
 
+# How many processes run the tests side by side, with a core each: as many as there are cores, at most four, or a number (0: none but pytest).
+WORKERS ?= logical
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+
 # The environment of the vLLM tests, apart from the others: vLLM asks for another numpy and many packages.
 VLLM_VENV ?= .venv-vllm
 # That of the integrations lies on top of VENV: inspect_ai asks for another fsspec, and neither needs a second torch.
@@ -37,7 +41,7 @@ preference-demo: $(VENV)/.developed $(if $(PREFERENCE_DATA),,runs/demo/results/h
 	$(BIN)/qprobe-preference $(if $(PREFERENCE_DATA),experiment=hh_demo dataset.path=$(PREFERENCE_DATA),experiment=preference_demo) $(ARGS)
 
 test: $(VENV)/.developed ## The tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 $(CODE_GEN_NAMES): $(VENV)/.installed
 	$(BIN)/qprobe-code-gen experiment=$@ $(ARGS)
@@ -58,7 +62,7 @@ report: $(VENV)/.installed ## A finished run as one HTML page, every prompt with
 check: $(VENV)/.developed ## Style, types, and which package imports which
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy shared/qprobe code_gen/qprobe_code_gen preference/qprobe_preference && $(BIN)/lint-imports
 
-test-all: $(VENV)/.developed ## All tests, the slow ones too
+test-all: $(VENV)/.developed ## All tests, the slow ones too, one by one: some of these measure time and memory
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, in an environment of their own (minutes to build, once)

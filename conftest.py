@@ -17,6 +17,9 @@ from typing import Any
 
 # No test may wait for a network; libraries read this when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests that run side by side have a core each; torch counts its threads when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Models that are unpacked once stay for the next call of the tests, and out of the user's own cache.
 os.environ.setdefault("QPROBE_CACHE", str(Path(__file__).parent / ".pytest_cache" / "qprobe"))
 
@@ -145,6 +148,17 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return save_model(tmp_path_factory.mktemp("tiny-gpt2"), config, byte_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen2_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A Qwen2: biased queries, and one matrix for embeddings and output head."""
+    from transformers import Qwen2Config
+
+    values = llama_config(num_hidden_layers=3, tie_word_embeddings=True).to_dict()
+    for name in ("model_type", "head_dim", "architectures", "transformers_version", "rope_parameters"):
+        values.pop(name, None)
+    return save_model(tmp_path_factory.mktemp("tiny-qwen2"), Qwen2Config(**values), byte_tokenizer())
+
+
 def load_from_tests(name: str) -> ModuleType:
     """A module of shared/tests that is no test file."""
     path = Path(__file__).parent / "shared" / "tests" / f"{name}.py"
@@ -243,6 +257,13 @@ def six_cpus() -> Iterator[Any]:
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without embedded fonts, which take longer than the rest of a small run; test_report_figures.py has them."""
+    drawing = pytest.importorskip("qprobe.report.drawing", reason="figures need the extra `report`")
+    monkeypatch.setitem(drawing._STYLE, "pdf.fonttype", 3)
 
 
 ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")

@@ -36,7 +36,7 @@ def rows_of(run: Path, pool: str, blocks: tuple[str, ...] = (HIDDEN, LIKELIHOODS
         HIDDEN: _features(pool, layer, keys).astype(np.float32),
         LIKELIHOODS: (columns - columns.groupby(groups).transform("mean")).to_numpy(),
     }
-    untrained = {name: sign * columns[name].to_numpy() for name, sign in UNTRAINED.items()}
+    untrained = {name: sign * columns[name].to_numpy() for name, sign in UNTRAINED.items() if name in COLUMNS}
     return Rows({name: made[name] for name in blocks}, rewards.reward.to_numpy(), groups, anchors=untrained)
 
 

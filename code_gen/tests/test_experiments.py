@@ -1,5 +1,6 @@
 """Every shipped experiment composes and runs, shrunk, on a tiny model; what a full one lacks is said before any work."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def shrunk(tiny_words: list[str], local_data: dict[str, list[str]], tmp_path: Pa
             # The tiny model has no success.
             *("baselines.few_shot.shots=1", "baselines.few_shot.success=0.0", "baselines.sft.success=0.0"),
             *("baselines.sft.epochs=1", "baselines.finetune_rm.epochs=1", "baselines.prompt_rm.model=null"),
-            *("evaluation.k=2", "evaluation.folds=2"),
+            *("evaluation.k=2", "evaluation.folds=2", "sandbox.workers=1"),
         ]
 
     return words
@@ -65,6 +66,7 @@ def weighed(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if heavy else name
 
 
+@pytest.mark.usefixtures("plain_figures")
 @pytest.mark.parametrize("name", [weighed(name) for name in EXPERIMENTS])
 def test_every_experiment_runs_shrunk(
     name: str,
@@ -119,20 +121,33 @@ def test_every_experiment_runs_shrunk(
         usage = [line for path in tmp_path.rglob("usage.jsonl") for line in path.read_text().splitlines()]
         assert sum(json.loads(line)["calls"] for line in usage) == len(server.requests)
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
-    # All is there: the same words draw and read nothing, so that nothing needs to be said.
-    command.run(config)
+    # All is there: the same words draw and read nothing, so that nothing needs to be said. Figures would be drawn again.
+    command.run(config | {"stages": [stage for stage in config["stages"] if stage != "report"]})
     assert "needs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice: str, composed: Composed) -> None:
-    group, _, name = choice.partition("=")
     words = [choice, *MUST_BE_SAID.get(choice, [])]
-    for experiment in [name] if group == "experiment" else EXPERIMENTS:
-        config = composed([*(words if group != "experiment" else []), *said(experiment)])
-        assert set(config) == command.KEYS
+    group, _, name = choice.partition("=")
+    config = composed(said(name) if group == "experiment" else [*words, "experiment=demo"])
+    assert set(config) == command.KEYS
     if (CORE / group / f"{name}.yaml").exists():
         assert set(composition.composed("run", words)) >= composition.KEYS
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_choice_of_every_group_composes_with_every_experiment(experiment: str, composed: Composed) -> None:
+    # A choice of every group at once, so that all are seen in as few rounds as the largest group has choices.
+    chosen = [choice for choice in CHOICES if not choice.startswith("experiment=")]
+    groups = [list(own) for _, own in itertools.groupby(chosen, lambda choice: choice.partition("=")[0])]
+    seen = set()
+    for number in range(max(map(len, groups))):
+        words = [own[number % len(own)] for own in groups]
+        seen.update(words)
+        must = [word for choice in words for word in MUST_BE_SAID.get(choice, [])]
+        assert set(composed([*words, *must, *said(experiment)])) == command.KEYS
+    assert seen == set(chosen)
 
 
 def test_every_key_of_every_configuration_has_a_comment() -> None:

@@ -9,6 +9,8 @@ import pytest
 import qprobe_code_gen.__main__ as command
 from qprobe.cli import composition
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf/experiment").glob("*.yaml"))
 SERVED = "sampler.api.model=gpt-3.5-turbo-1106"
 Composed = Callable[..., dict[str, Any]]

@@ -21,6 +21,8 @@ from qprobe import store
 from qprobe.models.language_model import ModelSpec
 from qprobe.sampling import Completion
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 K = 3
 WORDS = (
     *("experiment=gsm8k", "model=hub", "model.dtype=float32", "model.device=cpu", "dataset.examples=2", "sampler.n=6"),

@@ -18,6 +18,8 @@ from qprobe.report.results import Results
 from qprobe.settings import build
 from qprobe_preference.dataset import Dataset
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 EXPERIMENTS = sorted(path.stem for path in (Path(command.__file__).parent / "conf" / "experiment").glob("*.yaml"))
 # Those of policies run in test_policy.py.
 PAIRS = ["hh", "hh_local", "oasst", "run_pairs", "shp", "trl"]

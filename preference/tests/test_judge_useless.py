@@ -22,6 +22,8 @@ from qprobe.run.pools import Pool
 from qprobe_preference.judges import AgainstReference, Comparison, configured
 from qprobe_preference.judges.openai import OpenAIJudge
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 Json = dict[str, Any]
 USER = "{fence}\n{conversation}\n{fence}\n{answer_a}\n{fence}\n{answer_b}\n{fence}"
 

@@ -20,6 +20,8 @@ import qprobe_preference.__main__ as command
 from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 WORDS = (
     *("experiment=trl", "model=hub", "model.dtype=float32", "model.device=cpu", "dataset.prompts=text"),
     *("embedder.layers=[1,2]", "evaluation.seeds=2", "evaluation.bootstrap=4000", "evaluation.curve_shares=[]"),

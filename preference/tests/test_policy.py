@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from qprobe_preference import policy
 from qprobe_preference.judges import implicit
 from qprobe_preference.pairs.base import Found, collect
 from qprobe_preference.policy import PolicySettings, drawn_prompts
+
+pytestmark = pytest.mark.usefixtures("plain_figures")
 
 CONF = Path(command.__file__).parent / "conf"
 POLICIES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "policy" in path.read_text())
@@ -104,10 +108,14 @@ def test_the_papers_settings_are_those_of_its_experiments(composed: Composed) ->
 def test_killed_in_each_stage_and_continued_it_gives_the_same_tables(
     configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @functools.cache
+    def made(folder: str) -> dict[str, Any]:
+        config = configured("hh_demo", "sampler.batch_rows=3", f"paths.runs={tmp_path}/{folder}")
+        config["policy"]["policies"] = [{"name": "other", "model": config["model"]["name"]}]
+        return config
+
     def config(folder: str) -> dict[str, Any]:
-        made = configured("hh_demo", "sampler.batch_rows=3", f"paths.runs={tmp_path}/{folder}")
-        made["policy"]["policies"] = [{"name": "other", "model": made["model"]["name"]}]
-        return made
+        return copy.deepcopy(made(folder))
 
     class Killed(BaseException):
         pass

@@ -169,6 +169,9 @@ class EmbedderWithColumns(Embedder):
 
     likelihood = True
 
+    def column_names(self) -> tuple[str, ...]:
+        return COLUMNS
+
     def likelihood_identity(self) -> dict[str, Any]:
         return {"columns": "fake"}
 
@@ -184,7 +187,12 @@ class PlantedEmbedder(Embedder):
     """As a configuration names one: layer 1 says how good an answer is, and nothing else; the layers above are noise."""
 
     def __init__(
-        self, model: Any, layers: Sequence[int] = (1, 2), likelihood: bool = False, ending: str | None = None
+        self,
+        model: Any,
+        layers: Sequence[int] = (1, 2),
+        likelihood: bool = False,
+        ending: str | None = None,
+        question: str | None = None,
     ) -> None:
         super().__init__(layers)
 

@@ -10,6 +10,7 @@ from qprobe.evaluation.advice import advice
 from qprobe.evaluation.best_control import BestControl
 from qprobe.evaluation.methods import Kind, Method
 from qprobe.evaluation.sweep import EvaluationSettings
+from qprobe.report.results import Band, Certainties, Certainty
 from qprobe.run.joined import Joined
 
 PROMPTS, ROWS = 40, 4
@@ -73,6 +74,28 @@ def test_the_probe_that_is_spoken_of_is_auto_or_else_the_last_and_not_the_luckie
 def test_whether_more_candidates_would_help(half: float, said: str) -> None:
     found = advice(pool(), [probe(0.8, half)], None)
     assert said in next(sentence for sentence in found if sentence.startswith("Candidates: 4 earn"))
+
+
+@pytest.mark.parametrize(
+    ("low", "brier", "end"),
+    [(0.75, 0.15, "none of these to the others."), (0.55, 0.15, "too little"), (0.75, 0.25, "too little")],
+)
+def test_whether_being_sure_says_which_prompts_to_answer(low: float, brier: float, end: str) -> None:
+    known = Certainty(
+        predicted=[0.4, 0.8],
+        observed=Band(value=[0.4, 0.8], low=[0.2, 0.6], high=[0.6, 0.9]),
+        prompts=[20, 20],
+        brier=brier,
+        brier_of_mean=0.24,
+        shares=[0.5, 1.0],
+        surest=Band(value=[0.8, 0.6], low=[low, 0.5], high=[0.9, 0.7]),
+    )
+    found = advice(pool(), [probe(0.6)], None, Certainties(series={"Q-probe auto": known}))[-1]
+    assert f"surest of, 0.800 [{low:.3f}, 0.900] are right, of all 0.600" in found
+    assert end in found
+    assert (
+        advice(pool(), [probe(0.6, name="Q-probe L_Q")], None, Certainties(series={"Q-probe auto": known}))[-1] != found
+    )
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_advised() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from qprobe.embedding import LIKELIHOOD
-from qprobe.evaluation import auto
+from qprobe.evaluation import auto, controls
 from qprobe.evaluation.auto import Blocks, settings_of
-from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, probe_seed
+from qprobe.evaluation.scoring import score
+from qprobe.evaluation.sweep import EvaluationSettings, SweepProbe, fold_of, load_sweep, probe_seed, save_sweep
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED
+from qprobe.models.question import QUESTION_COLUMNS
 from qprobe.probe import blocks
 from qprobe.probe.ranking import within_prompt_auc
 from qprobe.probe.training import TrainingSettings, score_rows
@@ -54,9 +57,11 @@ def within(values: np.ndarray) -> float:
     return float(np.std(by_prompt - by_prompt.mean(axis=1, keepdims=True)))
 
 
-def swept(own: Blocks, at: dict[int, Joined], folded: bool) -> tuple[Joined, list[SweepProbe]]:
+def swept(
+    own: Blocks, at: dict[int, Joined], folded: bool, curve: tuple[float, ...] = ()
+) -> tuple[Joined, list[SweepProbe]]:
     rows = own.joined(at.__getitem__)
-    settings = settings_of(EvaluationSettings(folds=4))
+    settings = settings_of(EvaluationSettings(folds=4, curve_shares=curve))
     return rows, own.sweep(rows, TrainingSettings(), settings, k=ROWS, seed=0, progress=False, folded=folded)
 
 
@@ -117,7 +122,8 @@ def test_an_anchors_weight_is_put_on_its_column() -> None:
     assert rows.features is not None
     made = blocks.auto(own.rows(rows))
     nothing = {name: np.zeros_like(of_block) for name, of_block in made.coefficients.items()}
-    for name, sign in UNTRAINED.items():
+    for name in own.rows(rows).anchors:
+        sign = UNTRAINED[name]
         solution = dataclasses.replace(made, anchor=name, anchor_weight=2.0, bias=0.0, coefficients=nothing)
         found = score_rows(own.network(solution, rows.features.shape[1]), torch.from_numpy(rows.features)).numpy()
         column = at[LIKELIHOOD].features
@@ -142,6 +148,47 @@ def test_where_there_is_nothing_to_learn_all_score_alike_and_it_is_said(reward: 
     assert "differ" in probe.trained.note
 
 
+def test_the_learning_curve_has_a_probe_a_share_of_fewer_of_the_same_prompts() -> None:
+    own, at = planted("layer 3")
+    rows, probes = swept(own, at, folded=False, curve=(0.25, 0.5))
+    assert [(probe.share, probe.prompts) for probe in probes] == [(1.0, PROMPTS), (0.25, 15), (0.5, 30)]
+    rising = [
+        np.nanmean(within_prompt_auc(scored(probe, rows), rows.rewards, rows.groups))
+        for probe in sorted(probes, key=lambda probe: probe.share)
+    ]
+    assert rising[0] > 0.8
+    assert rising[0] < rising[2] + 0.02
+    folded = swept(own, at, folded=True, curve=(0.5,))[1]
+    assert [(probe.share, probe.fold, probe.prompts) for probe in folded] == [
+        *((1.0, fold, 45) for fold in range(4)),
+        *((0.5, fold, 22) for fold in range(4)),
+    ]
+
+
+def test_the_answer_to_a_question_is_an_untrained_score_beside_the_others() -> None:
+    _, at = planted(None)
+    lot = np.random.default_rng(5)
+    knows = at[3].rewards + 0.3 * lot.normal(size=PROMPTS * ROWS)
+    columns = np.c_[at[LIKELIHOOD].features, knows, lot.normal(size=PROMPTS * ROWS)].astype(np.float32)
+    at[LIKELIHOOD] = dataclasses.replace(at[LIKELIHOOD], features=columns)
+    own = Blocks((3, LIKELIHOOD), (*COLUMNS, *QUESTION_COLUMNS))
+    rows = own.joined(at.__getitem__)
+    made = own.rows(rows)
+    assert {name: block.shape[1] for name, block in made.blocks.items()} == {
+        "layer 3": WIDTH,
+        "likelihood": len(COLUMNS) + len(QUESTION_COLUMNS),
+    }
+    assert made.anchors["question_log_odds"] == pytest.approx(knows, abs=1e-5)
+    _, (probe,) = swept(own, at, folded=False)
+    assert "question_log_odds" in probe.trained.note
+    assert np.nanmean(within_prompt_auc(scored(probe, rows), rows.rewards, rows.groups)) > 0.95
+    asked = controls.of_columns(
+        at[LIKELIHOOD], EvaluationSettings(controls=("likelihood_columns",)), (*COLUMNS, *QUESTION_COLUMNS)
+    )
+    assert asked["highest log-odds of Yes"] is not None
+    assert asked["highest log-odds of Yes"][0] == pytest.approx(knows, abs=1e-5)
+
+
 def test_without_likelihood_columns_there_are_layers_alone() -> None:
     _, at = planted("layer 7")
     own = Blocks((3, 7))
@@ -149,6 +196,26 @@ def test_without_likelihood_columns_there_are_layers_alone() -> None:
     assert (list(rows.blocks), list(rows.anchors)) == (["layer 3", "layer 7"], [])
     _, (probe,) = swept(own, at, folded=False)
     assert probe.trained.network.dimension == 2 * WIDTH
+
+
+def test_how_likely_a_choice_is_right_is_said_by_probes_that_did_not_see_the_prompt_and_kept(tmp_path: Path) -> None:
+    own, at = planted(None)
+    rows, probes = swept(own, at, folded=True)
+    assert rows.features is not None
+    hidden = rows.features.shape[1] - len(COLUMNS)
+    save_sweep(probes, tmp_path, {})
+    again = load_sweep(tmp_path, {})
+    assert again is not None
+    settings = dataclasses.replace(settings_of(EvaluationSettings(folds=4)), seeds=1)
+    right = score(again, rows, settings, 0)[1.0]["auto"].right
+    assert right is not None
+    fold = fold_of(PROMPTS, 4, probe_seed(0, 0))
+    for probe in probes:
+        made, out = probe.trained.calibration, (fold == probe.fold)[rows.groups]
+        assert made is not None
+        assert made.weights[:hidden].any()
+        assert not made.weights[hidden:].any()  # likelihoods lie elsewhere on other prompts
+        assert right[0, out] == pytest.approx(made.probabilities(rows.features[out], rows.groups[out]), abs=1e-6)
 
 
 @pytest.mark.parametrize(("most", "prompts"), [(10 * ROWS, 10), (PROMPTS * ROWS, PROMPTS), (1, 1)])

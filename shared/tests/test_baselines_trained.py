@@ -21,6 +21,8 @@ from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.run.pools import RewardBatch, RewardRow, Split
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
 Make = Callable[..., Pipeline]

@@ -21,11 +21,11 @@ LINES = [
     ("--version", 0, "qprobe 0."),
     *(
         (f"{name} --help", 0, f"usage: qprobe {name}")
-        for name in ("run", "import", "answer", "inspect", "report", "pack")
+        for name in ("run", "import", "answer", "export", "inspect", "report", "pack")
     ),
     *(
         (name, 2, "the following arguments are required")
-        for name in ("run", "import", "answer", "inspect", "report", "pack")
+        for name in ("run", "import", "answer", "export", "inspect", "report", "pack")
     ),
     ("rnu", 2, "did you mean run?"),
     ("inspekt x", 2, "did you mean inspect?"),
@@ -41,6 +41,12 @@ LINES = [
     ("import c.jsonl --run r evaluation.fold=2", 2, "did you mean evaluation.folds?"),
     ("import c.jsonl --run r", 1, "There is no file c.jsonl"),
     ("answer hello --probe nowhere", 1, "nowhere"),
+    ("answer --probe nowhere", 2, "--prompts"),
+    ("answer hello --probe nowhere --prompts p.jsonl", 2, "either"),
+    ("answer hello --probe nowhere --output out.jsonl", 2, "--output"),
+    ("answer --probe nowhere --prompts p.jsonl", 1, "There is no file p.jsonl"),
+    ("export nowhere --to sequence-classification folder", 1, "nowhere"),
+    ("export nowhere --to onnx folder", 2, "invalid choice"),
     ("inspect nowhere", 1, "nowhere is no run folder"),
     ("inspect nowhere a=1", 2, "unrecognized arguments: a=1"),
     ("report nowhere", 1, "nowhere"),

@@ -11,7 +11,7 @@ import pytest
 import qprobe
 from qprobe.baselines.few_shot import FewShot
 from qprobe.baselines.prompt_rm import PromptRM
-from qprobe.cli import composition
+from qprobe.cli import composition, uses
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.probe.estimator import QProbe
@@ -153,7 +153,7 @@ def test_an_override_of_a_card_that_cannot_be_names_its_key(override: str, word:
 
 
 def test_a_card_is_not_changed_by_overrides() -> None:
-    changed = composition._overridden(USE, ["sampler.n=5", "sampler.stop=[x]", "prompts=text", "model.device=null"])
+    changed = uses._overridden(USE, ["sampler.n=5", "sampler.stop=[x]", "prompts=text", "model.device=null"])
     assert (changed["sampler"]["n"], changed["sampler"]["stop"], changed["prompts"]) == (5, ["x"], "text")
     assert changed["model"]["device"] is None
     assert USE["sampler"]["n"] == 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import joined as table
 from tables import row
 
 from qprobe.evaluation import controls
@@ -88,6 +89,19 @@ def test_length_and_log_probability_by_hand() -> None:
     unknown = dataclasses.replace(joined, logprobs=np.float32([-4, np.nan, 0, -4]))
     assert controls.scores(unknown, settings, 0)["highest logprob"] is None
     assert controls.scores(joined, dataclasses.replace(SETTINGS, controls=()), 0) == {}
+
+
+def test_agreement_is_nearness_in_standardised_features_and_how_often_a_text_is_there() -> None:
+    features = np.float32([[0, 7], [1, 7], [10, 7], [0, 7], [9, 7], [10, 7]])
+    joined = table([[0, 1, 0], [1, 0, 1]], features)
+    joined = dataclasses.replace(joined, completions=["a", "b", "a", "a", "c", "c"])
+    made = controls.scores(joined, dataclasses.replace(SETTINGS, controls=("agreement",)), 0)
+    near, often = made["nearest to the others"], made["most repeated"]
+    assert near is not None
+    assert often is not None
+    deviation = float(features[:, 0].std())
+    np.testing.assert_allclose(near[0] * deviation, [-11 / 3, -10 / 3, -19 / 3, -19 / 3, -10 / 3, -11 / 3], rtol=1e-4)
+    assert often.tolist() == [[2, 1, 2, 1, 2, 2]]
 
 
 def test_random_directions_read_standardised_features_and_choose_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def test_nothing_half_written_is_taken_for_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+@pytest.mark.slow  # most of a minute: the file is unpacked twice
 @EMBEDDED
 def test_the_embedded_model_unpacked_is_the_packed_one() -> None:
     spec = ModelSpec(dtype="bfloat16", device="cpu")

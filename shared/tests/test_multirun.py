@@ -16,6 +16,8 @@ from qprobe.report.results import Results
 from qprobe.settings import UsageError
 from qprobe.store import sharing
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 
 @pytest.fixture
 def words(tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

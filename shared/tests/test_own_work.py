@@ -17,6 +17,8 @@ from qprobe.cli import main
 from qprobe.models.language_model import ModelSpec
 from qprobe.probe.estimator import QProbe
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 REWARD = """
 def reward(prompt, completion, number):
     return (len(completion) + number) % 3 / 2
@@ -259,6 +261,11 @@ def test_rewards_that_a_loss_cannot_read_are_said_before_any_work(
         ([*RUN, "samplr.n=2"], 2, "did you mean sampler.n?"),
         ([*RUN, "+speed=2"], 1, "speed"),
         ([*RUN, "evaluation.k=4"], 1, "n=3"),
+        (
+            [*RUN, "embedder.question=Right?", "evaluation.losses=[reward_mse]", "evaluation.controls=[]"],
+            1,
+            "embedder.question",
+        ),
         ([*RUN, "evaluation.folds=7"], 1, "7 folds"),
         (["import", "mine.jsonl", "--run", "runs/mine"], 1, "mine.jsonl, line 2"),
         (["import", "good.jsonl", "--run", "runs/mine", "evaluation.k=3"], 1, "lower k"),

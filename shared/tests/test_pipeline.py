@@ -19,6 +19,8 @@ from qprobe.probe.training import TrainingSettings
 from qprobe.run.pools import RewardRow, Split
 from qprobe.store.table import StoreError
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 TRAINING = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
 SETTINGS = EvaluationSettings(losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, draws=5, bootstrap=100)
 WORK = STAGES[:-1]  # all but the report, whose figures take a second

@@ -23,6 +23,8 @@ from qprobe.cli import main
 from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 SETTINGS = (
     *("model=hub", "model.dtype=float32", "model.device=cpu", "prompts=text", "embedder.layers=[1,2]", "layer=best"),
     *("evaluation.beta=0", "evaluation.seeds=2", "evaluation.folds=3", "evaluation.controls=[length]"),

@@ -235,6 +235,12 @@ def test_the_source_of_an_embedder_names_its_model() -> None:
     assert EmbeddingSource.of(identity, 3, "t") == EmbeddingSource({"name": "m"}, 3, "last", "t")
     plain = EmbeddingSource.of({"embedder": "api", "model": "text-embedding-3-small"}, 0)
     assert plain == EmbeddingSource({"embedder": "api", "model": "text-embedding-3-small"}, 0)
+    # A model that is known by its content may lie anywhere; one of the hub is known by its whole name.
+    here, there = (EmbeddingSource({"name": f"{folder}/tiny", "content": "0f"}, 3) for folder in ("/a", "b/c"))
+    assert here == there != EmbeddingSource({"name": "b/c/tiny", "content": "0e"}, 3)
+    assert EmbeddingSource({"name": "a/tiny", "content": None}, 3) != EmbeddingSource(
+        {"name": "b/tiny", "content": None}, 3
+    )
 
 
 FEATURES, REWARDS, NAMES = rows()

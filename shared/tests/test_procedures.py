@@ -18,6 +18,8 @@ from qprobe.probe.intervals import Interval
 from qprobe.probe.metrics import best_of_k, partition_reward, reward_grid
 from qprobe.probe.training import TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 OURS = TrainingSettings(steps=25, learning_rate=0.1, minimum_mixed=2, check_every=5)
 THEIRS = TrainingSettings(steps=None, epochs=20, held_out=0.0, standardize=False, learning_rate=0.01)
 SETTINGS = EvaluationSettings(losses=("reward_mse", "policy_gradient"), seeds=2, folds=3, draws=5, bootstrap=100, k=2)

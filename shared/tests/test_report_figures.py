@@ -14,6 +14,8 @@ import pytest
 
 from qprobe.report.results import (
     Band,
+    Certainties,
+    Certainty,
     Curve,
     LayerCurve,
     LearningCurve,
@@ -234,6 +236,26 @@ def test_prompts_and_layers_have_a_line_a_method_in_its_colour_and_their_own_tic
     assert prompts.get_xlabel() == "training prompts"
     assert "base (pass@1)" in written(prompts)
     assert figures.reward_against_layer(drawn()) is None
+
+
+def test_certainty_shows_predicted_against_observed_and_what_the_surest_earn(figures: Any) -> None:
+    own = Certainty(
+        predicted=[0.2, 0.7],
+        observed=band(0.1, 0.8),
+        prompts=[30, 31],
+        brier=0.1,
+        brier_of_mean=0.2,
+        shares=[0.5, 1.0],
+        surest=band(0.8, 0.45),
+    )
+    results = dataclasses.replace(drawn(), certainty=Certainties(series={"Q-probe L_PG": own}))
+    said, kept = figures.certainty(results).axes
+    assert [0.1, 0.8] in [list(line.get_ydata()) for line in said.lines if list(line.get_xdata()) == [0.2, 0.7]]
+    assert [0, 1] in [list(line.get_ydata()) for line in said.lines if list(line.get_xdata()) == [0, 1]]
+    assert [0.8, 0.45] in [list(line.get_ydata()) for line in kept.lines if list(line.get_xdata()) == [0.5, 1.0]]
+    assert figures.certainty(drawn()) is None
+    with pytest.raises(ValueError, match="shares"):
+        dataclasses.replace(own, shares=[1.0])
 
 
 def test_figures_are_written_where_there_is_data_and_the_same_every_time(figures: Any, tmp_path: Path) -> None:

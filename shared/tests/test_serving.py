@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qprobe.probe.calibration import Calibration
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
@@ -61,6 +62,21 @@ def test_it_is_chosen_with_the_probability_that_is_shown(probe: QProbe, fakes: M
     # Four standard deviations of a binomial count are 40 at most.
     assert all(abs(drawn[rank] - expected[rank]) < 40 for rank in range(4))
     assert min(drawn.values()) > 20
+
+
+def test_how_likely_each_candidate_is_right_is_said_where_the_probe_was_calibrated(
+    probe: QProbe, fakes: ModuleType
+) -> None:
+    assert Policy(fakes.Sampler(4), fakes.Embedder((2,)), probe).choose(PROMPT, 0).right is None
+    weights = np.zeros(fakes.WIDTH)
+    weights[0] = 1.0  # the level is the goodness
+    probe.calibration_ = Calibration(weights, 0.0, -5.0, 1.0, 0.5)
+    choice = Policy(fakes.Sampler(4), fakes.Embedder((2,)), probe, beta=0).choose(PROMPT, 0)
+    levels = [number / 10 for number in goodness(choice)]  # as they are embedded
+    mean = sum(levels) / 4
+    expected = [1 / (1 + math.exp(5 - level - 0.5 * mean)) for level in levels]
+    assert [candidate.right for candidate in choice.candidates] == pytest.approx(expected, rel=1e-4)
+    assert choice.right == choice.candidates[choice.chosen].right
 
 
 def test_the_same_seed_gives_the_same_answer_and_no_seed_a_new_one(probe: QProbe, fakes: ModuleType) -> None:

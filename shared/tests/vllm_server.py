@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -39,10 +40,16 @@ class VLLMServer:
         pooling: whether it embeds.
         kv_cache_gib: for keys and values.
         max_model_len: longest prompt with its completion, in tokens; None is the model's context.
+        more: further words of the command.
     """
 
     def __init__(
-        self, spec: ModelSpec, pooling: bool = False, kv_cache_gib: float = 0.0625, max_model_len: int | None = None
+        self,
+        spec: ModelSpec,
+        pooling: bool = False,
+        kv_cache_gib: float = 0.0625,
+        max_model_len: int | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -58,6 +65,7 @@ class VLLMServer:
         if pooling:
             pooler = '{"seq_pooling_type": "LAST", "use_activation": false}'
             words += ["--runner", "pooling", "--convert", "embed", "--pooler-config", pooler]
+        words += more
         self._guard = Guard()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server runs
         self._process = subprocess.Popen(

@@ -6,7 +6,6 @@ it belongs to (`settings.build`), so that what is wrong in one is a sentence wit
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import re
@@ -17,8 +16,8 @@ from typing import Any
 
 from qprobe.baselines import Baseline
 from qprobe.baselines.consistency import Agreement
-from qprobe.cli import configuration
-from qprobe.embedding import LIKELIHOOD, Embedder, GivesLikelihoods
+from qprobe.cli import configuration, uses
+from qprobe.embedding import Embedder, GivesLikelihoods
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
@@ -32,7 +31,7 @@ from qprobe.registry import Registry
 from qprobe.run import lengths
 from qprobe.sampling import Sampler, SamplingSettings, StopRule
 from qprobe.serving.policy import Policy
-from qprobe.settings import UsageError, accepted, build, check_keys, kinds_of, meant
+from qprobe.settings import accepted, build, check_keys, kinds_of
 
 SAMPLERS, EMBEDDERS, BASELINES = (Registry(f"qprobe.{kind}") for kind in ("samplers", "embedders", "baselines"))
 _RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  # with the keys that each knows
@@ -40,8 +39,6 @@ _RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
 # What two procedures in one table share.
 COMMON = ("losses", "k", "curve_shares", "curve_prompts", "controls", "bootstrap")
-# What an application needs besides a probe.
-_USE_KEYS = {"prompts", "model", "sampler", "embedder"}
 
 
 def composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -179,6 +176,11 @@ def pipeline(
         AUTO in settings.losses or "likelihood_columns" in settings.controls
     ):
         ends.embedder.likelihood = False  # nobody reads them, and they cost a pass over the output head
+    if getattr(ends.embedder, "question", None) and not getattr(ends.embedder, "likelihood", False):
+        raise ValueError(
+            "embedder.question is asked for nobody: its columns lie beside the likelihood columns, which the loss auto or the "
+            "controls likelihood_columns read (and embedder.likelihood must be true). Add one of these, or say null."
+        )
     return Pipeline(
         sampler=ends.sampler,
         greedy=ends.greedy,
@@ -303,31 +305,6 @@ def policy(probe: QProbe, overrides: Sequence[str] = (), beta: float | None = No
     Raises:
         ValueError: a card that names none, or an override that cannot be.
     """
-    if missing := sorted(_USE_KEYS - set(probe.use)):
-        raise ValueError(
-            f"The probe's card does not say {', '.join(missing)}: it was not made by `qprobe run` or `qprobe import`. In "
-            "Python, Policy(sampler, embedder, probe) takes any."
-        )
-    config = _overridden(probe.use, overrides)
-    if probe.source is not None:
-        blocks = probe.source.blocks
-        if "layers" in config["embedder"]:  # an embedder of another package may have one layer and no such key
-            config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]
-        if "likelihood" in config["embedder"]:  # not read where the probe does not
-            config["embedder"]["likelihood"] = LIKELIHOOD in blocks
-    config["sampler"]["greedy"] = False
+    config = uses.used(probe, overrides)
     ends = back_ends(config)
     return Policy(ends.sampler, ends.embedder, probe, style=config["prompts"], beta=beta)
-
-
-def _overridden(use: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy with some values changed; no key is added."""
-    config, known = copy.deepcopy(use), sorted(configuration.leaves(use))
-    for name, value in configuration.values(overrides):
-        if name not in known:
-            raise UsageError(
-                f"A probe's card has no setting {name}{meant(name, known)}: choose from {', '.join(known)}."
-            )
-        *parents, key = name.split(".")
-        functools.reduce(dict.__getitem__, parents, config)[key] = value
-    return config

@@ -26,6 +26,7 @@ _REGISTERED = {
     "embedder": ("qprobe.embedders", None),
     "judge": ("qprobe.judges", None),
 }
+_NO_CHOICES = ("given",)  # registered, and chosen by another option
 # Arguments of back ends that a run gives.
 _GIVEN = ("model", "settings", "folder")
 EXPERIMENT = "experiment"
@@ -53,7 +54,8 @@ def groups(package: str, more: Sequence[Path] = ()) -> dict[str, list[Choice]]:
             found.setdefault(path.parent.name, {}).setdefault(path.stem, Choice(path.stem, _about(path)))
     for group, (registered, _) in _REGISTERED.items():
         for name, packages in Registry(registered).packages().items() if group in found else ():
-            found[group].setdefault(name, Choice(name, f"Of {' and of '.join(packages)}."))
+            if name not in _NO_CHOICES:
+                found[group].setdefault(name, Choice(name, f"Of {' and of '.join(packages)}."))
     return {group: list(found[group].values()) for group in sorted(found)}
 
 
@@ -101,6 +103,8 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
     """
     with _hydra():
         from hydra import compose, initialize_config_module
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
         parsed = _parsed(words)
         if several := [word for word, found in zip(words, parsed, strict=True) if found.is_sweep_override()]:
@@ -108,8 +112,13 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
                 f"{several[0]} says several values: write KEY=[1,2] for a list; add --multirun for a run with each."
             )
         with initialize_config_module(package, version_base="1.3"):
-            _check(package, name, words, parsed)
-            return plain(compose(name, list(words)))
+            try:
+                config = compose(name, list(words))
+            except (HydraException, OmegaConfBaseException):
+                # It composes again, which a command that is right need not wait for.
+                _check(package, name, words, parsed)
+                raise
+            return plain(config)
 
 
 def plain(config: Any) -> dict[str, Any]:

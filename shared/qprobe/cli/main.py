@@ -2,9 +2,10 @@
 
 qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from completions to probes and a table
 qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
-qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe
+qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe; with --prompts FILE one to every prompt
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
+qprobe export PROBE --to KIND WHERE           a probe as a sequence classifier, or on the hub
 qprobe pack RUN FOLDER                        a run without its model: what sampler=recorded reads
 
 `run` and `import` take several values with -m: a run for every combination.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qprobe.cli import command, completion, configuration
 from qprobe.cli.command import Parser, groups_text, guarded, without_debug
+from qprobe.settings import UsageError
 
 if TYPE_CHECKING:
     from qprobe.cli.own_work import Work
@@ -38,6 +40,7 @@ qprobe COMMAND --help says more of each. All take --debug: where an error came f
 # Commands that take KEY=VALUE, with examples.
 _CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
 _CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
+_CHANGED["export"] = "model.dtype=float32"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +59,8 @@ def _main(words: list[str]) -> int | None:
     chosen, rest = _parser().parse_known_args(words)
     if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    work = {"run": _run, "import": _import, "answer": _answer, "inspect": _inspect, "report": _report, "pack": _pack}
+    work = {"run": _run, "import": _import, "answer": _answer, "export": _export}
+    work |= {"inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
 
 
@@ -75,7 +79,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     def arguments_of(name: str, does: str) -> Callable[..., Any]:
         words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
-        epilog = None if name not in _CHANGED else words if name == "answer" else f"{words}\n\n{groups}"
+        epilog = None if name not in _CHANGED else words if name in ("answer", "export") else f"{words}\n\n{groups}"
         return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
 
     file: dict[str, Any] = {"type": Path}
@@ -92,14 +96,31 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add = arguments_of("import", "the same from completions and rewards that you have already")
     add("candidates", **file, help=f"JSON lines, each with prompt (or messages), completion, reward; {packed}")
     add("--run", **file, required=True, help="the run folder")
+    own = "your own features, .npy or Parquet, in the place of a model's; again for further blocks"
+    add("--features", **file, action="append", default=[], help=own)
     add("-m", "--multirun", **flag, help=several)
     add = arguments_of("answer", "an answer chosen by a saved probe")
-    add("prompt", help="the prompt; - reads it from the standard input")
+    add("prompt", nargs="?", help="the prompt; - reads it from the standard input")
+    add("--prompts", **file, help=f"JSON lines of prompts in its place: a JSON line each, in batches; {packed}")
+    add("--output", **file, help="of --prompts: the file that lines are added to, gone on with after a stop")
+    add("--candidates", **flag, help="of --prompts: all candidates in every line")
     add("--probe", required=True, help="a folder such as runs/NAME/probes/prompts/policy_gradient")
     add("--n", type=int, help="candidates; as in training if not said")
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
     add("--seed", type=int, help="for the same answer again; a new one every time if not said")
+    add(
+        "--at-least",
+        type=float,
+        help="no answer where it is less likely to be right, in [0, 1]; the probe must be calibrated",
+    )
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
+    add = arguments_of(
+        "export", "a probe that leaves: its model with the probe as a classifier's head, or a page of the hub"
+    )
+    add("probe", help="a folder such as runs/NAME/probes/prompts/policy_gradient")
+    add("--to", required=True, choices=("sequence-classification", "hub"), help="what it becomes")
+    add("where", help="the new folder, or USER/NAME on the hub")
+    add("--private", **flag, help="of the hub: for nobody else to see")
     add = arguments_of("inspect", "what is in a run folder: rows a stage, pass rate, what is missing")
     add("run", **file, help="the run folder, such as runs/demo")
     add = arguments_of(
@@ -135,7 +156,7 @@ def _run(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _import(chosen: argparse.Namespace, overrides: Sequence[str]) -> int:
     from qprobe.cli import own_work
 
-    work = functools.partial(own_work.import_candidates, chosen.candidates)
+    work = functools.partial(own_work.import_candidates, chosen.candidates, features=chosen.features)
     return _execute(work, chosen.run, overrides, chosen.multirun)
 
 
@@ -161,28 +182,32 @@ def _execute(make: Callable[..., Work], folder: Path, overrides: Sequence[str], 
     return multirun.run("qprobe", jobs, lambda job: execute(job.folder, job.words))
 
 
-def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from qprobe.cli import composition
-    from qprobe.probe.estimator import QProbe
+def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> int | None:
+    from qprobe.cli import answering
 
-    prompt = sys.stdin.read().rstrip("\n") if chosen.prompt == "-" else chosen.prompt
-    if not prompt.strip():
-        raise ValueError("The prompt is empty: give a text, or - and a text on the standard input.")
-    more = [] if chosen.n is None else [f"sampler.n={chosen.n}"]
-    policy = composition.policy(QProbe.from_pretrained(chosen.probe), [*overrides, *more], chosen.beta)
-    choice = policy.choose(prompt, chosen.seed)
-    if chosen.show_candidates:
-        for place, candidate in enumerate(choice.candidates):
-            mark = "chosen" if place == choice.chosen else "      "
-            print(f"{mark}  Q {candidate.score:+.3f}  probability {candidate.probability:.3f}", file=sys.stderr)
-            print("\n".join(f"    | {line}" for line in candidate.text.splitlines()), file=sys.stderr)
-    if not choice.answer.strip():
-        empty = sum(not candidate.text.strip() for candidate in choice.candidates)
-        raise RuntimeError(
-            f"The chosen answer is empty, as are {empty} of its {len(choice.candidates)} candidates: ask again, with more "
-            "candidates (--n) or a longer sampler.max_new_tokens; --show-candidates prints all."
+    if (chosen.prompt is None) == (chosen.prompts is None):
+        raise UsageError("Give either a prompt or --prompts FILE: qprobe answer --help says more.")
+    if chosen.prompts is None and (chosen.output or chosen.candidates):
+        raise UsageError(
+            "--output and --candidates belong to --prompts FILE; --show-candidates prints those of a prompt."
         )
-    print(choice.answer)
+    if chosen.prompts is not None and chosen.show_candidates:
+        raise UsageError("--show-candidates belongs to a single prompt; say --candidates.")
+    words = [*overrides, *([] if chosen.n is None else [f"sampler.n={chosen.n}"])]
+    asked = answering.Asked(chosen.probe, words, chosen.beta, chosen.seed, chosen.at_least)
+    if chosen.prompts is None:
+        answering.one(asked, chosen.prompt, chosen.show_candidates)
+        return None
+    return answering.many(asked, chosen.prompts, chosen.output, chosen.candidates)
+
+
+def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from qprobe.cli import exporting
+
+    if chosen.to == exporting.CLASSIFIER:
+        exporting.to_sequence_classification(chosen.probe, Path(chosen.where), overrides)
+    else:
+        exporting.to_hub(chosen.probe, chosen.where, chosen.private)
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:

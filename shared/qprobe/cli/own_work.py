@@ -12,6 +12,7 @@ from typing import Any
 
 from qprobe import models
 from qprobe.cli import composition
+from qprobe.embedding.given import GivenEmbedder
 from qprobe.files import fingerprint
 from qprobe.pipeline.closing import closing_words
 from qprobe.pipeline.pipeline import Pipeline
@@ -22,7 +23,7 @@ from qprobe.run.rewards import FunctionReward, RecordedReward
 from qprobe.sampling.local import LocalSampler
 from qprobe.settings import check_keys
 from qprobe.store import jsonl
-from qprobe.store.jsonl import PromptRow
+from qprobe.store.jsonl import Candidates, PromptRow
 from qprobe.store.table import COMPLETIONS, found_table
 
 # Fixed names: another file in the same run folder is then recognised as another.
@@ -65,6 +66,10 @@ class Work:
             return f"run:      {self.pipeline.run}"
         probe = self.pipeline.final_probe()
         parts = [closing_words(self.pipeline) + f"\nprobe:    {probe}", *self._cut()]
+        if isinstance(self.pipeline.embedder, GivenEmbedder):
+            return "\n\n".join(
+                [*parts, f'Next:     QProbe.from_pretrained("{probe}").score(features), blocks beside each other']
+            )
         return "\n\n".join([*parts, f'Next:     qprobe answer --probe {probe} "your prompt"'])
 
     def _cut(self) -> list[str]:
@@ -134,12 +139,15 @@ def run(
     return Work(pipeline, config, functools.partial(_pipeline_of, run, prompts, reward, **words), notes)
 
 
-def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str] = ()) -> Work:
+def import_candidates(
+    candidates: Path, *, folder: Path, features: Sequence[Path] = (), overrides: Sequence[str] = ()
+) -> Work:
     """The work on candidates and rewards that are there already: it starts at embed.
 
     Args:
         candidates: JSON lines of prompt (or messages), completion, reward.
         folder: the run folder.
+        features: files of the user's own features, in the place of a model's (`qprobe.embedding.given`).
         overrides: KEY=VALUE each.
 
     Raises:
@@ -147,6 +155,8 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
     """
     config = _config([candidates], overrides)
     config["sampler"]["greedy"] = False  # nobody could reward it
+    if features:
+        config["embedder"] = {"backend": "given", "files": [str(file) for file in features]}
     found = jsonl.read_candidates(candidates, _PROMPTS)
     style = _style(config, found.prompts)
     if (limits := _limits(config, drawn=False)) is not None:
@@ -161,15 +171,30 @@ def import_candidates(candidates: Path, *, folder: Path, overrides: Sequence[str
         use=_use(config, style),
     )
     _check_range(pipeline, found.rewards)
+    if features:
+        found.notes.extend(_take_features(pipeline, found))
     sizes = [len(texts) for texts in found.completions.values()]
     counted = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
     said = f"{len(sizes)} prompts with {counted} candidates each, {sum(sizes)} in all; the model reads them as {_STYLES[style]}."
-    again = functools.partial(_pipeline_of, import_candidates, candidates, folder=folder, overrides=overrides)
+    words: dict[str, Any] = {"folder": folder, "features": features, "overrides": overrides}
+    again = functools.partial(_pipeline_of, import_candidates, candidates, **words)
     work = Work(pipeline, config, again, [said, *found.notes])
     if pipeline.shard[1] > 1:
         return work  # processes that share a run folder do not rearrange it
     begin = functools.partial(additions.take, pipeline.test_pools[0], pipeline.reward, found.rewards)
     return dataclasses.replace(work, begin=begin)
+
+
+def _take_features(pipeline: Pipeline, found: Candidates) -> list[str]:
+    """Let the embedder know whose its rows are; what there is to say of it."""
+    assert isinstance(pipeline.embedder, GivenEmbedder)  # as configured
+    (pool,) = pipeline.test_pools
+    rendered = {prompt.task_id: pipeline.sampler.render(prompt)[0] for prompt in pool.split.prompts}
+    keys = [(task_id, sample) for task_id in pool.task_ids for sample in range(pool.samples(task_id))]
+    texts = {key: (rendered[key[0]], found.completions[key[0]][key[1]]) for key in keys}
+    places = {key: found.places[found.lines[key[0]][key[1]]] for key in keys}
+    said = pipeline.embedder.take(texts, places, len(found.places))
+    return [said] if said else []
 
 
 def _pipeline_of(work: Callable[..., Work], *arguments: Any, **named: Any) -> Pipeline:

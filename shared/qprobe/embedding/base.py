@@ -60,6 +60,9 @@ class GivesLikelihoods(Protocol):
     likelihood: bool
     """Whether it does; whoever does not read them may turn them off."""
 
+    def column_names(self) -> tuple[str, ...]:
+        """The names of the C columns."""
+
     def likelihood_identity(self) -> dict[str, Any]:
         """What decides the columns besides the embedder's own identity."""
 

@@ -17,9 +17,10 @@ from qprobe import models
 from qprobe.embedding.base import LIKELIHOOD
 from qprobe.embedding.local import LocalEmbedder
 from qprobe.models.language_model import ModelSpec
-from qprobe.models.likelihood_columns import COLUMNS_VERSION, LikelihoodColumns
+from qprobe.models.likelihood_columns import COLUMNS, COLUMNS_VERSION, LikelihoodColumns
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
+from qprobe.models.question import QUESTION_COLUMNS, Question
 
 
 class HFEmbedder(UsesModel, LocalEmbedder):
@@ -31,19 +32,31 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         likelihood: whether the same pass reads the likelihood columns too; it then runs all layers and the output head.
         ending: text that ends a completion where it is right to end it, for the columns that say how likely its end is, such as
             a closing fence; None is the tokenizer's end of text.
+        question: what the model is asked of its completion behind it, for two more columns (`qprobe.models.question`); None asks
+            nothing, and saves the question's tokens at every completion.
     """
 
     back_end = "hf"
 
     def __init__(
-        self, model: ModelSpec, layers: Sequence[int] = (-1,), likelihood: bool = False, ending: str | None = None
+        self,
+        model: ModelSpec,
+        layers: Sequence[int] = (-1,),
+        likelihood: bool = False,
+        ending: str | None = None,
+        question: str | None = None,
     ) -> None:
         super().__init__(model, layers)
         self.likelihood = likelihood
         self.ending = ending
+        self.question = question
 
     def likelihood_identity(self) -> dict[str, Any]:
-        return {"columns": COLUMNS_VERSION, "ending": self.ending}
+        asked = {} if self.question is None else {"question": self.question}
+        return {"columns": COLUMNS_VERSION, "ending": self.ending} | asked
+
+    def column_names(self) -> tuple[str, ...]:
+        return COLUMNS if self.question is None else (*COLUMNS, *QUESTION_COLUMNS)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
@@ -65,7 +78,7 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         owner = [p for p, of_prompt in enumerate(completions) for _ in of_prompt]
         rows = [list(ids) for of_prompt in completions for ids in of_prompt]
         longest_row = max((len(prompts[p]) + len(row) for p, row in zip(owner, rows, strict=True)), default=0)
-        behind = len(self._columns.ending) - 1 if self.likelihood else 0  # the last token of the ending is not read
+        behind = len(self._columns.behind) if self.likelihood else 0
         self.check_length(longest_row + behind, run.language_model.context_length)
         if self.likelihood:
             found = self._columns.read(prompts, completions, layers)
@@ -90,4 +103,9 @@ class HFEmbedder(UsesModel, LocalEmbedder):
 
     @functools.cached_property
     def _columns(self) -> LikelihoodColumns:
-        return LikelihoodColumns(self.model, None if self.ending is None else self.encode_completion(self.ending))
+        ending = None if self.ending is None else self.encode_completion(self.ending)
+        if self.question is None:
+            return LikelihoodColumns(self.model, ending)
+        return LikelihoodColumns(
+            self.model, ending, Question.of(self.question, models.load_tokenizer(self.model), self.ending)
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ COLUMN_CONTROLS = {
     "lowest worst window of entropy": "entropy_max_window_9",
     "highest self-certainty": "self_certainty_mean",
     "highest least log-probability": "logprob_min",
+    "highest log-odds of Yes": "question_log_odds",
 }
 
 # One of them may choose well or badly by luck, far beyond the interval over prompts; their mean is what a row should say.
@@ -51,22 +54,27 @@ def scores(joined: Joined, settings: EvaluationSettings, seed: int) -> Scores:
         # The end is in the sum: it counts as a token.
         by_token = None if summed is None or joined.tokens is None else summed / (joined.tokens + 1)
         made["highest logprob per token"] = _known(by_token)
+    if "agreement" in settings.controls:
+        made["nearest to the others"] = _nearness(joined)[None]
+        made["most repeated"] = _repeats(joined)[None]
     if "random_direction" in settings.controls:
         made["random direction"] = _random_directions(joined, RANDOM_DIRECTIONS, seed)
     return made
 
 
-def of_columns(joined: Joined, settings: EvaluationSettings) -> Scores:
+def of_columns(joined: Joined, settings: EvaluationSettings, names: Sequence[str] = COLUMNS) -> Scores:
     """The scores of the likelihood columns' controls, where "likelihood_columns" is asked for; rows as of `scores`.
 
     Args:
         joined: the rows with likelihood columns as features.
+        names: of these columns.
     """
     if "likelihood_columns" not in settings.controls:
         return {}
     assert joined.features is not None  # the callers join with them
     columns = np.asarray(joined.features, dtype=float)
-    return {method: UNTRAINED[name] * columns[None, :, COLUMNS.index(name)] for method, name in COLUMN_CONTROLS.items()}
+    known = {method: name for method, name in COLUMN_CONTROLS.items() if name in names}
+    return {method: UNTRAINED[name] * columns[None, :, list(names).index(name)] for method, name in known.items()}
 
 
 def shuffled_labels(
@@ -108,6 +116,24 @@ def shuffled_labels(
 
 def _known(values: np.ndarray | None) -> np.ndarray | None:
     return None if values is None or not np.isfinite(values).all() else values[None].astype(float)
+
+
+def _nearness(joined: Joined) -> np.ndarray:
+    """(N,) less the mean distance to the candidates of the prompt, in standardised features: the highest is their medoid."""
+    data = training_data(joined)
+    mean, scale = statistics(data, torch.ones(1, len(joined.task_ids), dtype=torch.bool))
+    found = np.zeros(len(joined.groups))
+    for rows in np.split(np.arange(len(joined.groups)), np.flatnonzero(np.diff(joined.groups)) + 1):
+        own = (data.features[rows].float() - mean) / scale
+        found[rows] = -torch.cdist(own, own).mean(dim=1).numpy()
+    return found
+
+
+def _repeats(joined: Joined) -> np.ndarray:
+    """(N,) how many of the prompt's candidates are the same text."""
+    keys = list(zip(joined.groups.tolist(), joined.completions, strict=True))
+    counts = Counter(keys)
+    return np.array([counts[key] for key in keys], dtype=float)
 
 
 def _random_directions(joined: Joined, count: int, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from qprobe.evaluation import curves, notes
 from qprobe.evaluation.advice import advice
 from qprobe.evaluation.best_control import best_control
+from qprobe.evaluation.certainty import certainty
 from qprobe.evaluation.layer_choice import Scores
 from qprobe.evaluation.methods import Kind, PaperProbes, measured
 from qprobe.evaluation.rows import rows
@@ -77,6 +78,9 @@ def evaluate(
     over_control = {p.name: tested.difference(p.rewards, best.rewards) for p in probes} if best else {}
     table = rows(tested, methods, over_control, published or {})
     scored = scores.by_share[1.0]
+    certainties = certainty(tested, scored)
+    said = notes.of_table(tested, methods, table, scores, over_control, best, apart or {})
+    advised = advice(tested, methods, best, certainties)
     return Results(
         title=title,
         protocol=protocol,
@@ -93,8 +97,9 @@ def evaluate(
         reward_against_prompts=curves.against_prompts(tested, probes, scores.curve),
         reward_against_layer=curves.against_layer(tested, scored, scores.by_layer),
         scores_per_prompt=curves.by_prompt(tested, scored),
-        notes=notes.of_table(tested, methods, table, scores, over_control, best, apart or {}),
-        advice=advice(tested, methods, best),
+        certainty=certainties,
+        notes=[note for note in said if note not in advised],
+        advice=advised,
         best_control=best.name if best else "",
         made_from=made_from,
     )

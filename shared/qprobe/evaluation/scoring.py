@@ -21,11 +21,14 @@ class Scored:
         q: (S, N) float32 scores.
         beta: (S, P) the temperature that belongs to each prompt's probe.
         probes: those that scored.
+        right: (S, N) probability that each row is right, if it is the one that is chosen of its prompt; NaN where its probe was
+            not calibrated; None where none is.
     """
 
     q: np.ndarray
     beta: np.ndarray
     probes: list[SweepProbe]
+    right: np.ndarray | None = None
 
 
 def score(
@@ -52,7 +55,9 @@ def score(
         by_loss = by_share.setdefault(probe.share, {})
         if probe.loss not in by_loss:
             shape = settings.seeds, len(features)
-            by_loss[probe.loss] = Scored(np.empty(shape, np.float32), np.empty((settings.seeds, prompts)), [])
+            by_loss[probe.loss] = Scored(
+                np.empty(shape, np.float32), np.empty((settings.seeds, prompts)), [], np.full(shape, np.nan)
+            )
         by_loss[probe.loss].probes.append(probe)
         tested[number] = np.ones(prompts, dtype=bool)
         if probe.fold is not None:
@@ -61,6 +66,11 @@ def score(
             )
         beta = probe.trained.beta if settings.beta is None else settings.beta
         by_loss[probe.loss].beta[probe.seed, tested[number]] = beta
+        if (calibration := probe.trained.calibration) is not None:
+            rows = np.flatnonzero(tested[number][joined.groups])
+            right = by_loss[probe.loss].right
+            assert right is not None  # made above
+            right[probe.seed, rows] = calibration.probabilities(joined.features[rows], joined.groups[rows])
     # All probes read a piece of the features while it is in memory: the whole may be a file.
     for start in range(0, len(features), ROWS_AT_A_TIME):
         piece = features[start : start + ROWS_AT_A_TIME].float()

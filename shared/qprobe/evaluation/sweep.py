@@ -22,6 +22,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
 from qprobe.files import write_whole
+from qprobe.probe.calibration import Calibration
 from qprobe.probe.losses import find_loss
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.ranking import Distinct
@@ -32,7 +33,8 @@ from qprobe.run.joined import Joined
 LEFT_OUT = 0.1
 # What decides a sweep besides its inputs: a sweep that other code drew is trained anew.
 DRAWN_BY = 2
-CONTROLS = ("length", "logprob", "likelihood", "likelihood_columns", "random_direction", "shuffled_labels")
+CALIBRATION = ".calibration"  # behind the number of a probe, the name of a tensor
+CONTROLS = ("length", "logprob", "likelihood", "likelihood_columns", "agreement", "random_direction", "shuffled_labels")
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _train(
     for share in (1.0, *settings.curve_shares):
         for loss in settings.losses:
             for (s, fold), training_prompts in own.items():
-                drawn = _draw(training_prompts, joined.cluster_of_prompt, whole * share, probe_seed(seed, s))
+                drawn = drawn_prompts(training_prompts, joined.cluster_of_prompt, whole * share, probe_seed(seed, s))
                 groups = torch.zeros(prompts, dtype=torch.bool)
                 groups[torch.from_numpy(drawn)] = True
                 task = ProbeTask(loss, probe_seed(seed, s), groups)
@@ -260,7 +262,7 @@ def _train(
     ]
 
 
-def _draw(prompts: np.ndarray, clusters: np.ndarray, share: float, seed: int) -> np.ndarray:
+def drawn_prompts(prompts: np.ndarray, clusters: np.ndarray, share: float, seed: int) -> np.ndarray:
     """The prompts of a share of their clusters, by lot; a smaller share is part of a larger one."""
     own = np.unique(clusters[prompts])
     order = np.random.default_rng([seed, len(own)]).permutation(own)
@@ -275,7 +277,10 @@ def save_sweep(sweep: Sequence[SweepProbe], folder: Path, inputs: dict[str, Any]
     for number, probe in enumerate(sweep):
         trained = probe.trained
         tensors |= {f"{number}.{name}": t.contiguous() for name, t in trained.network.state_dict().items()}
-        described = {f.name: getattr(trained, f.name) for f in dataclasses.fields(trained) if f.name != "network"}
+        if trained.calibration is not None:
+            tensors[f"{number}{CALIBRATION}"] = torch.from_numpy(trained.calibration.packed())
+        tensors_of = ("network", "calibration")
+        described = {f.name: getattr(trained, f.name) for f in dataclasses.fields(trained) if f.name not in tensors_of}
         own = {f.name: getattr(probe, f.name) for f in dataclasses.fields(probe) if f.name != "trained"}
         entries.append(own | {"trained": described})
     network = sweep[0].trained.network
@@ -298,9 +303,13 @@ def load_sweep(folder: Path, inputs: dict[str, Any]) -> list[SweepProbe] | None:
         sweep = []
         for number, entry in enumerate(card["probes"]):
             network = ProbeNetwork(card["network"]["dimension"], tuple(card["network"]["hidden"]))
-            prefix = f"{number}."
+            prefix, calibration = f"{number}.", tensors.pop(f"{number}{CALIBRATION}", None)
             network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            trained = TrainedProbe(network=network, **entry.pop("trained"))
+            trained = TrainedProbe(
+                network=network,
+                calibration=None if calibration is None else Calibration.of_packed(calibration),
+                **entry.pop("trained"),
+            )
             sweep.append(SweepProbe(trained=trained, **entry))
         return sweep
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:

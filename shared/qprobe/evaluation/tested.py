@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,7 +64,11 @@ class Tested:
 
     def band(self, values: np.ndarray) -> Band:
         """(X, P) values of a line's points -> the line with its intervals."""
-        intervals = [self.interval(at) for at in values]
+        return self.band_of(list(values), [None] * len(values))
+
+    def band_of(self, values: Sequence[np.ndarray], prompts: Sequence[np.ndarray | None]) -> Band:
+        """The same where every point is about some of the prompts: its values, and the (P,) mask of these."""
+        intervals = [self.interval(at, own) for at, own in zip(values, prompts, strict=True)]
         return Band(
             value=[interval.value for interval in intervals],
             low=[finite(interval.low) for interval in intervals],

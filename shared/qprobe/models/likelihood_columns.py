@@ -28,6 +28,7 @@ from qprobe.models.likelihood import MOST_TOKENS, check_tokens
 from qprobe.models.loading import OwnTokens
 from qprobe.models.memory import UsesModel
 from qprobe.models.prefix import check_rows, law_of, parts_of
+from qprobe.models.question import QUESTION_COLUMNS, Question
 
 # Of the columns and how they are computed: tables of another version are made anew.
 COLUMNS_VERSION = "1"
@@ -65,6 +66,7 @@ UNTRAINED = {
     "entropy_max_window_9": -1,
     "self_certainty_mean": 1,
     "tokens": -1,
+    "question_log_odds": 1,
 }
 
 # Scores that are turned into float32 at a time. On a CPU 4 MB: what follows stays in its cache, a third of the time of 64 MB.
@@ -103,7 +105,7 @@ class ColumnsRead:
     """What `LikelihoodColumns.read` found.
 
     Args:
-        columns: (R, C) float64, in the order of `COLUMNS`.
+        columns: (R, C) float64, in the order of `COLUMNS`, and of `QUESTION_COLUMNS` behind them where a question was asked.
         states: layer -> (R, D) float32, the state of the last token.
     """
 
@@ -174,14 +176,21 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         model: which model; it is loaded at the first call and shared with the process.
         ending: token ids that end a completion where it is right to end it (a closing fence, an end of turn); None is the
             tokenizer's end of text.
+        question: what is asked behind the completion; None asks nothing.
     """
 
-    def __init__(self, model: ModelSpec, ending: Sequence[int] | None = None) -> None:
+    def __init__(self, model: ModelSpec, ending: Sequence[int] | None = None, question: Question | None = None) -> None:
         self.model = model
+        self.question = question
         self._ending = None if ending is None else [int(token) for token in ending]
 
     def identity(self) -> dict[str, Any]:
         return {"columns": COLUMNS_VERSION, "model": self.model.identity(), "ending": self.ending, **law_of(self.model)}
+
+    @property
+    def behind(self) -> list[int]:
+        """What is read behind every completion: the ending but for its last token, or the question."""
+        return self.ending[:-1] if self.question is None else list(self.question.behind)
 
     @property
     def ending(self) -> list[int]:
@@ -229,10 +238,10 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         layers = sorted({run.language_model.check_layer(layer) for layer in layers})
         owner = [p for p, _ in distinct]
         # The last token of the ending is predicted, and predicts nothing.
-        rows = [[*ids, *ending[:-1]] for _, ids in distinct]
+        rows = [[*ids, *self.behind] for _, ids in distinct]
         check_tokens([*prompts, *rows, ending], footprint.vocabulary, self.model.name)
         at_once = min(run.tokens_per_pass, MOST_TOKENS)
-        columns = np.empty((len(rows), len(COLUMNS)))
+        columns = np.empty((len(rows), len(COLUMNS) + len(QUESTION_COLUMNS) * (self.question is not None)))
         states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
         def need(count: int, width: int, chosen: Sequence[int]) -> int:
@@ -250,7 +259,7 @@ class LikelihoodColumns(UsesModel, OwnTokens):
             for row, place in zip(chosen, places, strict=True):
                 if not rows[row]:
                     only = token_law(prefix.logits[place][None], torch.tensor(ending, device=prefix.logits.device))
-                    columns[row] = _columns(only, 0)
+                    columns[row] = _columns(only, 0, 1)
             for part in parts_of([len(rows[row]) for row in chosen], at_once):
                 own = [chosen[r] for r in part]
                 found = run.read(prefix, [rows[r] for r in own], [places[r] for r in part], layers, logits=True)
@@ -259,14 +268,17 @@ class LikelihoodColumns(UsesModel, OwnTokens):
                 begun = [[*distinct[row][1], *ending][0] for row in own]
                 at = torch.tensor([places[r] for r in part], device=device)
                 firsts = token_law(prefix.logits[at], torch.tensor(begun, device=device))
-                # After token t of a row comes its token t + 1.
-                coming = [token for row in own for token in [*distinct[row][1], *ending][1:]]
+                # After token t of a row comes its token t + 1. Of what is behind the ending any token will do.
+                after = [*ending, *self.behind[len(ending) - 1 :]]
+                coming = [token for row in own for token in [*distinct[row][1], *after][1 : len(rows[row]) + 1]]
                 others = token_law(found.logits, torch.tensor(coming, device=device))
                 last = 0
                 for number, row in enumerate(own):
                     first, last = last, last + len(rows[row])
                     law = firsts[number : number + 1] + others[first:last]
-                    columns[row] = _columns(law, len(distinct[row][1]))
+                    columns[row, : len(COLUMNS)] = _columns(law, len(distinct[row][1]), len(ending))
+                    if self.question is not None:
+                        columns[row, len(COLUMNS) :] = self.question.columns(found.logits[last - 1 : last])[0]
                 ends = torch.tensor([len(distinct[row][1]) for row in own])
                 befores = torch.tensor([len(rows[row]) for row in own]).cumsum(0) - torch.tensor(
                     [len(rows[row]) for row in own]
@@ -280,6 +292,6 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         return columns, states
 
 
-def _columns(law: TokenLaw, tokens: int) -> NDArray[np.float64]:
+def _columns(law: TokenLaw, tokens: int, ending: int) -> NDArray[np.float64]:
     """Columns of one completion of some tokens from the laws of its tokens and of its ending's."""
-    return columns_of(law[: tokens + 1], float(law.logprob[tokens:].sum()))
+    return columns_of(law[: tokens + 1], float(law.logprob[tokens : tokens + ending].sum()))

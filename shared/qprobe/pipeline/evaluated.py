@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qprobe.embedding import LIKELIHOOD, tables_of
+from qprobe.embedding import LIKELIHOOD, GivesLikelihoods
 from qprobe.evaluation import candidates, controls, sweep
 from qprobe.evaluation.evaluate import evaluate
 from qprobe.evaluation.methods import PaperProbes
@@ -109,8 +109,8 @@ def _identity(setup: Setup, pool: Pool) -> str:
 def _untrained(setup: Setup, pool: Pool) -> controls.Scores:
     """Scores of the controls that need no training; those that read features read the highest layer."""
     made = controls.scores(setup.rows(pool, setup.probe_layer), setup.settings, setup.seed)
-    if LIKELIHOOD in tables_of(setup.embedder):
-        made |= controls.of_columns(setup.rows(pool, LIKELIHOOD), setup.settings)
+    if isinstance(setup.embedder, GivesLikelihoods) and setup.embedder.likelihood:
+        made |= controls.of_columns(setup.rows(pool, LIKELIHOOD), setup.settings, setup.embedder.column_names())
     return made
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qprobe.embedding import LIKELIHOOD, columns_identity, tables_of
+from qprobe.embedding import LIKELIHOOD, GivesLikelihoods, columns_identity, tables_of
+from qprobe.embedding.given import GivenEmbedder
 from qprobe.evaluation import auto, layer_choice, sweep
 from qprobe.evaluation.auto import Blocks
 from qprobe.evaluation.layer_choice import At, Scores
@@ -146,7 +147,11 @@ class AutoProbes(Probes):
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(tuple(sorted(tables_of(self.setup.embedder), key=lambda layer: (layer == LIKELIHOOD, layer))))
+        embedder = self.setup.embedder
+        layers = tuple(sorted(tables_of(embedder), key=lambda layer: (layer == LIKELIHOOD, layer)))
+        if isinstance(embedder, GivenEmbedder):
+            return Blocks(layers, named={n: (embedder.names[n], embedder.widths[n]) for n in layers})
+        return Blocks(layers, embedder.column_names()) if isinstance(embedder, GivesLikelihoods) else Blocks(layers)
 
     @property
     def layers(self) -> list[int]:
@@ -210,7 +215,10 @@ class Procedures:
         """What all of the table say of a pool."""
         first, *others = [probes.scores(pool, compare=True) for probes in self.own]
         for other in others:
-            first.by_share[1.0].update(other.by_share[1.0])
+            for share, scored in other.by_share.items():
+                first.by_share[share].update(scored)
+            if first.plain is not None:
+                first.plain.update(other.by_share[1.0])
         return first
 
 

@@ -17,7 +17,7 @@ class EmbeddingSource:
     """What embeddings a probe reads. Embeddings of another source mean nothing to it.
 
     Args:
-        model: name of the embedding model, with what identifies its weights.
+        model: name of the embedding model, with what identifies its weights; where that is its content, its folder is left out.
         layer: hidden layer, counted from the token embeddings (0).
         token: which token's state is read.
         template: fingerprint of the tokenizer with its chat template; empty where unknown.
@@ -35,7 +35,10 @@ class EmbeddingSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         # The dtype rounds the states and does not change their meaning: a probe works across dtypes.
-        object.__setattr__(self, "model", {k: v for k, v in self.model.items() if k not in ("dtype", "attention")})
+        model = {k: v for k, v in self.model.items() if k not in ("dtype", "attention")}
+        if model.get("content") and "name" in model:  # what is known by its content may lie anywhere
+            model["name"] = Path(model["name"]).name
+        object.__setattr__(self, "model", model)
 
     @classmethod
     def of(cls, identity: dict[str, Any], layer: int, template: str = "") -> EmbeddingSource:
@@ -50,12 +53,17 @@ def described(source: EmbeddingSource) -> str:
     return f"{read} of {source.model.get('name')} ({fingerprint(dataclasses.asdict(source))})"
 
 
-def from_hub(name: str, revision: str | None) -> Path:
+def from_hub(name: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of some files of a repository of the hub.
+
+    Raises:
+        FileNotFoundError: the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"Probe {name!r} is neither a folder here nor to be had from the hub: check the name."

@@ -23,6 +23,7 @@ from torch import Tensor
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe import losses, network, selection
 from qprobe.probe.arrays import floats
+from qprobe.probe.calibration import load_calibration, save_calibration
 from qprobe.probe.card import CARD_FILE, EmbeddingSource, described, from_hub
 from qprobe.probe.ids import dense_ids
 from qprobe.probe.network import ProbeNetwork
@@ -63,7 +64,8 @@ class QProbe:
     saved in the card.
 
     Learned by `fit`: `network_`, `beta_`, `training_` (steps and learning rate, or solver and L2; whether chosen on held-out or
-    left-out prompts, how many of them), and `solution_` where it was solved (`qprobe.probe.solvers.Solution`).
+    left-out prompts, how many of them), `solution_` where it was solved (`qprobe.probe.solvers.Solution`), and `calibration_`:
+    how likely a choice is right (`qprobe.probe.calibration`), of the loss "auto" on rewards in [0, 1], else None.
 
     Raises:
         ValueError: an unknown loss or option.
@@ -225,7 +227,7 @@ class QProbe:
                 return False
             raise
         choice = probe.solution.choice
-        self.network_, self.solution_ = probe.network, probe.solution
+        self.network_, self.solution_, self.calibration_ = probe.network, probe.solution, probe.calibration
         self.beta_ = probe.beta if self.beta is None else self.beta
         self.training_ = {
             "solver": solved.solver_of(self.loss, self.solver),
@@ -249,7 +251,7 @@ class QProbe:
 
     def _take(self, trained: TrainedProbe) -> QProbe:
         vars(self).pop("solution_", None)  # that of an earlier fit
-        self.network_ = trained.network
+        self.network_, self.calibration_ = trained.network, trained.calibration
         self.beta_ = trained.beta if self.beta is None else self.beta
         self.training_ = {
             "steps": trained.steps,
@@ -330,6 +332,7 @@ class QProbe:
         folder = Path(folder)
         (folder / CARD_FILE).unlink(missing_ok=True)  # the card comes last: an older one must not describe new weights
         network.save(trained, folder)
+        save_calibration(self.calibration_, folder)
         card = {
             "loss": self.loss,
             "beta": self.beta_,
@@ -357,7 +360,7 @@ class QProbe:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = from_hub(str(name), revision)
+            folder = from_hub(str(name), revision, [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE])
         if not (folder / CARD_FILE).is_file():
             raise FileNotFoundError(f"{name} holds no saved probe: {CARD_FILE} is missing.")
         try:
@@ -374,20 +377,23 @@ class QProbe:
             probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
-        probe.network_ = network.load(folder)
+        probe.network_, probe.calibration_ = network.load(folder), load_calibration(folder)
         return probe
 
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload the saved probe to the Hugging Face hub; returns the commit's address. Needs `hf auth login`."""
-        import tempfile
+    def push_to_hub(self, repo_id: str, private: bool = False, *, trained_on: str = "", table: str = "") -> str:
+        """Upload the saved probe with a card to the Hugging Face hub. Needs `hf auth login`.
 
-        from huggingface_hub import HfApi
+        Args:
+            repo_id: USER/NAME.
+            private: for nobody else to see.
+            trained_on: how much it learned from, in words, where the probe does not say so itself.
+            table: of results, as Markdown; `qprobe export --to hub` takes both from the probe's run.
 
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a Q-probe"))
+        Returns: the commit's address.
+        """
+        from qprobe.probe import hub
+
+        return hub.push(self, repo_id, private, trained_on, table)
 
     def _fitted(self) -> ProbeNetwork:
         if not hasattr(self, "network_"):

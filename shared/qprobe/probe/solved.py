@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qprobe.probe.blocks import AUTO_LOSSES
+from qprobe.probe.calibration import Calibration, calibrate
 from qprobe.probe.losses import AUTO
 from qprobe.probe.metrics import reward_grid
 from qprobe.probe.network import ProbeNetwork
@@ -33,11 +34,13 @@ class SolvedProbe:
         network: linear, on plain features.
         beta: that earned most on left-out scores.
         solution: what was chosen and how sure that was.
+        calibration: how likely its choices are right, of "auto"; None where there is too little to say so.
     """
 
     network: ProbeNetwork
     beta: float
     solution: Solution
+    calibration: Calibration | None
 
 
 def solver_of(loss: str, solver: str) -> str:
@@ -85,7 +88,8 @@ def solved(data: Data, loss: str, *, l2: float | None, k: int, seed: int) -> Sol
     with torch.no_grad():
         network.weights[0].copy_(torch.from_numpy(solution.coefficients["features"])[None])
         network.biases[0].fill_(solution.bias)
-    return SolvedProbe(network, _best_beta(solution, rows, data.sizes.numpy(), k, seed), solution)
+    beta = _best_beta(solution, rows, data.sizes.numpy(), k, seed)
+    return SolvedProbe(network, beta, solution, calibrate(rows, solution.left_out) if loss == AUTO else None)
 
 
 def _best_beta(solution: Solution, rows: Rows, sizes: NDArray[np.int64], k: int, seed: int) -> float:

@@ -5,6 +5,7 @@
     reward_against_prompts   expected reward against the training prompts       (would more of them help?)
     reward_against_layer     expected reward against the hidden layer           (Fig. 6)
     scores_per_prompt        a prompt's base reward against its mean score      (Fig. 4)
+    certainty                is the chosen answer right as often as is said, and what do the surest choices earn?
 
 Each is a function of `Results` that returns a figure, or None where the results hold no data of it. The dotted base is the row
 pass@1. A method has the same colour and marker in all of them.
@@ -198,9 +199,42 @@ def scores_per_prompt(results: Results) -> Figure | None:
     return figure
 
 
+def certainty(results: Results) -> Figure | None:
+    """Left: how often choices are right against how likely that was said to be; the diagonal is where both agree. Right: what the
+    choices earn of the prompts that a method is surest of: what an application gets that answers these and no others.
+    """
+    known = results.certainty
+    if known is None or not known.series:
+        return None
+    with own_style():
+        figure = empty(TEXT_INCHES, 2.6)
+        said, kept = figure.subplots(1, 2)
+        said.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+        for method, own in known.series.items():
+            style = look(_order(results), method)
+            for axes, xs, band in ((said, own.predicted, own.observed), (kept, own.shares, own.surest)):
+                draw_line(axes, style, method, xs, band.value, band.low, band.high)
+        said.set_xlabel("predicted probability of being right")
+        said.set_ylabel("share right")
+        kept.set_xlabel("share of prompts answered, surest first")
+        kept.set_ylabel("share right")
+        for axes in (said, kept):
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+        set_title(figure, _title(results), TEXT_INCHES)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     draw.__name__: draw
-    for draw in (reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt)
+    for draw in (
+        reward_against_k,
+        reward_against_kl,
+        reward_against_prompts,
+        reward_against_layer,
+        scores_per_prompt,
+        certainty,
+    )
 }
 
 

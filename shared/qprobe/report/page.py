@@ -34,6 +34,7 @@ _FIGURES = {
     "reward_against_prompts": "Expected reward against the number of training prompts.",
     "reward_against_layer": "Expected reward against the hidden layer that a probe reads.",
     "scores_per_prompt": "Each prompt's mean score against how often the base model solves it.",
+    "certainty": "Is the chosen answer right as often as is said, and what do the surest choices earn?",
 }
 
 

@@ -269,6 +269,45 @@ class PromptScores(_Data):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Certainty(_Data):
+    """How well a method knows which of its choices are right.
+
+    Args:
+        predicted, observed: of prompts in order of the predicted probability, in parts of about equal size: the mean probability
+            that the choice is right, and what the choices earned, with its interval.
+        prompts: in each part.
+        brier: mean squared error of the predicted probability, in [0, 1].
+        brier_of_mean: that of saying the mean reward of these choices of every one: what a number that knows no prompt gets.
+        shares: of the prompts, those that the method is surest of, rising to 1.
+        surest: what the choices of each share earned.
+    """
+
+    predicted: list[float]
+    observed: Band
+    prompts: list[int]
+    brier: float
+    brier_of_mean: float
+    shares: list[float]
+    surest: Band
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({len(self.predicted), len(self.observed.value), len(self.prompts)}) > 1:
+            raise ValueError(
+                "certainty: predicted, observed and prompts have different lengths: give one for each part."
+            )
+        if len(self.shares) != len(self.surest.value):
+            raise ValueError("certainty: shares and surest have different lengths: give one value for each share.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certainties(_Data):
+    """How well methods know which of their choices are right, one entry a method."""
+
+    series: dict[str, Certainty]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results(_Data):
     """One evaluation, whole.
 
@@ -283,8 +322,8 @@ class Results(_Data):
         mixed_prompts: prompts with both good and bad completions, the only ones where choosing matters.
         seeds: probes that every trained row averages.
         rows: the table, in the order of printing.
-        reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt: data of the
-            figures of these names, or None.
+        reward_against_k, reward_against_kl, reward_against_prompts, reward_against_layer, scores_per_prompt,
+            certainty: data of the figures of these names, or None.
         notes: sentences that belong under the table.
         advice: what to do, by these numbers.
         best_control: the method of the control that earned most on the training prompts; empty where none was run.
@@ -309,6 +348,7 @@ class Results(_Data):
     reward_against_prompts: LearningCurve | None = None
     reward_against_layer: LayerCurve | None = None
     scores_per_prompt: PromptScores | None = None
+    certainty: Certainties | None = None
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     best_control: str = ""

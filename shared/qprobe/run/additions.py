@@ -79,6 +79,10 @@ def take(pool: Pool, reward: Reward, rewards: Mapping[str, Sequence[float]]) -> 
         for kind in ("features", "likelihoods")
         for path in (pool.run / kind / pool.name).rglob("manifest.json")
     ]
+    for folder in tables:
+        if store.found_table(folder).inputs.get("embedder", {}).get("embedder") == "given":
+            shutil.rmtree(folder)  # copies of the user's own features, whose file has grown too
+    tables = [folder for folder in tables if folder.exists()]
     moved = {folder: new for folder in tables if (new := _taken_over(folder, pool, former, rendered)) is not None}
     for folder, new in moved.items():
         aside = folder.with_name(f".{folder.name}.former")

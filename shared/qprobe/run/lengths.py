@@ -166,6 +166,7 @@ def fit_candidates(path: Path, found: Candidates, style: str, room: Room, too_lo
                 rest(found.rewards),
                 [*found.notes, note],
                 rest(found.lines),
+                found.places,
             )
     if too_long == CUT_PROMPT:
         rows = [

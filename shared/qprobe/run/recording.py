@@ -27,6 +27,8 @@ from qprobe import store
 from qprobe.embedding import LIKELIHOOD, tables_of
 from qprobe.files import fingerprint, write_whole
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood_columns import COLUMNS
+from qprobe.models.question import QUESTION_COLUMNS
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings
 from qprobe.store.table import StoreError, Table
@@ -308,6 +310,10 @@ class RecordedEmbedder:
 
     def likelihood_identity(self) -> dict[str, Any]:
         return {}
+
+    def column_names(self) -> tuple[str, ...]:
+        width = len(next(iter(self.recording.features(LIKELIHOOD).values())))
+        return (*COLUMNS, *QUESTION_COLUMNS)[:width]
 
     def folder_name(self) -> str:
         return "recorded"

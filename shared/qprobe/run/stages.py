@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qprobe import models, store
 from qprobe.embedding import LIKELIHOOD, Embedder, ReadsTokens, tables_of, tokens_to_read
+from qprobe.embedding.given import GivenEmbedder
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
@@ -140,7 +141,8 @@ def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
             task_ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
             parts = {}
             for layer in tables:
-                own = layer == LIKELIHOOD  # sums of log-probabilities need more digits than float16 has
+                # Sums of log-probabilities need more digits than float16 has, and so may a user's own numbers.
+                own = layer == LIKELIHOOD or isinstance(embedder, GivenEmbedder)
                 parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy(), exact=own)
                 if exact and not own and not said_exact:
                     said_exact = True

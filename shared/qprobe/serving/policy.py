@@ -26,11 +26,19 @@ OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 @dataclass(frozen=True)
 class Candidate:
-    """One completion that an answer was chosen from: its text, its score Q, and the probability that it was chosen with."""
+    """One completion that an answer was chosen from.
+
+    Args:
+        text: the completion.
+        score: its Q.
+        probability: that it was chosen with.
+        right: probability that it is right as the chosen one, in [0, 1]; None where the probe is not calibrated.
+    """
 
     text: str
     score: float
     probability: float
+    right: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Choice:
     @property
     def answer(self) -> str:
         return self.candidates[self.chosen].text
+
+    @property
+    def right(self) -> float | None:
+        """Probability that the answer is right; None where the probe is not calibrated. Where it is low, say none of these."""
+        return self.candidates[self.chosen].right
 
 
 def features_of(
@@ -161,8 +174,11 @@ class Policy:
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
         read = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
-        of_prompts = self._scored(asked, read, rendered)
-        return [self._choice(candidates, scores, seed) for candidates, scores in zip(drawn, of_prompts, strict=True)]
+        # The seed behind those of a prompt's candidates: prompts of one call draw apart from each other.
+        return [
+            self._choice(own, *found, own_seeds[-1] + 1)
+            for own, found, own_seeds in zip(drawn, self._scored(asked, read, rendered), seeds, strict=True)
+        ]
 
     def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
         """Q of completions that something else has drawn; the sampler only renders the prompts.
@@ -175,28 +191,30 @@ class Policy:
             ValueError: as `choose`; or not as many lists as prompts.
         """
         asked = [self._prompt(prompt) for prompt in prompts]
-        return [
-            found.tolist() for found in self._scored(asked, [[(text, None) for text in own] for own in completions])
-        ]
+        read = [[(text, None) for text in own] for own in completions]
+        return [scores.tolist() for scores, _ in self._scored(asked, read)]
 
     def _scored(
         self,
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[tuple[str, list[int] | None]]],
         rendered: Sequence[tuple[str, list[int]]] | None = None,
-    ) -> Sequence[torch.Tensor]:
-        layers = self.blocks or (self.layer,)
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(k,) scores and (k, D) features of each prompt's completions."""
+        layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
         features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
-        scores: Sequence[torch.Tensor] = torch.from_numpy(self.probe.score(features)).split(list(map(len, completions)))
-        return scores
+        scores = torch.from_numpy(self.probe.score(features))
+        return list(zip(scores.split(sizes), features.split(sizes), strict=True))
 
-    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, seed: int) -> Choice:
+    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
+        calibration = self.probe.calibration_
+        right = [None] * len(drawn) if calibration is None else calibration.probabilities(features.numpy()).tolist()
         weights = selection.selection_weights(scores, self.beta)
         chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
         return Choice(
             [
-                Candidate(completion.text, float(score), float(weight))
-                for completion, score, weight in zip(drawn, scores, weights, strict=True)
+                Candidate(completion.text, float(score), float(weight), sure)
+                for completion, score, weight, sure in zip(drawn, scores, weights, right, strict=True)
             ],
             chosen,
         )

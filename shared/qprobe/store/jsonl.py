@@ -65,6 +65,7 @@ class Candidates:
         prompts: those with two candidates at least.
         notes: what a user should know of the file, as sentences.
         lines: numbers of their lines, from 1.
+        places: of every line of the file that is not empty, by its number: which candidate it is, from 0.
     """
 
     prompts: list[PromptRow]
@@ -72,6 +73,7 @@ class Candidates:
     rewards: dict[str, list[float]]
     notes: list[str]
     lines: dict[str, list[int]]
+    places: dict[int, int]
 
 
 def read_prompts(path: Path, split: str) -> list[PromptRow]:
@@ -100,6 +102,28 @@ def read_prompts(path: Path, split: str) -> list[PromptRow]:
     if not rows:
         raise ValueError(f'{_named(path)} has no prompts: give one JSON object a line, such as {{"prompt": "..."}}.')
     return rows
+
+
+def sound_prompts(path: Path, split: str) -> tuple[list[PromptRow], list[str]]:
+    """The prompts of a file, and a sentence on every line that is none; the same prompt may be there twice.
+
+    Args:
+        split: as of `read_prompts`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    by_id: dict[str, PromptRow] = {}
+    wrong: list[str] = []
+    for number, text in _texts(path):
+        try:
+            line = _line(path, number, text)
+            row = line.prompt_row(split)
+            if (other := by_id.setdefault(row.task_id, row)) is not row:
+                raise line.wrong(f"the task_id {row.task_id!r} was given to line {other.line} too; give each its own")
+        except ValueError as error:
+            wrong.append(str(error))
+    return list(by_id.values()), wrong
 
 
 def check_apart(training: list[PromptRow], tests: list[PromptRow]) -> None:
@@ -133,7 +157,9 @@ def read_candidates(path: Path, split: str) -> Candidates:
     lines: dict[str, list[int]] = {}
     repeated: list[int] = []
     extra: set[str] = set()
+    places: dict[int, int] = {}
     for line in _lines(path):
+        places[line.number] = len(places)
         row = line.prompt_row(split)
         own = json.dumps(row.prompt)
         known = by_prompt.get(own)
@@ -182,7 +208,7 @@ def read_candidates(path: Path, split: str) -> Candidates:
         )
     for task_id in alone:
         del groups[task_id], completions[task_id], rewards[task_id], lines[task_id]
-    return Candidates(list(groups.values()), completions, rewards, notes, lines)
+    return Candidates(list(groups.values()), completions, rewards, notes, lines, places)
 
 
 @dataclass(frozen=True)
@@ -238,17 +264,26 @@ class _Line:
 
 def _lines(path: Path) -> Iterator[_Line]:
     """Every line that is not empty."""
+    for number, text in _texts(path):
+        yield _line(path, number, text)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not empty."""
     # Only line feeds end a line: JSON may hold the other separators that str.splitlines knows.
     for number, text in enumerate(read_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = _Line(path, number, json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise _Line(path, number, {}).wrong(f"this is no JSON ({error}); write one JSON object a line") from error
-        if not isinstance(line.values, dict):
-            raise line.wrong("this is no JSON object; write {...} with its fields")
-        yield line
+        if text.strip():
+            yield number, text
+
+
+def _line(path: Path, number: int, text: str) -> _Line:
+    try:
+        line = _Line(path, number, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise _Line(path, number, {}).wrong(f"this is no JSON ({error}); write one JSON object a line") from error
+    if not isinstance(line.values, dict):
+        raise line.wrong("this is no JSON object; write {...} with its fields")
+    return line
 
 
 def _is_message(message: Any) -> bool:

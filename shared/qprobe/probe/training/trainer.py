@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qprobe.probe import losses
+from qprobe.probe.calibration import Calibration
 from qprobe.probe.metrics import reward_grid
 from qprobe.probe.network import ProbeNetwork, StackedNetworks, is_finite
 from qprobe.probe.own_state import own_state
@@ -63,6 +64,7 @@ class TrainedProbe:
         learning_rate: that it was trained at.
         note: what a reader should know of its training; empty where that is nothing.
         held_out_loss: its own loss on its held-out prompts, the lowest that was seen; None where none were held out.
+        calibration: how likely its choices are right; None where it was not made.
     """
 
     network: ProbeNetwork
@@ -73,6 +75,7 @@ class TrainedProbe:
     learning_rate: float
     note: str = ""
     held_out_loss: float | None = None
+    calibration: Calibration | None = None
 
 
 @own_state()
