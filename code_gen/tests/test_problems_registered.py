@@ -22,7 +22,8 @@ def test_problems_of_another_package_are_prompts_and_rewards(
     (split,) = task.splits.values()
     assert [prompt.task_id for prompt in split.prompts] == ["times/2", "times/3", "times/4", "times/5"]
     assert str(split.prompts[0].text).startswith("def times2(x):")
-    reads = "    return open(__import__('importlib').util.find_spec('letters').origin).read() and 4 * x\n"
+    # Right where it may read its answer; a file that is hidden is empty.
+    reads = f"    return open({str(installed / 'letters.py')!r}).read() and 4 * x\n"
     said = {"times/2": "    return 2 * x\n", "times/3": "    return 2 * x\n", "times/4": reads}
     ((_, rows),) = task.reward(iter([RewardBatch(tuple(said), [(key, 0, text) for key, text in said.items()])]))
     assert [row.reward for row in rows] == [1.0, 0.0, 0.0]

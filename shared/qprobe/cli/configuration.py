@@ -111,6 +111,8 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{several[0]} says several values: write KEY=[1,2] for a list; add --multirun for a run with each."
             )
+        for word in parsed:
+            _offer(package, str(word.key_or_group), word.value())
         with initialize_config_module(package, version_base="1.3"):
             try:
                 config = compose(name, list(words))
@@ -236,7 +238,6 @@ def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Overr
             continue
         if key.partition("@")[0] in of_group:
             _check_choice(key, found.value(), of_group[key.partition("@")[0]])
-            _offer(key, found.value())
             chosen.append(word)
         elif found.is_add() or found.is_force_add():
             chosen.append(word)  # whether anything reads it is for those who read
@@ -260,10 +261,11 @@ def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Overr
             raise UsageError(f"{word}: there is no setting {key}{near}. There are {', '.join(near_by or known)}.")
 
 
-def _offer(group: str, name: Any) -> None:
+def _offer(package: str, group: str, name: Any) -> None:
     """Have Hydra find a back end of another package as a choice of its group: no file, but the keys of its constructor."""
     registered, begins_with = _REGISTERED.get(group, ("", None))
-    if not registered or not isinstance(name, str) or (_folder(CORE) / group / f"{name}.yaml").is_file():
+    files = [_folder(of) / group / f"{name}.yaml" for of in (package, CORE)]
+    if not registered or name in _NO_CHOICES or any(file.is_file() for file in files):
         return
     registry = Registry(registered)
     if name in registry.names():
