@@ -76,7 +76,7 @@ def served_users(
         log.open(SOURCE, WIDTHS, folder / "probe")
         for number in range(users):
             features = torch.from_numpy(rng.normal(size=(K, sum(WIDTHS))).astype("float32"))
-            read = Read(features, torch.from_numpy(probe.score(features)), WIDTHS)
+            read = Read(features, torch.from_numpy(probe.score(features)))
             drawn: Any = [SimpleNamespace(text=f"answer {place}") for place in range(K)]
             choice = Policy.choice(policy, drawn, read, number, None, explore)  # type: ignore[arg-type]
             log.record(f"r-{number}", f"prompt {number % prompts}", "p", probe.beta_, choice, read)

@@ -65,17 +65,43 @@ class Read:
     Args:
         features: (k, D) float32, the blocks beside each other.
         scores: (k,) float32, Q values.
-        widths: columns of every block.
     """
 
     features: torch.Tensor
     scores: torch.Tensor
-    widths: tuple[int, ...]
 
 
 def choice_seed(seeds: Sequence[int]) -> int:
     """The seed behind those of a prompt's candidates: prompts of one call draw apart from each other."""
     return seeds[-1] + 1
+
+
+def features_of(
+    sampler: Sampler,
+    embedder: Embedder,
+    layers: Sequence[int],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+    rendered: Sequence[tuple[str, list[int]]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of prompts with completions.
+
+    Args:
+        sampler: renders the prompts.
+        layers: beside each other in what is returned.
+        completions: text and token ids (None where there are none) of each prompt's.
+        rendered: the prompts as `sampler.render` gives them, where that was asked before.
+
+    Returns: (N, D) float32, completions of the first prompt first.
+    """
+    fingerprint = sampler.tokenizer_fingerprint()
+    rendered = [sampler.render(prompt) for prompt in prompts] if rendered is None else rendered
+    to_read = [
+        tokens_to_read(embedder, fingerprint, as_read, own, templated=prompt.text is None)
+        for prompt, as_read, own in zip(prompts, rendered, completions, strict=True)
+    ]
+    states = embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
+    return torch.cat([states[layer] for layer in layers], dim=1)
 
 
 class Policy:
@@ -183,23 +209,35 @@ class Policy:
             rendered: of every prompt, as `sampler.render` gives it.
             drawn: of every prompt, one candidate at least.
         """
-        fingerprint = self.sampler.tokenizer_fingerprint()
-        to_read = [
-            tokens_to_read(
-                self.embedder,
-                fingerprint,
-                of_prompt,
-                [(completion.text, completion.token_ids) for completion in candidates],
-                templated=prompt.text is None,
-            )
-            for prompt, of_prompt, candidates in zip(prompts, rendered, drawn, strict=True)
+        pairs = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
+        return self._read(prompts, pairs, rendered)
+
+    def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Q of completions that something else has drawn; the sampler only renders the prompts.
+
+        Args:
+            prompts: as those of `choose`.
+            completions: the texts of each prompt, one at least in all.
+
+        Raises:
+            ValueError: as `choose`; or not as many lists as prompts.
+        """
+        asked = [self._prompt(prompt) for prompt in prompts]
+        return [
+            read.scores.tolist() for read in self._read(asked, [[(text, None) for text in own] for own in completions])
         ]
-        states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
-        blocks = [states[layer] for layer in self.blocks or (self.layer,)]
-        widths, features = tuple(block.shape[1] for block in blocks), torch.cat(blocks, dim=1)
-        sizes = [len(candidates) for candidates in drawn]
+
+    def _read(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+        rendered: Sequence[tuple[str, list[int]]] | None = None,
+    ) -> list[Read]:
+        """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
+        layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
+        features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
         scores = torch.from_numpy(self.probe.score(features))
-        return [Read(*found, widths) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
+        return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 
     def choice(
         self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None, explore: float = 0.0

@@ -31,7 +31,7 @@ from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
 from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
 from qprobe.serving.feedback import FeedbackLog, watch
 from qprobe.serving.metrics import Metrics
-from qprobe.serving.policy import Choice, Policy, Read, choice_seed
+from qprobe.serving.policy import Choice, Policy, Read, choice_seed, features_of
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
 from qprobe.serving.settings import ServeSettings
 
@@ -370,9 +370,12 @@ class Service:
         policy = self.loaded.policy
         if self.feedback is not None or hasattr(policy.embedder, "passes"):
             prompt, said = Prompt("warm", text="The"), Completion(" sea", None, "stop", math.nan, 0)
-            (read,) = policy.read([prompt], [policy.sampler.render(prompt)], [[said]])
+            policy.read([prompt], [policy.sampler.render(prompt)], [[said]])
             if self.feedback is not None:
-                self.feedback.open(policy.probe.source, read.widths, self._probe)
+                ends, text = (policy.sampler, policy.embedder), [[(said.text, None)]]
+                layers = policy.blocks or (policy.layer,)
+                widths = [features_of(*ends, [layer], [prompt], text).shape[1] for layer in layers]
+                self.feedback.open(policy.probe.source, widths, self._probe)
 
 
 def probe_fingerprint(probe: QProbe) -> str:
