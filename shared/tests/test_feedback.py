@@ -113,6 +113,7 @@ def test_answers_earn_more_after_an_update_by_a_known_rule(
     assert found.better is not None
     if says is rewards:
         assert found.better.low - 0.05 < difference.mean() < found.better.high + 0.05
+    assert "Since the last update feedback on 0 requests" in update(tmp_path)
     assert update(tmp_path, back=True).startswith(str(tmp_path / "probe"))
     again = QProbe.from_pretrained(tmp_path / "probe")
     assert torch.equal(again.network_.weights[0], before.network_.weights[0])

@@ -44,6 +44,7 @@ FOLDS = 5
 MOST_WEIGHT = 20.0
 IN_USE = "the probe in use"
 REPLACED = "replaced"
+UNTIL = "feedback_until"  # in a probe's card: the latest feedback that it learnt from
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Request:
         features: (k, D) float32.
         probabilities: (k,) that its candidates were chosen with.
         rewards: by place.
+        at: when the feedback came, in seconds since 1970.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Request:
     features: NDArray[np.float32]
     probabilities: Floats
     rewards: dict[int, float]
+    at: float = 0.0
 
     def weight(self, place: int) -> float:
         return min(MOST_WEIGHT, 1 / max(self.probabilities[place], 1e-9)) if self.kind == "reward" else 1.0
@@ -120,9 +123,10 @@ def read(folder: Path) -> tuple[list[Request], tuple[int, ...], dict[str, Any]]:
         return [], tables.widths, tables.source
     said: dict[str, dict[int, float]] = {}
     kinds: dict[str, str] = {}
+    times: dict[str, float] = {}
     for row in tables.feedback.read().to_pylist():
         said.setdefault(row["task_id"], {})[row["sample"]] = row["reward"]
-        kinds[row["task_id"]] = row["kind"]
+        kinds[row["task_id"]], times[row["task_id"]] = row["kind"], row["at"]
     replies = tables.replies.read(columns=["task_id", "sample", "prompt", "probability"]).to_pylist()
     found = tables.features.read()
     keys = zip(found["task_id"].to_pylist(), found["sample"].to_pylist(), strict=True)
@@ -136,7 +140,7 @@ def read(folder: Path) -> tuple[list[Request], tuple[int, ...], dict[str, Any]]:
     for id, rows in of_request.items():
         own = features[[place_of[id, row["sample"]] for row in rows]]
         probabilities = np.array([row["probability"] for row in rows])
-        requests.append(Request(id, rows[0]["prompt"], kinds[id], own, probabilities, said[id]))
+        requests.append(Request(id, rows[0]["prompt"], kinds[id], own, probabilities, said[id], times[id]))
     return requests, tables.widths, tables.source
 
 
@@ -150,6 +154,11 @@ def learn(requests: Sequence[Request], old: QProbe, widths: Sequence[int], seed:
     mixed = len(np.unique(rows.groups[rows.mixed]))
     if mixed < FEWEST_MIXED:
         return Updated(None, None, _too_little(mixed, kinds, requests), counts)
+    # What the probe in use has learnt from would speak for it, and through its anchor for the new one.
+    fresh = np.array([request.at > old.data_.get(UNTIL, 0.0) for request in requests])
+    if fresh.sum() < FEWEST_MIXED:
+        said = f"Since the last update feedback on {fresh.sum()} requests has come in, and {FEWEST_MIXED} are the fewest."
+        return Updated(None, None, said, counts)
     prompts = np.unique([request.prompt for request in requests], return_inverse=True)[1]
     folds = np.random.default_rng(seed).permutation(prompts.max() + 1)[prompts] % FOLDS
     losses: list[SolvedLoss] = ["pairwise_logistic"] if set(kinds) == {"preferred"} else list(AUTO_LOSSES)
@@ -157,20 +166,20 @@ def learn(requests: Sequence[Request], old: QProbe, widths: Sequence[int], seed:
     try:
         for fold in range(FOLDS):
             out = folds == fold
-            if out.any():
+            if (out & fresh).any():
                 new = _probe(rows.take(~out[requests_of_row]), losses, old, seed)
                 usual = _usual([request for request, left in zip(requests, out, strict=True) if not left])
-                for place in np.flatnonzero(out):
+                for place in np.flatnonzero(out & fresh):
                     laws = [_law(probe, requests[place]) for probe in (new, old)]
                     worth[place] = requests[place].worth(*laws, usual)
         probe = _probe(rows, losses, old, seed)
     except NothingToLearn as error:
         return Updated(None, None, f"Nothing can be learnt: {error}", counts)
-    better = bootstrap_mean(worth, prompts, rng=np.random.default_rng(seed))
-    said = (
-        f"On feedback that it did not learn from the new probe's answers earn {better.value:+.3f} [{better.low:+.3f}, "
-    )
-    said += f"{better.high:+.3f}] against those of the probe in use ({prompts.max() + 1} prompts)."
+    probe.data_[UNTIL] = max(request.at for request in requests)
+    better = bootstrap_mean(worth[fresh], prompts[fresh], rng=np.random.default_rng(seed))
+    interval = f"{better.value:+.3f} [{better.low:+.3f}, {better.high:+.3f}]"
+    said = f"On feedback that neither has learnt from the new probe's answers earn {interval} against those of the probe in use "
+    said += f"({len(np.unique(prompts[fresh]))} prompts)."
     return Updated(probe, better, said, counts)
 
 
