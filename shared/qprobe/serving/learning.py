@@ -157,7 +157,9 @@ def learn(requests: Sequence[Request], old: QProbe, widths: Sequence[int], seed:
     # What the probe in use has learnt from would speak for it, and through its anchor for the new one.
     fresh = np.array([request.at > old.data_.get(UNTIL, 0.0) for request in requests])
     if fresh.sum() < FEWEST_MIXED:
-        said = f"Since the last update feedback on {fresh.sum()} requests has come in, and {FEWEST_MIXED} are the fewest."
+        said = (
+            f"Since the last update feedback on {fresh.sum()} requests has come in, and {FEWEST_MIXED} are the fewest."
+        )
         return Updated(None, None, said, counts)
     prompts = np.unique([request.prompt for request in requests], return_inverse=True)[1]
     folds = np.random.default_rng(seed).permutation(prompts.max() + 1)[prompts] % FOLDS
