@@ -9,8 +9,9 @@ Where it stops: one process, one model; beam search and repetition penalties are
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,18 @@ class HFSampler(UsesModel, LocalSampler):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        wanted: Callable[[int], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """As `Sampler.sample`.
+
+        Args:
+            wanted: of a prompt's place, asked after every token: where nobody wants its completions any more, those that are not
+                finished end there, with an empty finish_reason.
+        """
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
@@ -63,7 +75,8 @@ class HFSampler(UsesModel, LocalSampler):
 
         def draw(rows: list[int], used: list[Sequence[int]], places: list[int]) -> None:
             growing = [Growing(prompts[owner[row]], seeds[owner[row]][row % n], eos, stops) for row in rows]
-            _draw(run, used, places, growing, settings)
+            going_on = None if wanted is None else [functools.partial(wanted, owner[row]) for row in rows]
+            _draw(run, used, places, growing, settings, going_on)
             made.update(zip(rows, growing, strict=True))
 
         self.passes.each(range(len(owner)), owner, prompts, need, draw)
@@ -89,8 +102,10 @@ def _draw(
     owner: Sequence[int],
     rows: Sequence[Growing],
     settings: SamplingSettings,
+    wanted: Sequence[Callable[[], bool]] | None = None,
 ) -> None:
-    """Let the rows of a pass grow to their ends: row r continues prompt `owner[r]`, prompts in rising order."""
+    """Let the rows of a pass grow to their ends, or while they are wanted: row r continues prompt `owner[r]`, prompts in
+    rising order."""
     device, length = run.language_model.device, settings.max_new_tokens
     generators = [torch.Generator().manual_seed(row.seed) for row in rows]
     uniforms = torch.stack([torch.rand(length, generator=own, dtype=torch.float64) for own in generators]).to(device)
@@ -104,7 +119,11 @@ def _draw(
     for step in range(length):
         chosen, logprobs = draw_tokens(logits, uniforms[alive, step], settings)
         drawn = enumerate(zip(alive, chosen.tolist(), logprobs.tolist(), strict=True))
-        going_on = [place for place, (row, token, logprob) in drawn if rows[row].take(token, logprob)]
+        going_on = [
+            place
+            for place, (row, token, logprob) in drawn
+            if rows[row].take(token, logprob) and (wanted is None or wanted[row]())
+        ]
         if not going_on:
             return
         if len(going_on) < len(alive):

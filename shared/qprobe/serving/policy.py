@@ -58,6 +58,24 @@ class Choice:
         return self.candidates[self.chosen].right
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a probe reads of the k candidates of a prompt, in their order.
+
+    Args:
+        features: (k, D) float32, the blocks beside each other.
+        scores: (k,) float32, Q values.
+    """
+
+    features: torch.Tensor
+    scores: torch.Tensor
+
+
+def choice_seed(seeds: Sequence[int]) -> int:
+    """The seed behind those of a prompt's candidates: prompts of one call draw apart from each other."""
+    return seeds[-1] + 1
+
+
 def features_of(
     sampler: Sampler,
     embedder: Embedder,
@@ -173,12 +191,26 @@ class Policy:
         rendered = [self.sampler.render(prompt) for prompt in asked]
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
-        read = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
-        # The seed behind those of a prompt's candidates: prompts of one call draw apart from each other.
+        found = self.read(asked, rendered, drawn)
         return [
-            self._choice(own, *found, own_seeds[-1] + 1)
-            for own, found, own_seeds in zip(drawn, self._scored(asked, read, rendered), seeds, strict=True)
+            self.choice(candidates, of, choice_seed(own))
+            for candidates, of, own in zip(drawn, found, seeds, strict=True)
         ]
+
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        rendered: Sequence[tuple[str, list[int]]],
+        drawn: Sequence[Sequence[Completion]],
+    ) -> list[Read]:
+        """Embed and score the candidates of several prompts together, whoever drew them.
+
+        Args:
+            rendered: of every prompt, as `sampler.render` gives it.
+            drawn: of every prompt, one candidate at least.
+        """
+        pairs = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
+        return self._read(prompts, pairs, rendered)
 
     def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
         """Q of completions that something else has drawn; the sampler only renders the prompts.
@@ -191,26 +223,29 @@ class Policy:
             ValueError: as `choose`; or not as many lists as prompts.
         """
         asked = [self._prompt(prompt) for prompt in prompts]
-        read = [[(text, None) for text in own] for own in completions]
-        return [scores.tolist() for scores, _ in self._scored(asked, read)]
+        return [
+            read.scores.tolist() for read in self._read(asked, [[(text, None) for text in own] for own in completions])
+        ]
 
-    def _scored(
+    def _read(
         self,
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[tuple[str, list[int] | None]]],
         rendered: Sequence[tuple[str, list[int]]] | None = None,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(k,) scores and (k, D) features of each prompt's completions."""
+    ) -> list[Read]:
+        """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
         layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
         features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
         scores = torch.from_numpy(self.probe.score(features))
-        return list(zip(scores.split(sizes), features.split(sizes), strict=True))
+        return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 
-    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
+    def choice(self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None) -> Choice:
+        """Choose one of a prompt's candidates by what was read of them; `beta` None is the policy's own."""
         calibration = self.probe.calibration_
-        right = [None] * len(drawn) if calibration is None else calibration.probabilities(features.numpy()).tolist()
-        weights = selection.selection_weights(scores, self.beta)
-        chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
+        right = [None] * len(drawn) if calibration is None else calibration.probabilities(read.features).tolist()
+        beta, scores = self.beta if beta is None else beta, read.scores
+        weights = selection.selection_weights(scores, beta)
+        chosen = selection.select(scores, beta, torch.Generator().manual_seed(seed))
         return Choice(
             [
                 Candidate(completion.text, float(score), float(weight), sure)
