@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import qprobe
 from qprobe import QProbe
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
@@ -32,7 +36,13 @@ def policy(tiny_model: ModelSpec) -> Policy:
     embedder = HFEmbedder(tiny_model, layers=[LAYER], likelihood=False)
     rows = np.random.default_rng(0).normal(size=(400, 32)).astype("float32")
     probe = QProbe("reward_mse", l2=1e-3).fit(rows, rows @ rows[0], np.repeat(np.arange(50), 8))
-    return Policy(sampler, embedder, probe, style="text")
+    probe.use = {
+        "prompts": "text",
+        "model": dataclasses.asdict(tiny_model),
+        "sampler": {"backend": "hf", "greedy": False, "batch_rows": 8, "n": 2, "max_new_tokens": 4, "stop": []},
+        "embedder": {"backend": "hf", "layers": [LAYER], "likelihood": False},
+    }
+    return Policy(sampler, embedder, probe)
 
 
 def q_alone(policy: Policy, prompt: Prompt, text: str) -> float:
@@ -55,6 +65,19 @@ def test_scores_of_completions_from_elsewhere_are_those_of_the_joined_tokens(pol
     expected += [q_alone(policy, Prompt("x", messages=tuple(talk)), "return")]
     assert [len(own) for own in found] == [3, 1]
     np.testing.assert_allclose([*found[0], *found[1]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_page_that_shows_them_names_what_there_is() -> None:
+    """Its code compiles, and whatever it imports of ours is there; the tests below run the same calls."""
+    page = (Path(__file__).parents[2] / "docs" / "ELSEWHERE.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 4
+    imported = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    for node in imported:
+        if str(node.module).startswith("qprobe"):
+            path = Path(qprobe.__file__).parent.joinpath(*str(node.module).split(".")[1:])
+            text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+            assert all(alias.name in text or (path / f"{alias.name}.py").is_file() for alias in node.names), node.module
 
 
 def test_grpo_of_trl_is_rewarded_by_a_probe(policy: Policy, tiny_model: ModelSpec, tmp_path: Path) -> None:
@@ -109,19 +132,13 @@ def test_grpo_of_trl_is_rewarded_by_a_probe(policy: Policy, tiny_model: ModelSpe
     )
 
 
-def test_lm_evaluation_harness_keeps_the_best_of_its_repeats(policy: Policy, tmp_path: Path, capsys: Any) -> None:
+def test_lm_evaluation_harness_keeps_the_best_of_its_repeats(policy: Policy, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: make test-integrations")
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from qprobe.integrations import lm_eval as integration
-
     class Answers(LM):  # type: ignore[misc]
         """Repeats of a question are answered by one word after another."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.asked = 0
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             return [WORDS[place % len(WORDS)] for place in range(len(requests))]
@@ -142,19 +159,12 @@ def test_lm_evaluation_harness_keeps_the_best_of_its_repeats(policy: Policy, tmp
         f"generation_kwargs: {{until: ['\\n'], do_sample: true}}\nrepeats: {len(WORDS)}\nfilter_list:\n"
         "  - name: first\n    filter: [{function: take_first}]\n"
         "  - name: best\n    filter:\n      - function: !function qprobe.integrations.lm_eval.BestByProbe\n"
-        "        probe: tiny\n        prompt: 'Q: {{q}}'\n      - function: take_first\n"
+        f"        probe: {tmp_path}/probe\n        prompt: 'Q: {{{{q}}}}'\n      - function: take_first\n"
         "metric_list: [{metric: exact_match}]\n"
     )
-    integration._policy.cache_clear()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(integration.QProbe, "from_pretrained", lambda name: policy.probe)
-        patched.setattr(integration.composition, "policy", lambda probe, settings: policy)
-        found = lm_eval.simple_evaluate(
-            Answers(),
-            tasks=["words"],
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-            bootstrap_iters=0,
-        )
+    policy.probe.save_pretrained(tmp_path / "probe")
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(Answers(), tasks=["words"], task_manager=tasks, bootstrap_iters=0)
     results = found["results"]["words"]
     print(f"lm-evaluation-harness {lm_eval.__version__}: {results}")
     assert results["exact_match,best"] == 0.75
