@@ -309,8 +309,10 @@ class Service:
             choice = loaded.policy.choice(completions, read, choice_seed(asked.seeds), beta, explore)
             places.sort(key=lambda place: (place != choice.chosen, -choice.candidates[place].score))
         except Exception as error:
-            if isinstance(error, Refused | TooLate) and self.settings.when_scoring_fails == "error":
-                raise
+            if isinstance(error, TooLate):
+                error = Refused(504, "The candidates were not scored in time: try again.", code="timeout")
+            if isinstance(error, Refused) and self.settings.when_scoring_fails == "error":
+                raise error from None
             self.metrics.unscored.inc()
             if self.settings.when_scoring_fails == "error":
                 raise Refused(500, f"The candidates could not be scored: {error}", code="scoring_failed") from error
