@@ -139,7 +139,7 @@ def test_what_stays_is_said(served: Served, server: Any, refusal: Callable[..., 
         began = time.monotonic()
         found, headers, said = ask(served)
         assert (found, word in said["error"]["message"]) == (status, True), (fault, said)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert "127.0.0.1" not in said["error"]["message"]
         if fault is limited:
             assert headers["retry-after"] == "100"
