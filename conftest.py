@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -341,3 +346,31 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelS
         return save_model(folder, llama_config(**changes), byte_tokenizer(chat_template), seed)
 
     return make
+
+
+def install(target: Path, name: str, modules: dict[str, str], entry_points: str, version: str = "1.0") -> None:
+    """Install a package of a few modules with pip, from a wheel that is written here: no build back end, no network."""
+    info = f"{name}-{version}.dist-info"
+    files = {f"{module}.py": text for module, text in modules.items()} | {f"{info}/entry_points.txt": entry_points}
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    target.mkdir(parents=True, exist_ok=True)
+    wheel = target.parent / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for path, text in files.items():
+            packed.writestr(path, text)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the package `letters` of docs/BACK_ENDS.md is installed, written as the page has it."""
+    page = (Path(__file__).parent / "docs" / "BACK_ENDS.md").read_text()
+    blocks = {kind: re.findall(rf"```{kind}\n(.*?)```", page, re.S) for kind in ("python", "toml")}
+    groups = tomllib.loads(blocks["toml"][0])["project"]["entry-points"]
+    lines = [line for group, own in groups.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in own.items()))]
+    target = tmp_path_factory.mktemp("letters") / "site-packages"  # a name that the sandbox knows
+    install(target, "letters", {"letters": "\n".join(blocks["python"])}, "\n".join(lines))
+    return target

@@ -95,6 +95,11 @@ def load(split: str, file: str | None = None) -> ProblemSet[Question]:
     return ProblemSet(split, questions, {"data": "gsm8k"})
 
 
+def load_split(split: str, train_file: str | None = None, test_file: str | None = None) -> ProblemSet[Question]:
+    """As `load`, with the keys of the configuration."""
+    return load(split, {"train": train_file, "test": test_file}[SPLITS[split]])
+
+
 def _question(task_id: str, row: dict[str, Any], where: str) -> Question:
     text, answer = row["question"], row["answer"]
     if not isinstance(text, str) or not text.strip() or not isinstance(answer, str):

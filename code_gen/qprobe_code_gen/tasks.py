@@ -15,20 +15,21 @@ from qprobe.baselines.consistency import Agreement
 from qprobe.baselines.few_shot import FewShotSettings, Shot, with_shots
 from qprobe.pipeline import needs
 from qprobe.prompts import Prompt
+from qprobe.registry import Registry
 from qprobe.run.pools import Reward, Split
 from qprobe.sampling import StopRule
-from qprobe.settings import accepted, build, check_keys
+from qprobe.settings import accepted, build, check_keys, kinds_of
 from qprobe_code_gen import gsm8k
 from qprobe_code_gen.problem_sets import AnyProblem, ProblemSet
-from qprobe_code_gen.programs import Problem, humaneval, mbpp, overlap
+from qprobe_code_gen.programs import Problem, mbpp, overlap
 from qprobe_code_gen.programs.agreement import OutputsAgree
 from qprobe_code_gen.programs.prompts import PromptStyle
 from qprobe_code_gen.programs.rewards import UnitTestReward
 from qprobe_code_gen.sandbox import Limits
 from qprobe_code_gen.shots import shots_of
 
-_PROGRAMS, _QUESTIONS = ("humaneval", *mbpp.SPLITS), tuple(gsm8k.SPLITS)
-# What a set holds, known without it.
+PROBLEMS = Registry("qprobe.problems")
+# What a set of ours holds, known without it.
 SIZES = {"humaneval": 164, **{name: len(ids) for name, ids in mbpp.SPLITS.items()}, **gsm8k.SIZES}
 KEYS = {"test", "train", "limits", "samples", "prompt_style", "examples", "examples_from", "shots"}
 AnyStyled = TypeVar("AnyStyled", contravariant=True)
@@ -73,19 +74,17 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
         ValueError: an unknown key or set, or a value that cannot be; before any work.
     """
     names = _names(config["dataset"])
-    if unknown := [name for name in names if name not in _PROGRAMS + _QUESTIONS]:
-        raise ValueError(
-            f"dataset: there is no problem set {unknown[0]!r}: choose from {', '.join(_PROGRAMS + _QUESTIONS)}."
-        )
-    if len({name in _QUESTIONS for name in names}) > 1:
+    if len({_of_questions(name, "a name of dataset.test or dataset.train") for name in names}) > 1:
         raise ValueError(
             f"dataset: {', '.join(names)} are not all rewarded in the same way: give each kind a run of its own."
         )
     sandbox = dict(config["sandbox"])
     check_keys(sandbox, accepted(Limits) | {"workers", "strict", "one_process"}, "sandbox")
     try:
-        return _questions(config, limit) if names[0] in _QUESTIONS else _programs(config, limit, sandbox)
+        return _questions(config, limit) if _of_questions(names[0]) else _programs(config, limit, sandbox)
     except OSError as error:
+        if unknown := set(names) - set(SIZES):
+            raise OSError(f"{error} How large {', '.join(sorted(unknown))} is, is not known.") from error
         limits = config["dataset"]["limits"]
         sizes = {name: min(filter(None, (SIZES[name], limit, limits.get(name)))) for name in names}
         tested = sum(sizes[name] for name in config["dataset"]["test"])
@@ -94,11 +93,7 @@ def make(config: Mapping[str, Any], limit: int | None) -> Task:
 
 def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, Any]) -> Task:
     dataset = config["dataset"]
-    check_keys(dataset, KEYS | {"mbpp_file"}, "dataset")
-
-    def load(name: str) -> ProblemSet[Problem]:
-        return humaneval.load() if name == "humaneval" else mbpp.load(name, dataset["mbpp_file"])
-
+    load: Callable[[str], ProblemSet[Problem]] = _loader(dataset, {"mbpp_file"})
     style = PromptStyle(dataset["prompt_style"], examples=_examples(dataset, load))
     problems, splits = _splits(config, limit, load, style, UnitTestReward.name)
     workers, strict, one_process = (sandbox.pop(key) for key in ("workers", "strict", "one_process"))
@@ -117,14 +112,34 @@ def _programs(config: Mapping[str, Any], limit: int | None, sandbox: dict[str, A
 
 def _questions(config: Mapping[str, Any], limit: int | None) -> Task:
     dataset = config["dataset"]
-    check_keys(dataset, KEYS | {"train_file", "test_file"}, "dataset")
-
-    def load(name: str) -> ProblemSet[gsm8k.Question]:
-        return gsm8k.load(name, dataset[f"{gsm8k.SPLITS[name]}_file"])
-
+    load: Callable[[str], ProblemSet[gsm8k.Question]] = _loader(dataset, {"train_file", "test_file"})
     style = gsm8k.QuestionStyle(dataset["prompt_style"], examples=_examples(dataset, load))
     questions, splits = _splits(config, limit, load, style, gsm8k.FinalNumberReward.name)
     return Task(splits, style.stop(), gsm8k.FinalNumberReward(questions), gsm8k.SameNumber())
+
+
+def _of_questions(name: str, where: str = "dataset") -> bool:
+    """Whether a set holds questions, by what its function says that it gives, and not programs."""
+    return kinds_of(PROBLEMS.find(name, where)).get("return") == ProblemSet[gsm8k.Question]
+
+
+def _loader(dataset: Mapping[str, Any], files: set[str]) -> Callable[[str], ProblemSet[Any]]:
+    """What loads a set by its name.
+
+    Args:
+        files: keys of our own sets of this kind; a set of another package may have others.
+    """
+    found = {name: PROBLEMS.find(name, "dataset") for name in _names(dataset)}
+    check_keys(dataset, KEYS | files | set().union(*map(accepted, found.values())) - {"split"}, "dataset")
+
+    def load(name: str) -> ProblemSet[Any]:
+        make = PROBLEMS.find(name, "dataset")
+        takes = accepted(make)
+        own = {key: dataset[key] for key in takes - {"split"} if key in dataset}
+        made: ProblemSet[Any] = build(make, own, "dataset", **({"split": name} if "split" in takes else {}))
+        return made
+
+    return load
 
 
 def _names(dataset: Mapping[str, Any]) -> list[str]:
@@ -136,9 +151,11 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
     wanted, source = dataset["examples"], dataset["examples_from"]
     if not wanted:
         return []
-    sets = _QUESTIONS if dataset["test"][0] in _QUESTIONS else _PROGRAMS
-    if source not in sets:
-        raise ValueError(f"dataset.examples_from is {source!r}: choose from {', '.join(sets)}.")
+    if _of_questions(source, "dataset.examples_from") != _of_questions(dataset["test"][0]):
+        raise ValueError(
+            f"dataset.examples_from is {source!r}, whose problems are of another kind than those of {dataset['test'][0]}: name "
+            "a set of the same kind."
+        )
     known = {problem.task_id: problem for problem in load(source).problems}
     if type(wanted) is int:
         if not 0 < wanted <= len(known):
@@ -151,7 +168,7 @@ def _examples(dataset: Mapping[str, Any], load: Callable[[str], ProblemSet[AnyPr
 
 def samples(dataset: Mapping[str, Any]) -> dict[str, int]:
     """Completions a problem of the sets in use that have a number of their own."""
-    check_keys(dataset["samples"], set(SIZES), "dataset.samples")
+    check_keys(dataset["samples"], set(PROBLEMS.names()), "dataset.samples")
     asked = {name: checked_limit(count, f"dataset.samples.{name}") for name, count in dataset["samples"].items()}
     used = {*dataset["test"], dataset["train"]}
     return {name: count for name, count in asked.items() if count is not None and name in used}

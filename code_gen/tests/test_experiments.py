@@ -184,7 +184,7 @@ def test_the_back_ends_of_vllm_are_a_word_of_the_command(
 
 def test_every_baseline_that_can_be_named_has_a_row(composed: Composed, shrunk: Callable[..., list[str]]) -> None:
     # The tiny model solves nothing, so that a reward model finds one class only; shared/tests/test_baselines_trained.py has it.
-    names = [name for name in composition.BASELINES if name != "finetune_rm"]
+    names = [name for name in composition.BASELINES.names() if name != "finetune_rm"]
     words = [f"baselines.names=[{','.join(names)}]", "evaluation.curve_shares=[]"]
     pipeline = command.make_pipeline(composed([*shrunk("mbpp"), *words]))
     pipeline.execute(STAGES[:-1])

@@ -18,7 +18,6 @@ import pytest
 
 import qprobe_code_gen.__main__ as command
 from qprobe import store
-from qprobe.cli import composition
 from qprobe.models.language_model import ModelSpec
 from qprobe.sampling import Completion
 
@@ -72,8 +71,8 @@ def test_probes_of_both_procedures_earn_what_the_larger_signal_earns(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sampler, embedder = back_ends(fakes)
-    monkeypatch.setitem(composition.SAMPLERS, "hf", sampler)
-    monkeypatch.setitem(composition.EMBEDDERS, "hf", embedder)
+    monkeypatch.setattr("qprobe.sampling.hf.HFSampler", sampler)
+    monkeypatch.setattr("qprobe.embedding.hf.HFEmbedder", embedder)
     numbers = {"train": range(100, 162), "test": range(500, 540)}
     own = [f"dataset.{name}_file={jsonl(map(question, of), name)}" for name, of in numbers.items()]
     command.run(composed([*WORDS, *own, f"model.name={tiny_model.name}", f"paths.runs={tmp_path}"]))

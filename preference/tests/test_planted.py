@@ -17,7 +17,6 @@ import pytest
 from scipy import stats
 
 import qprobe_preference.__main__ as command
-from qprobe.cli import composition
 from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
@@ -46,8 +45,8 @@ def test_the_accuracy_on_pairs_is_how_often_the_larger_signal_was_chosen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Thirty prompts with one to five pairs; four labels in five follow the numbers, nothing tells equal numbers apart."""
-    monkeypatch.setitem(composition.SAMPLERS, "hf", fakes.PlantedSampler)
-    monkeypatch.setitem(composition.EMBEDDERS, "hf", fakes.PlantedEmbedder)
+    monkeypatch.setattr("qprobe.sampling.hf.HFSampler", fakes.PlantedSampler)
+    monkeypatch.setattr("qprobe.embedding.hf.HFEmbedder", fakes.PlantedEmbedder)
     rows, right, prompts = [], [], []
     for prompt in range(30):
         for pair in range(1 + prompt % 5):

@@ -110,6 +110,18 @@ def accepted(make: Callable[..., Any]) -> set[str]:
     return {name for name in inspect.signature(make).parameters if name != "self"}
 
 
+def defaults(make: Callable[..., Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """The keyword arguments of a dataclass or factory as a part of a configuration: plain defaults, `???` where there is none."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(make).parameters.items():
+        if name not in without and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            value = "???" if parameter.default is parameter.empty else parameter.default
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
+            found[name] = value
+    return found
+
+
 @functools.cache
 def kinds_of(make: Any) -> dict[str, Any]:
     """The declared type of every argument of a dataclass or function."""

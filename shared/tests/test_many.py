@@ -18,6 +18,7 @@ from saved import probe_of
 
 from qprobe.cli import composition, main
 from qprobe.models.language_model import ModelSpec
+from qprobe.probe.calibration import Calibration
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.serving.many import Answering
@@ -192,3 +193,35 @@ def test_a_prompt_that_a_server_refuses_costs_the_others_nothing_and_a_server_th
         Answering(other, seed=1, at_once=1).answer(prompts, tmp_path / "other", progress=False)
     assert len(server.requests) < len(prompts)
     assert (tmp_path / "other").read_bytes() == b""
+
+
+def test_where_an_answer_is_not_likely_to_be_right_there_is_none(
+    tiny_model: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe, folder = probe_of(tiny_model, 3), str(tmp_path / "probe")
+    command = ["answer", "--probe", folder, "--seed", "5"]
+    many = [*command, "--prompts", str(write(tmp_path / "in.jsonl", *({"prompt": f"Say {n}."} for n in range(6))))]
+    probe.save_pretrained(folder)
+    assert main.main([*command, "Say 1.", "--at-least", "0.5"]) == 1
+    assert "loss auto" in capsys.readouterr().err
+    # Likely where the first number of the candidates' states is high: so one prompt is not as another.
+    probe.calibration_ = Calibration(np.eye(probe.dimension)[0], 0.0, 0.0, 0.0, 30.0)
+    probe.save_pretrained(folder)
+    assert main.main(many) == 0
+    every = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    likely = sorted(line["right"] for line in every)
+    assert likely[0] < likely[-1]
+    least = (likely[2] + likely[3]) / 2
+    assert main.main([*many, "--at-least", str(least)]) == 0
+    said = capsys.readouterr()
+    kept = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["answer"] for line in kept] == [w["answer"] if w["right"] >= least else None for w in every]
+    assert [line["right"] for line in kept] == [line["right"] for line in every]
+    assert "3 of these say null" in said.err
+    assert main.main([*command, "Say 1.", "--at-least", "1", "--show-candidates"]) == 1
+    said = capsys.readouterr()
+    assert "None of these" in said.err
+    assert "right 0." in said.err
+    assert not said.out
+    assert main.main([*command, "Say 1.", "--at-least", "2"]) == 1
+    assert "[0, 1]" in capsys.readouterr().err

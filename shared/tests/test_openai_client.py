@@ -70,7 +70,7 @@ def test_retry_after_is_honoured_by_all_calls(server: Any, refusal: Refusals, da
     client(settings).each([request(settings)])
     client(settings).each([request(settings)] * 4)
     # A date has whole seconds: up to one is lost in writing it.
-    assert seconds - (1.1 if dated else 0.01) < time.monotonic() - began < seconds + 3
+    assert seconds - (1.1 if dated else 0.01) < time.monotonic() - began < seconds + 10
     assert client(settings).usage()["retries"] == 1
 
 
@@ -188,13 +188,13 @@ def interrupts() -> Iterator[None]:
 
 
 def test_an_interrupt_does_not_wait_for_answers(server: Any, interrupts: None) -> None:
-    server.pause = 3.0
+    server.pause = 8.0
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         client(server.settings()).each([request(server.settings())] * 8)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 6
     timer.join()
 
 

@@ -19,7 +19,7 @@ import pytest
 from scipy import stats
 
 from qprobe import store
-from qprobe.cli import composition, main
+from qprobe.cli import main
 from qprobe.models.language_model import ModelSpec
 from qprobe.report.results import Results
 
@@ -46,8 +46,8 @@ def call(
 ) -> Call:
     """The command with planted back ends; returns what it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(composition.SAMPLERS, "hf", fakes.PlantedSampler)
-    monkeypatch.setitem(composition.EMBEDDERS, "hf", fakes.PlantedEmbedder)
+    monkeypatch.setattr("qprobe.sampling.hf.HFSampler", fakes.PlantedSampler)
+    monkeypatch.setattr("qprobe.embedding.hf.HFEmbedder", fakes.PlantedEmbedder)
 
     def called(*arguments: str) -> str:
         assert main.main([*arguments, f"model.name={tiny_model.name}", *SETTINGS]) == 0, capsys.readouterr().err

@@ -294,3 +294,24 @@ def test_killed_in_the_middle_of_a_refilled_batch_it_ends_as_if_undisturbed(
     # Which rows grow beside each other differs, and with it the last digits of the log-probabilities.
     assert [row | {"logprob": 0} for row in ours] == [row | {"logprob": 0} for row in undisturbed]
     assert [row["logprob"] for row in ours] == pytest.approx([row["logprob"] for row in undisturbed], abs=1e-3)
+
+
+def test_rows_that_nobody_wants_leave_and_disturb_nobody(leaving_model: ModelSpec, random_ids: Ids) -> None:
+    prompts = random_ids(LENGTHS)
+    seeds = [sample_seeds(0, f"task {p}", SETTINGS.n) for p in range(len(prompts))]
+    asked: list[int] = []
+
+    def wanted(place: int) -> bool:
+        asked.append(place)
+        return place != 2 or asked.count(2) <= 4
+
+    whole = HFSampler(leaving_model, SETTINGS, rows_at_once=7).sample(prompts, seeds)
+    found = HFSampler(leaving_model, SETTINGS, rows_at_once=7).sample(prompts, seeds, wanted)
+    others = [place for place in range(len(prompts)) if place != 2]
+    assert tokens_of([found[place] for place in others]) == tokens_of([whole[place] for place in others])
+    assert any(completion.finish_reason == "" for completion in found[2])
+    for completion, full in zip(found[2], whole[2], strict=True):
+        kept = completion.token_ids or []
+        assert kept == (full.token_ids or [])[: len(kept)]
+        assert completion.finish_reason in ("", full.finish_reason)
+    assert asked.count(2) < sum(len(full.token_ids or []) for full in whole[2])

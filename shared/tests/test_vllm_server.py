@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from served import policy_of, save_probe, serving
 
 from qprobe import models
 from qprobe.embedding.hf import HFEmbedder
@@ -29,9 +30,11 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.run import stages
 from qprobe.run.pools import Pool, Split
-from qprobe.sampling import SamplingSettings, sample_seeds
+from qprobe.sampling import Completion, SamplingSettings, sample_seeds
 from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.openai import OpenAISampler
+from qprobe.serving.running import application
+from qprobe.serving.settings import ServeSettings
 
 pytestmark = [
     pytest.mark.vllm,
@@ -191,3 +194,27 @@ def test_the_model_is_the_one_that_is_served(server: Any, model: ModelSpec) -> N
         (served,) = json.load(answer)["data"]
     assert served["owned_by"] == "vllm"
     assert served["root"] == dataclasses.asdict(model)["name"]
+
+
+def test_a_served_probe_draws_from_vllm_and_scores_as_the_library(
+    server: Any, model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the official client, with `n`, log-probabilities and a stream; the key is the client's."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    policy = policy_of(save_probe(tmp_path / "probe", model))
+    prompt = Prompt("p", text="def add(")
+    with serving(application(policy, ServeSettings(), server.settings())) as made, made.client() as client:
+        asked: Any = {"model": server.settings().model, "prompt": prompt.text, "max_tokens": 12, "logprobs": 1}
+        body = {"qprobe": {"k": 6, "seed": 3, "return_candidates": True}}
+        answer = client.completions.create(**asked, n=2, extra_body=body)
+        assert answer.usage.qprobe["valid"] == 6
+        shown = answer.qprobe["candidates"]
+        assert len({candidate["text"] for candidate in shown}) > 1
+        completions = [Completion(candidate["text"], None, "stop", math.nan, 0) for candidate in shown]
+        (read,) = policy.read([prompt], [policy.sampler.render(prompt)], [completions])
+        assert [candidate["score"] for candidate in shown] == pytest.approx(read.scores.tolist(), abs=1e-3)
+        assert answer.choices[0].text in [candidate["text"] for candidate in shown]
+        assert len(answer.choices) == 2
+        assert all(choice.logprobs.token_logprobs for choice in answer.choices)
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1].usage.completion_tokens > 12  # of all candidates

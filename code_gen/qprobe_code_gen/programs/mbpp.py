@@ -22,21 +22,21 @@ SLOW = {"MBPP/123": 2.5}
 REQUEST = "Your code should pass these tests:"
 
 
-def load(split: str, file: str | None = None) -> ProblemSet[Problem]:
+def load(split: str, mbpp_file: str | None = None) -> ProblemSet[Problem]:
     """One split.
 
     Args:
         split: a name of `SPLITS`.
-        file: a JSON-lines file with MBPP's fields, plain or gzipped; None takes the published one, which comes with the package.
+        mbpp_file: a JSON-lines file with MBPP's fields, plain or gzipped; None takes the published one, which is in this package.
 
     Raises:
         OSError: no such file.
         ValueError: a line that is no problem of MBPP, a file without problems of this split.
     """
-    found = problem_sets.from_file(file or str(OWN_FILE), _COLUMNS, "MBPP", "mbpp_file")
+    found = problem_sets.from_file(mbpp_file or str(OWN_FILE), _COLUMNS, "MBPP", "mbpp_file")
     problems = [problem_from_row(row) for _, row in found if int(row["task_id"]) in SPLITS[split]]
     if not problems:
-        raise ValueError(f"{file or OWN_FILE} has no problem of the split {split} (task ids {SPLITS[split]}).")
+        raise ValueError(f"{mbpp_file or OWN_FILE} has no problem of the split {split} (task ids {SPLITS[split]}).")
     return ProblemSet(split, sorted(problems, key=lambda p: p.task_id), {"data": "mbpp"})
 
 

@@ -104,7 +104,7 @@ class Executor:
             "workers": self.workers,
             "packages": packages,
             "temporary": tempfile.gettempdir(),
-            "answers": hidden.caches(),
+            "answers": hidden.caches() + hidden.registered(),
         }
         sandbox = Path(__file__).resolve().parent
         bootstrap = BOOTSTRAP.format(package=str(sandbox.parent), sandbox=str(sandbox))

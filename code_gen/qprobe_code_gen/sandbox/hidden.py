@@ -31,12 +31,23 @@ def caches() -> list[str]:
     return sorted({os.path.abspath(path) for path in named})
 
 
+def registered() -> list[str]:
+    """Folders and files of packages that bring sets of problems (entry points of the group qprobe.problems)."""
+    import importlib.metadata
+    import importlib.util
+
+    names = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group="qprobe.problems")}
+    specs = [spec for name in sorted(names) if (spec := importlib.util.find_spec(name)) is not None]
+    paths = [path for spec in specs for path in spec.submodule_search_locations or [spec.origin or ""]]
+    return [os.path.abspath(path) for path in paths if path]
+
+
 def found(visible: list[str], others: list[str]) -> list[str]:
     """What is to be hidden of the folders that programs see.
 
     Args:
         visible: those folders.
-        others: further folders with answers, such as `caches` gives.
+        others: further folders with answers, such as `caches` and `registered` give.
 
     Returns:
         Existing files and folders below `visible`, by every name that they have there.

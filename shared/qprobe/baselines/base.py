@@ -93,15 +93,21 @@ def check_whole(pool: Pool, table: Table, stage: str) -> None:
 class Baseline(ABC):
     """A row of the table that no probe made.
 
+    A constructor's arguments are the keys of `baselines.<name>` in the configuration; or it has one, `settings`, a dataclass of
+    them. By name it may also ask for `model` (the run's `ModelSpec`), `seed`, `sampler` (the run's, at temperature 0),
+    `adapted` (the same of the model with an adapter's folder), `longest` (tokens that a prompt may have) and `agreement`.
+
     Attributes:
-        name: short, in the configuration and in paths.
+        name: short, in the configuration and in paths; the one that it is registered by.
         method: of its row.
         trains: whether it needs a training split, for `train`.
+        cannot_use: back ends of samplers that cannot draw what it asks; a recording holds answers to its own prompts alone.
     """
 
     name: str
     method: str
     trains: bool = False
+    cannot_use: tuple[str, ...] = ()
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

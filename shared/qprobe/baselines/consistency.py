@@ -33,7 +33,11 @@ class SelfConsistency(Ranker):
     method = "self-consistency"
     of_all = True
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, agreement: Agreement | None) -> None:
+        if agreement is None:
+            raise ValueError(
+                "baselines.names has self_consistency, but when two completions agree is not known here: leave it out."
+            )
         self.agreement = agreement
 
     def identity(self) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class FewShot(Rival):
 
     name = "few_shot"
     trains = True
+    cannot_use = ("recorded",)
 
     def __init__(self, sampler: Sampler, settings: FewShotSettings, longest: Callable[[], int | None]) -> None:
         self.sampler, self.settings, self.longest = sampler, settings, longest

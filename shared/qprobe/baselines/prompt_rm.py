@@ -59,14 +59,18 @@ class PromptRM(Ranker):
     """A language model as it stands, asked about every candidate.
 
     Args:
-        model: the judge.
-        settings: what it is asked.
+        model: the run's own, which judges where the settings name no other.
+        settings: who judges, and what it is asked.
     """
 
     name = "prompt_rm"
     method = "Prompt RM"
 
     def __init__(self, model: ModelSpec, settings: PromptRMSettings) -> None:
+        if settings.model is not None:
+            model = dataclasses.replace(
+                model, name=settings.model, revision=None, adapter=None
+            )  # those of another model
         self.model, self.settings, self.likelihood = model, settings, Likelihood(model)
 
     def identity(self) -> dict[str, Any]:

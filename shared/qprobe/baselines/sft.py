@@ -58,18 +58,19 @@ class SFT(Rival):
     Args:
         model: that is fine-tuned.
         settings: how, and on what.
-        sampler: makes the sampler at temperature 0 of the model with an adapter.
+        adapted: makes the sampler at temperature 0 of the model with an adapter.
         seed: of the training.
     """
 
     name = "sft"
     method = "SFT on successes"
     trains = True
+    cannot_use = ("openai", "recorded")
 
     def __init__(
-        self, model: ModelSpec, settings: SFTSettings, sampler: Callable[[Path], Sampler], seed: int = 0
+        self, model: ModelSpec, settings: SFTSettings, adapted: Callable[[Path], Sampler], seed: int = 0
     ) -> None:
-        self.model, self.settings, self.sampler, self.seed = model, settings, sampler, seed
+        self.model, self.settings, self.adapted, self.seed = model, settings, adapted, seed
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.model.identity(), "seed": self.seed, **dataclasses.asdict(self.settings)}
@@ -84,5 +85,5 @@ class SFT(Rival):
 
     def pool(self, tested: Pool, folder: Path) -> Pool:
         split = dataclasses.replace(tested.split, recorded=None)
-        sampler = self.sampler(folder / _ADAPTER)
+        sampler = self.adapted(folder / _ADAPTER)
         return Pool(tested.run, split, self.name, sampler, tested.seed, tested.batch_rows, tested.shard)

@@ -15,18 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.baselines import Baseline
-from qprobe.baselines.consistency import Agreement, SelfConsistency
-from qprobe.baselines.few_shot import FewShot, FewShotSettings
-from qprobe.baselines.finetune_rm import FinetuneRM
-from qprobe.baselines.prompt_rm import PromptRM, PromptRMSettings
-from qprobe.baselines.settings import LoRASettings
-from qprobe.baselines.sft import SFT, SFTSettings
+from qprobe.baselines.consistency import Agreement
 from qprobe.cli import configuration, uses
 from qprobe.embedding import Embedder, GivesLikelihoods
-from qprobe.embedding.given import GivenEmbedder
-from qprobe.embedding.hf import HFEmbedder
-from qprobe.embedding.openai import OpenAIEmbedder
-from qprobe.embedding.vllm import VLLMEmbedder
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
@@ -36,23 +27,13 @@ from qprobe.pipeline.steps import SHARDED
 from qprobe.probe.estimator import QProbe
 from qprobe.probe.losses import AUTO
 from qprobe.probe.training import TrainingSettings
+from qprobe.registry import Registry
 from qprobe.run import lengths
-from qprobe.run.recording import RecordedEmbedder, RecordedSampler
 from qprobe.sampling import Sampler, SamplingSettings, StopRule
-from qprobe.sampling.hf import HFSampler
-from qprobe.sampling.openai import OpenAISampler
-from qprobe.sampling.vllm import VLLMSampler
 from qprobe.serving.policy import Policy
-from qprobe.settings import accepted, build, check_keys
+from qprobe.settings import accepted, build, check_keys, kinds_of
 
-SAMPLERS = {"hf": HFSampler, "openai": OpenAISampler, "recorded": RecordedSampler, "vllm": VLLMSampler}
-EMBEDDERS = {
-    "given": GivenEmbedder,
-    "hf": HFEmbedder,
-    "openai": OpenAIEmbedder,
-    "recorded": RecordedEmbedder,
-    "vllm": VLLMEmbedder,
-}
+SAMPLERS, EMBEDDERS, BASELINES = (Registry(f"qprobe.{kind}") for kind in ("samplers", "embedders", "baselines"))
 _RUNNERS: dict[str, set[str]] = {"local": set(), "ray": {"address", *SHARDED}}  # with the keys that each knows
 # What every configuration of a run has; whoever composes one adds keys of its own.
 KEYS = {"authors", "stages", "seed", "shard", "runner", "layer", "model", "sampler", "embedder", "probe", "evaluation"}
@@ -118,8 +99,8 @@ def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None, rule
     """
     model, values, embedding = model_spec(config), dict(config["sampler"]), dict(config["embedder"])
     drawing = build(_Drawing, _part(values, accepted(_Drawing)), "sampler")
-    sampler = _chosen(SAMPLERS, drawing.backend, "sampler.backend")
-    embedder = _chosen(EMBEDDERS, embedding.pop("backend", None), "embedder.backend")
+    sampler = SAMPLERS.find(drawing.backend, "sampler.backend")
+    embedder = EMBEDDERS.find(embedding.pop("backend", None), "embedder.backend")
     own = _part(values, accepted(sampler) - {"model", "settings"})
     given: dict[str, Any] = {"rule": rule} if stop is None else {"stop": tuple(stop), "rule": rule}
     settings = build(SamplingSettings, values, "sampler", **given)
@@ -134,96 +115,37 @@ def _part(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: values.pop(key) for key in sorted(keys & set(values))}
 
 
-def _chosen(known: Mapping[str, Any], name: Any, where: str) -> Any:
-    if name not in known:
-        raise ValueError(f"{where} is {name!r}: choose from {', '.join(known)}.")
-    return known[name]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a baseline is made from besides its own settings."""
-
-    config: Mapping[str, Any]
-    ends: BackEnds
-    agreement: Agreement | None
-
-    @property
-    def backend(self) -> str:
-        return str(self.config["sampler"]["backend"])
-
-    def longest_prompt(self) -> int | None:
-        """Tokens that a prompt may have: the context without the longest completion; None where not known."""
-        context = None if self.backend == "openai" else lengths.context_of(self.ends.sampler)
-        return None if context is None else context - self.ends.sampler.settings.max_new_tokens
-
-    def adapted(self, folder: Path) -> Sampler:
-        """The sampler at temperature 0 of the model with an adapter."""
-        drawn = self.ends.rival.settings
-        sampling = {key: value for key, value in self.config["sampler"].items() if key != "stop"}
-        model = {**self.config["model"], "adapter": str(folder)}
-        return back_ends({**self.config, "sampler": sampling, "model": model}, drawn.stop, drawn.rule).rival
-
-    def refuse(self, name: str, *backends: str) -> None:
-        """Raise ValueError where the sampler cannot draw what a baseline needs: a recording holds answers to its own prompts."""
-        if self.backend in backends:
-            raise ValueError(
-                f"baselines.names has {name}, which sampler={self.backend} cannot draw: leave it out, or take another sampler."
-            )
-
-
-def _few_shot(settings: FewShotSettings, asked: _Asked) -> Baseline:
-    asked.refuse("few_shot", "recorded")
-    settings = dataclasses.replace(settings, seed=asked.config["seed"])
-    return FewShot(asked.ends.rival, settings, asked.longest_prompt)
-
-
-def _prompt_rm(settings: PromptRMSettings, asked: _Asked) -> Baseline:
-    spec = model_spec(asked.config)
-    if settings.model is not None:
-        spec = dataclasses.replace(spec, name=settings.model, revision=None, adapter=None)  # that of another model
-    return PromptRM(spec, settings)
-
-
-@dataclass(frozen=True)
-class _NoSettings:
-    pass
-
-
-def _self_consistency(settings: _NoSettings, asked: _Asked) -> Baseline:
-    if asked.agreement is None:
-        raise ValueError(
-            "baselines.names has self_consistency, but when two completions agree is not known here: leave it out."
-        )
-    return SelfConsistency(asked.agreement)
-
-
-def _sft(settings: SFTSettings, asked: _Asked) -> Baseline:
-    asked.refuse("sft", "openai", "recorded")
-    return SFT(model_spec(asked.config), settings, asked.adapted, asked.config["seed"])
-
-
-def _finetune_rm(settings: LoRASettings, asked: _Asked) -> Baseline:
-    return FinetuneRM(model_spec(asked.config), settings, asked.config["seed"])
-
-
-# The settings of a baseline, and what makes it of them.
-BASELINES: dict[str, tuple[type[Any], Callable[[Any, _Asked], Baseline]]] = {
-    "few_shot": (FewShotSettings, _few_shot),
-    "sft": (SFTSettings, _sft),
-    "prompt_rm": (PromptRMSettings, _prompt_rm),
-    "finetune_rm": (LoRASettings, _finetune_rm),
-    "self_consistency": (_NoSettings, _self_consistency),
-}
-
-
 def _baselines(config: Mapping[str, Any], ends: BackEnds, agreement: Agreement | None) -> list[Baseline]:
-    values, found = dict(config.get("baselines", {})), []
-    names, asked = values.pop("names", []), _Asked(config, ends, agreement)
-    check_keys(values, set(BASELINES), "baselines")
+    values = dict(config.get("baselines", {}))
+    names = values.pop("names", [])
+    check_keys(values, {*BASELINES.names(), *names}, "baselines")
+
+    def longest() -> int | None:
+        context = lengths.context_of(ends.sampler)
+        return None if context is None else context - ends.sampler.settings.max_new_tokens
+
+    def adapted(folder: Path) -> Sampler:
+        drawn = ends.rival.settings
+        sampling = {key: value for key, value in config["sampler"].items() if key != "stop"}
+        model = {**config["model"], "adapter": str(folder)}
+        return back_ends({**config, "sampler": sampling, "model": model}, drawn.stop, drawn.rule).rival
+
+    # What a constructor may ask for by name: see `baselines.Baseline`.
+    offered = {"sampler": ends.rival, "longest": longest, "adapted": adapted, "agreement": agreement}
+    offered |= {"model": model_spec(config), "seed": config["seed"]}
+    found: list[Baseline] = []
     for name in names:
-        settings, make = _chosen(BASELINES, name, "a name of baselines.names")
-        found.append(make(build(settings, values.get(name, {}), f"baselines.{name}"), asked))
+        make, own = BASELINES.find(name, "a name of baselines.names"), values.get(name, {})
+        if (backend := config["sampler"]["backend"]) in make.cannot_use:
+            raise ValueError(
+                f"baselines.names has {name}, which sampler={backend} cannot draw: leave it out, or take another sampler."
+            )
+        given = {key: value for key, value in offered.items() if key in accepted(make)}
+        if "settings" in accepted(make):
+            kind = kinds_of(make)["settings"]
+            seed = {"seed": config["seed"]} if "seed" in accepted(kind) else {}
+            given["settings"], own = build(kind, own, f"baselines.{name}", **seed), {}
+        found.append(build(make, own, f"baselines.{name}", **given))
     return found
 
 
@@ -363,7 +285,9 @@ def execute(make: Callable[[], Pipeline], config: Mapping[str, Any], more: Seque
     """
     runner, names = dict(config["runner"]), config["stages"]
     backend = runner.pop("backend", None)
-    check_keys(runner, _chosen(_RUNNERS, backend, "runner.backend"), "runner")
+    if backend not in _RUNNERS:
+        raise ValueError(f"runner.backend is {backend!r}: choose from {', '.join(_RUNNERS)}.")
+    check_keys(runner, _RUNNERS[backend], "runner")
     if backend == "ray":
         return ray_cluster.execute(make, names, runner, more)
     made = make()

@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qprobe.settings import UsageError, meant
+from qprobe.registry import Registry
+from qprobe.settings import UsageError, defaults, meant
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 CORE = "qprobe.conf"
+# Groups whose choices other packages add to by registering a back end, and the file that such a choice begins with.
+_REGISTERED = {
+    "sampler": ("qprobe.samplers", "hf"),
+    "embedder": ("qprobe.embedders", None),
+    "judge": ("qprobe.judges", None),
+}
+_NO_CHOICES = ("given",)  # registered, and chosen by another option
+# Arguments of back ends that a run gives.
+_GIVEN = ("model", "settings", "folder")
 EXPERIMENT = "experiment"
 _SEARCHPATH = "hydra.searchpath"
 
@@ -42,6 +52,10 @@ def groups(package: str, more: Sequence[Path] = ()) -> dict[str, list[Choice]]:
     for folder in [_folder(package), *([] if package == CORE else [_folder(CORE)]), *more]:
         for path in sorted(folder.glob("*/*.yaml")):
             found.setdefault(path.parent.name, {}).setdefault(path.stem, Choice(path.stem, _about(path)))
+    for group, (registered, _) in _REGISTERED.items():
+        for name, packages in Registry(registered).packages().items() if group in found else ():
+            if name not in _NO_CHOICES:
+                found[group].setdefault(name, Choice(name, f"Of {' and of '.join(packages)}."))
     return {group: list(found[group].values()) for group in sorted(found)}
 
 
@@ -97,6 +111,8 @@ def composed(package: str, name: str, words: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"{several[0]} says several values: write KEY=[1,2] for a list; add --multirun for a run with each."
             )
+        for word in parsed:
+            _offer(package, str(word.key_or_group), word.value())
         with initialize_config_module(package, version_base="1.3"):
             try:
                 config = compose(name, list(words))
@@ -243,6 +259,21 @@ def _check(package: str, name: str, words: Sequence[str], parsed: Sequence[Overr
             near_by = [one for one in there if above and one.startswith(f"{above}.")]
             near = meant(key, near_by) or meant(key, [*there, *known, *of_group])
             raise UsageError(f"{word}: there is no setting {key}{near}. There are {', '.join(near_by or known)}.")
+
+
+def _offer(package: str, group: str, name: Any) -> None:
+    """Have Hydra find a back end of another package as a choice of its group: no file, but the keys of its constructor."""
+    registered, begins_with = _REGISTERED.get(group, ("", None))
+    files = [_folder(of) / group / f"{name}.yaml" for of in (package, CORE)]
+    if not registered or name in _NO_CHOICES or any(file.is_file() for file in files):
+        return
+    registry = Registry(registered)
+    if name in registry.names():
+        from hydra.core.config_store import ConfigStore
+
+        own = defaults(registry.find(name, group), _GIVEN)
+        based = {} if begins_with is None else {"defaults": [begins_with, "_self_"]}
+        ConfigStore.instance().store(name, {**based, "backend": name, **own}, group)
 
 
 def _check_choice(group: str, value: Any, choices: Sequence[Choice]) -> None:

@@ -3,6 +3,8 @@
 qprobe run PROMPTS --reward MODULE:FUNCTION   your prompts and your reward: from completions to probes and a table
 qprobe import CANDIDATES --run RUN            the same from completions and rewards that you have already
 qprobe answer --probe PROBE PROMPT            an answer chosen by a saved probe; with --prompts FILE one to every prompt
+qprobe serve --probe PROBE                    the same for clients of OpenAI's protocol
+qprobe update FOLDER                          a new probe from what users said of a server's answers
 qprobe inspect RUN                            what is in a run folder
 qprobe report RUN                             a finished run as one HTML page
 qprobe export PROBE --to KIND WHERE           a probe as a sequence classifier, or on the hub
@@ -20,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qprobe.cli import command, completion, configuration
+from qprobe.cli import command, completion, configuration, serving
 from qprobe.cli.command import Parser, groups_text, guarded, without_debug
 from qprobe.settings import UsageError
 
@@ -39,7 +41,7 @@ examples:
 qprobe COMMAND --help says more of each. All take --debug: where an error came from, as a traceback."""
 # Commands that take KEY=VALUE, with examples.
 _CHANGED = dict.fromkeys(("run", "import"), "sampler.n=16, model=hub model.name=NAME, evaluation.seeds=2")
-_CHANGED["answer"] = "sampler.temperature=0.7 or model.device=cpu"
+_CHANGED["answer"] = _CHANGED["serve"] = "sampler.temperature=0.7 or model.device=cpu"
 _CHANGED["export"] = "model.dtype=float32"
 
 
@@ -59,8 +61,8 @@ def _main(words: list[str]) -> int | None:
     chosen, rest = _parser().parse_known_args(words)
     if unknown := [word for word in rest if chosen.command not in _CHANGED or word.startswith("-") or "=" not in word]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    work = {"run": _run, "import": _import, "answer": _answer, "export": _export}
-    work |= {"inspect": _inspect, "report": _report, "pack": _pack}
+    work = {"run": _run, "import": _import, "answer": _answer, "serve": _serve, "export": _export}
+    work |= {"update": _update, "inspect": _inspect, "report": _report, "pack": _pack}
     return work[chosen.command](chosen, rest)
 
 
@@ -79,7 +81,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     def arguments_of(name: str, does: str) -> Callable[..., Any]:
         words = f"KEY=VALUE arguments change settings, such as {_CHANGED.get(name)}."
-        epilog = None if name not in _CHANGED else words if name in ("answer", "export") else f"{words}\n\n{groups}"
+        words = f"{words}\n\n{groups}" if name in ("run", "import") else words
+        epilog = None if name not in _CHANGED else words
         return commands.add_parser(name, help=does, epilog=epilog, **layout).add_argument
 
     file: dict[str, Any] = {"type": Path}
@@ -108,7 +111,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add("--n", type=int, help="candidates; as in training if not said")
     add("--beta", type=float, help="temperature of the choice, 0 takes the best; the probe's own if not said")
     add("--seed", type=int, help="for the same answer again; a new one every time if not said")
+    add(
+        "--at-least",
+        type=float,
+        help="no answer where it is less likely to be right, in [0, 1]; the probe must be calibrated",
+    )
     add("--show-candidates", **flag, help="print all with score and probability (stderr)")
+    serving.add(arguments_of("serve", "a saved probe for clients of OpenAI's protocol"))
+    serving.add_update(arguments_of("update", "a new probe from what users said of a server's answers"))
     add = arguments_of(
         "export", "a probe that leaves: its model with the probe as a classifier's head, or a page of the hub"
     )
@@ -189,12 +199,11 @@ def _answer(chosen: argparse.Namespace, overrides: Sequence[str]) -> int | None:
     if chosen.prompts is not None and chosen.show_candidates:
         raise UsageError("--show-candidates belongs to a single prompt; say --candidates.")
     words = [*overrides, *([] if chosen.n is None else [f"sampler.n={chosen.n}"])]
+    asked = answering.Asked(chosen.probe, words, chosen.beta, chosen.seed, chosen.at_least)
     if chosen.prompts is None:
-        answering.one(chosen.probe, chosen.prompt, words, chosen.beta, chosen.seed, chosen.show_candidates)
+        answering.one(asked, chosen.prompt, chosen.show_candidates)
         return None
-    return answering.many(
-        chosen.probe, chosen.prompts, words, chosen.beta, chosen.seed, chosen.output, chosen.candidates
-    )
+    return answering.many(asked, chosen.prompts, chosen.output, chosen.candidates)
 
 
 def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -204,6 +213,14 @@ def _export(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
         exporting.to_sequence_classification(chosen.probe, Path(chosen.where), overrides)
     else:
         exporting.to_hub(chosen.probe, chosen.where, chosen.private)
+
+
+def _serve(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    serving.serve(chosen, overrides)
+
+
+def _update(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:
+    serving.update(chosen)
 
 
 def _inspect(chosen: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from qprobe.probe.losses import find_loss
 from qprobe.run import additions, lengths
 from qprobe.run.pools import Split
 from qprobe.run.rewards import FunctionReward, RecordedReward
+from qprobe.sampling.local import LocalSampler
 from qprobe.settings import check_keys
 from qprobe.store import jsonl
 from qprobe.store.jsonl import Candidates, PromptRow
@@ -227,9 +228,12 @@ def _style(config: dict[str, Any], rows: Sequence[PromptRow]) -> str:
         return style
     if style != "auto":
         raise ValueError(f"prompts is {style!r}: choose chat (a user's message), text (to be continued) or auto.")
-    if all(isinstance(row.prompt, list) for row in rows) or config["sampler"]["backend"] == "openai":
+    if all(isinstance(row.prompt, list) for row in rows):
+        return "chat"
+    sampler = composition.back_ends(config).sampler
+    if not isinstance(sampler, LocalSampler):
         return "chat"  # the models of APIs converse, and the configuration's model only embeds
-    return "chat" if models.load_tokenizer(composition.model_spec(config)).has_chat_template else "text"
+    return "chat" if models.load_tokenizer(sampler.model).has_chat_template else "text"
 
 
 def _split(name: str, rows: Sequence[PromptRow], style: str, recorded: dict[str, list[str]] | None = None) -> Split:

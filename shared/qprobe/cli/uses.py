@@ -37,7 +37,8 @@ def used(probe: QProbe, overrides: Sequence[str] = ()) -> dict[str, Any]:
         )
     if probe.source is not None:
         blocks = probe.source.blocks
-        config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]
+        if "layers" in config["embedder"]:  # an embedder of another package may have one layer and no such key
+            config["embedder"]["layers"] = [layer for layer in blocks if layer != LIKELIHOOD] or [probe.source.layer]
         if "likelihood" in config["embedder"]:  # not read where the probe does not
             config["embedder"]["likelihood"] = LIKELIHOOD in blocks
     config["sampler"]["greedy"] = False

@@ -30,12 +30,14 @@ class Said:
         reason: the server's word on why it ended; "unknown" where it gives none, "refusal" where the model refused.
         refused: whether model or server refused to answer.
         fault: why this is no answer, as the object of "answered with"; None where it is one.
+        called: whether the fault is that it calls a tool and says nothing.
     """
 
     text: str
     reason: str = "unknown"
     refused: bool = False
     fault: str | None = None
+    called: bool = False
 
 
 def read(answer: Mapping[str, Any], place: int, *, chat: bool) -> Said:
@@ -61,7 +63,7 @@ def read(answer: Mapping[str, Any], place: int, *, chat: bool) -> Said:
     if not text and refused:
         return Said("", "refusal" if refusal else reason, refused=True)
     if not text and any(message.get(name) for name in _CALLS):
-        return _fault("a call of a tool and no text")
+        return Said("", reason, fault="a call of a tool and no text", called=True)
     if not text and (any(message.get(name) for name in _REASONING) or (chat and _reasoned(answer))):
         return _fault(
             f"reasoning and no text (finish_reason {reason}): allow more tokens, or switch reasoning off by extra_body"

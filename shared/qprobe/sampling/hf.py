@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,32 @@ class HFSampler(UsesModel, LocalSampler):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        wanted: Callable[[int], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """As `Sampler.sample`.
+
+        Args:
+            wanted: of a prompt's place, asked after every token: where nobody wants its completions any more, those that are not
+                finished end there, with an empty finish_reason.
+        """
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
-        ((_, completions),) = self.sample_batches([(prompts, seeds)])
+        ((_, completions),) = self.sample_batches([(prompts, seeds)], wanted and (lambda _, place: wanted(place)))
         return completions
 
-    def sample_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[int, list[list[Completion]]]]:
+    def sample_batches(
+        self, batches: Iterable[Batch], wanted: Callable[[int, int], bool] | None = None
+    ) -> Iterator[tuple[int, list[list[Completion]]]]:
+        """As `Refills.sample_batches`.
+
+        Args:
+            wanted: of a batch's number and a prompt's place in it, otherwise as of `sample`.
+        """
         language_model = self.passes.run.language_model
         stops, eos = StopTexts(models.load_tokenizer(self.model), self.settings), language_model.eos_token_ids
 
@@ -79,7 +97,7 @@ class HFSampler(UsesModel, LocalSampler):
         def start(prompt: Sequence[int], seed: int) -> Growing:
             return Growing(prompt, seed, eos, stops)
 
-        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once)
+        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once, wanted)
         for number, rows in batch.complete(checked()):
             yield number, self.finished(rows)
 

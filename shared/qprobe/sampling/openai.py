@@ -94,6 +94,7 @@ class OpenAISampler(ApiBackEnd):
         self.extra_body = dict(extra_body or {})
         self.api.check_no_key({"sampler.extra_body": self.extra_body})
         self.choices_per_call = choices_per_call or settings.n
+        self.stop_limit = stop_limit
         self._stop = sent_stop_texts(settings.stop, stop_limit)
         self._left_away: set[str] = set()
         # Of the first batch, by prompt: request, text, and the log-probability of the text alone.
@@ -219,7 +220,7 @@ class OpenAISampler(ApiBackEnd):
                         f"A prompt with max_new_tokens={self.settings.max_new_tokens} exceeds the context of "
                         f"{self.api.model} ({error.said}): shorten the prompt or lower max_new_tokens."
                     ) from None
-                name = next((name for name in _LEFT_AWAY if name in body and _names(error, name)), None)
+                name = next((name for name in _LEFT_AWAY if name in body and refuses(error, name)), None)
                 if name is None:
                     raise
                 self._leave_away(name)
@@ -337,7 +338,7 @@ def _said(request: dict[str, Any]) -> str:
     return "".join(f"{one}\n\n" for one in said) + str(request["opening"])
 
 
-def _names(error: ApiRefused, name: str) -> bool:
+def refuses(error: ApiRefused, name: str) -> bool:
     """Whether a server refuses this parameter."""
     if error.parameter is not None:
         return error.parameter == name

@@ -42,12 +42,18 @@ class _Row:
         prompt: its prompt's place in the batch.
         growing: the completion so far.
         uniforms: its random numbers, one a token.
+        dropped: nobody wants it any more.
     """
 
     batch: int
     prompt: int
     growing: Growing
     uniforms: list[float]
+    dropped: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.dropped or bool(self.growing.reason)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -72,6 +78,7 @@ class RefilledBatch:
         start: a completion of a prompt (token ids) with a seed, without tokens.
         draw: a token for every row and its log-probability; of scores (R, V), uniforms (R,) float64 and the settings.
         at_once: how many rows the batch holds, at least 1, where so many are there; asked again whenever rows may join.
+        wanted: whether somebody still wants the rows of a batch's number and a prompt's place in it; None: all are wanted.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class RefilledBatch:
         start: Callable[[Sequence[int], int], Growing],
         draw: Draw,
         at_once: Callable[[int], int],
+        wanted: Callable[[int, int], bool] | None = None,
     ) -> None:
         self._passes = passes
         self._run = passes.run
@@ -88,6 +96,7 @@ class RefilledBatch:
         self._start = start
         self._draw = draw
         self._at_once = at_once
+        self._wanted = wanted
         self._waiting: deque[_Row] = deque()
         self._joining: list[_Row] = []
         self._alive: list[_Row] = []
@@ -114,7 +123,7 @@ class RefilledBatch:
             if not self._waiting and not self._alive:
                 return
             for number in self._worked():
-                if all(row.growing.reason for row in rows[number]):
+                if all(row.done for row in rows[number]):
                     yield number, [row.growing for row in rows.pop(number)]
 
     def _rows(self, number: int, batch: Batch) -> list[_Row]:
@@ -226,6 +235,10 @@ class RefilledBatch:
                 self._continuation.join(prefix, places)
         self._logits = logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    def _is_wanted(self, row: _Row) -> bool:
+        row.dropped = self._wanted is not None and not self._wanted(row.batch, row.prompt)
+        return not row.dropped
+
     def _grow(self) -> set[int]:
         """A token for every row; the batches of rows that finished."""
         assert self._logits is not None
@@ -234,8 +247,10 @@ class RefilledBatch:
         uniforms = torch.tensor([row.uniforms[t] for row, t in drawn_so_far], dtype=torch.float64)
         chosen, logprobs = self._draw(self._logits, uniforms.to(self._logits.device), self._settings)
         drawn = enumerate(zip(self._alive, chosen.tolist(), logprobs.tolist(), strict=True))
-        going_on = [place for place, (row, token, logprob) in drawn if row.growing.take(token, logprob)]
-        ended = {row.batch for row in self._alive if row.growing.reason}
+        going_on = [
+            place for place, (row, token, logprob) in drawn if row.growing.take(token, logprob) and self._is_wanted(row)
+        ]
+        ended = {row.batch for row in self._alive if row.done}
         if not going_on:
             begun = self._begun
             self._clear()

@@ -39,11 +39,13 @@ class Answers:
     Args:
         answered: prompts that have an answer, of this process or of an earlier one.
         empty: answers of this process without any text.
+        unsure: prompts of this process whose answer is null, for being less likely to be right than was asked for.
         wrong: a sentence on every prompt that has none.
     """
 
     answered: int
     empty: int
+    unsure: int
     wrong: list[str]
 
 
@@ -56,16 +58,26 @@ class Answering:
             new one, which the lines name.
         at_once: prompts that are drawn together, at least 1.
         candidates: whether a line holds all candidates.
+        at_least: probability of being right below which the answer is null; None takes every one.
     """
 
-    def __init__(self, policy: Policy, *, seed: int | None = None, at_once: int = 8, candidates: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        seed: int | None = None,
+        at_once: int = 8,
+        candidates: bool = False,
+        at_least: float | None = None,
+    ) -> None:
         self.policy = policy
         self.seed = secrets.randbits(60) if seed is None else seed
         self.at_once = max(1, at_once)
         self.candidates = candidates
-        self._made_from = [_identity(policy), seed]
+        self.at_least = at_least
+        self._made_from = [_identity(policy), seed, *([] if at_least is None else [at_least])]
         self._wrong: list[str] = []
-        self._answered = self._empty = 0
+        self._answered = self._empty = self._unsure = 0
 
     def answer(self, rows: Sequence[PromptRow], output: Path | None = None, progress: bool = True) -> Answers:
         """Answer the prompts that have no answer yet, in order.
@@ -93,7 +105,7 @@ class Answering:
                     os.fsync(file.fileno())
 
             run_stage("answer", works, self._batches, write, unit="prompts", progress=progress)
-        return Answers(len(done) + self._answered, self._empty, self._wrong)
+        return Answers(len(done) + self._answered, self._empty, self._unsure, self._wrong)
 
     def _batches(self, batches: Iterable[list[PromptRow]]) -> Iterator[tuple[list[PromptRow], Lines]]:
         for batch in batches:
@@ -116,8 +128,10 @@ class Answering:
 
     def _line(self, row: PromptRow, choice: Choice) -> dict[str, Any]:
         chosen = choice.candidates[choice.chosen]
-        self._empty += not chosen.text.strip()
-        line = {"task_id": row.task_id, "line": row.line, "answer": chosen.text}
+        unsure = self.at_least is not None and choice.right is not None and choice.right < self.at_least
+        self._unsure += unsure
+        self._empty += not unsure and not chosen.text.strip()
+        line = {"task_id": row.task_id, "line": row.line, "answer": None if unsure else chosen.text}
         line |= {"score": chosen.score, "probability": chosen.probability}
         if choice.right is not None:
             line["right"] = choice.right

@@ -58,6 +58,52 @@ class Choice:
         return self.candidates[self.chosen].right
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a probe reads of the k candidates of a prompt, in their order.
+
+    Args:
+        features: (k, D) float32, the blocks beside each other.
+        scores: (k,) float32, Q values.
+    """
+
+    features: torch.Tensor
+    scores: torch.Tensor
+
+
+def choice_seed(seeds: Sequence[int]) -> int:
+    """The seed behind those of a prompt's candidates: prompts of one call draw apart from each other."""
+    return seeds[-1] + 1
+
+
+def features_of(
+    sampler: Sampler,
+    embedder: Embedder,
+    layers: Sequence[int],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+    rendered: Sequence[tuple[str, list[int]]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of prompts with completions.
+
+    Args:
+        sampler: renders the prompts.
+        layers: beside each other in what is returned.
+        completions: text and token ids (None where there are none) of each prompt's.
+        rendered: the prompts as `sampler.render` gives them, where that was asked before.
+
+    Returns: (N, D) float32, completions of the first prompt first.
+    """
+    fingerprint = sampler.tokenizer_fingerprint()
+    rendered = [sampler.render(prompt) for prompt in prompts] if rendered is None else rendered
+    to_read = [
+        tokens_to_read(embedder, fingerprint, as_read, own, templated=prompt.text is None)
+        for prompt, as_read, own in zip(prompts, rendered, completions, strict=True)
+    ]
+    states = embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
+    return torch.cat([states[layer] for layer in layers], dim=1)
+
+
 class Policy:
     """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
 
@@ -145,32 +191,72 @@ class Policy:
         rendered = [self.sampler.render(prompt) for prompt in asked]
         seeds = [sample_seeds(seed, text, self.sampler.settings.n) for text, _ in rendered]
         drawn = self.sampler.sample([ids for _, ids in rendered], seeds)
-        fingerprint = self.sampler.tokenizer_fingerprint()
-        to_read = [
-            tokens_to_read(
-                self.embedder,
-                fingerprint,
-                of_prompt,
-                [(completion.text, completion.token_ids) for completion in candidates],
-                templated=prompt.text is None,
-            )
-            for prompt, of_prompt, candidates in zip(asked, rendered, drawn, strict=True)
-        ]
-        states = self.embedder.embed([ids for ids, _ in to_read], [ids for _, ids in to_read])
-        features = torch.cat([states[layer] for layer in self.blocks or (self.layer,)], dim=1)
-        sizes = [len(candidates) for candidates in drawn]
-        of_prompts = zip(torch.from_numpy(self.probe.score(features)).split(sizes), features.split(sizes), strict=True)
-        # The seed behind those of a prompt's candidates: prompts of one call draw apart from each other.
+        found = self.read(asked, rendered, drawn)
         return [
-            self._choice(own, *found, own_seeds[-1] + 1)
-            for own, found, own_seeds in zip(drawn, of_prompts, seeds, strict=True)
+            self.choice(candidates, of, choice_seed(own))
+            for candidates, of, own in zip(drawn, found, seeds, strict=True)
         ]
 
-    def _choice(self, drawn: Sequence[Completion], scores: torch.Tensor, features: torch.Tensor, seed: int) -> Choice:
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        rendered: Sequence[tuple[str, list[int]]],
+        drawn: Sequence[Sequence[Completion]],
+    ) -> list[Read]:
+        """Embed and score the candidates of several prompts together, whoever drew them.
+
+        Args:
+            rendered: of every prompt, as `sampler.render` gives it.
+            drawn: of every prompt, one candidate at least.
+        """
+        pairs = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
+        return self._read(prompts, pairs, rendered)
+
+    def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Q of completions that something else has drawn; the sampler only renders the prompts.
+
+        Args:
+            prompts: as those of `choose`.
+            completions: the texts of each prompt, one at least in all.
+
+        Raises:
+            ValueError: as `choose`; or not as many lists as prompts.
+        """
+        asked = [self._prompt(prompt) for prompt in prompts]
+        return [
+            read.scores.tolist() for read in self._read(asked, [[(text, None) for text in own] for own in completions])
+        ]
+
+    def _read(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[tuple[str, list[int] | None]]],
+        rendered: Sequence[tuple[str, list[int]]] | None = None,
+    ) -> list[Read]:
+        """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
+        layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
+        features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
+        scores = torch.from_numpy(self.probe.score(features))
+        return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
+
+    def choice(
+        self, drawn: Sequence[Completion], read: Read, seed: int, beta: float | None = None, explore: float = 0.0
+    ) -> Choice:
+        """Choose one of a prompt's candidates by what was read of them.
+
+        Args:
+            beta: None is the policy's own.
+            explore: share of choices that are made by lot, in [0, 1]; the probabilities are those of both ways together.
+        """
         calibration = self.probe.calibration_
-        right = [None] * len(drawn) if calibration is None else calibration.probabilities(features.numpy()).tolist()
-        weights = selection.selection_weights(scores, self.beta)
-        chosen = selection.select(scores, self.beta, torch.Generator().manual_seed(seed))
+        right = [None] * len(drawn) if calibration is None else calibration.probabilities(read.features).tolist()
+        beta, scores = self.beta if beta is None else beta, read.scores
+        weights = selection.selection_weights(scores, beta)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = selection.select(scores, beta, generator)
+        if explore:
+            weights = (1 - explore) * weights + explore / len(drawn)
+            chosen = int(torch.multinomial(weights, 1, generator=generator))
         return Choice(
             [
                 Candidate(completion.text, float(score), float(weight), sure)

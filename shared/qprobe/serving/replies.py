@@ -1,0 +1,86 @@
+"""Answers as a client of OpenAI's protocol reads them, whole or as a stream."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from qprobe.serving.protocol import Body, ChatBody
+from qprobe.serving.service import Answer
+
+KEEP_ALIVE = b": candidates are drawn\n\n"
+DONE = b"data: [DONE]\n\n"
+# A text goes out in pieces of some words, as a model's own stream would.
+_PIECE = re.compile(r"\s*(?:\S+\s*){1,4}|\s+")
+
+
+def whole(answer: Answer, body: Body) -> dict[str, Any]:
+    """The answer as one object."""
+    candidates = answer.draws.candidates
+    choices = [{"index": index, **candidates[place].choice} for index, place in enumerate(answer.order)]
+    found = _head(answer, "chat.completion" if isinstance(body, ChatBody) else "text_completion")
+    found |= {"choices": choices, "usage": answer.usage}
+    if body.qprobe.return_candidates:
+        found["qprobe"] = {"candidates": answer.candidates()}
+    return found
+
+
+def streamed(answer: Answer, body: Body) -> Iterator[bytes]:
+    """The answer as server-sent events."""
+    chat = isinstance(body, ChatBody)
+    head = _head(answer, "chat.completion.chunk" if chat else "text_completion")
+    more = {"usage": None} if body.usage_streamed else {}
+    for index, place in enumerate(answer.order):
+        choice = answer.draws.candidates[place].choice
+        for part in _deltas(choice) if chat else _texts(choice):
+            yield event(head | {"choices": [{"index": index, **part}]} | more)
+    if body.usage_streamed:
+        last = head | {"choices": [], "usage": answer.usage}
+        if body.qprobe.return_candidates:
+            last["qprobe"] = {"candidates": answer.candidates()}
+        yield event(last)
+    yield DONE
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    head = {"id": answer.id, "object": kind, "created": answer.created, "model": answer.draws.model}
+    origin = answer.chosen().origin
+    return head | {name: origin[name] for name in ("system_fingerprint", "service_tier") if name in origin}
+
+
+def _deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A message in parts: role, whatever is no text as it is, the text in pieces, and why it ended."""
+    message = dict(choice["message"])
+    content, calls, refusal = (message.pop(name, None) for name in ("content", "tool_calls", "refusal"))
+    rest = {name: value for name, value in message.items() if value is not None}
+    yield {"delta": {"role": "assistant", "content": "", **rest}, "logprobs": None, "finish_reason": None}
+    if refusal:
+        yield {"delta": {"refusal": refusal}, "logprobs": None, "finish_reason": None}
+    if calls:
+        numbered = [{"index": place, **call} for place, call in enumerate(calls)]
+        yield {"delta": {"tool_calls": numbered}, "logprobs": None, "finish_reason": None}
+    for piece, logprobs in _pieces(content, choice.get("logprobs")):
+        yield {"delta": {"content": piece}, "logprobs": logprobs, "finish_reason": None}
+    yield {"delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason")}
+
+
+def _texts(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for piece, logprobs in _pieces(choice["text"], choice.get("logprobs")):
+        yield {"text": piece, "logprobs": logprobs, "finish_reason": None}
+    yield {"text": "", "logprobs": None, "finish_reason": choice.get("finish_reason")}
+
+
+def _pieces(content: Any, logprobs: Any) -> Iterator[tuple[Any, Any]]:
+    """The text in pieces; whole where it has log-probabilities, which belong to all of it."""
+    if not isinstance(content, str) or logprobs:
+        if content:
+            yield content, logprobs
+        return
+    for piece in _PIECE.findall(content):
+        yield piece, None

@@ -1,0 +1,126 @@
+"""The dispatcher: jobs of one key share a batch, lanes have their order, and nobody's fault or absence is another's."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
+
+
+class Work:
+    """Notes its batches and doubles every item, once it is let go."""
+
+    def __init__(self, order: list[Any] | None = None) -> None:
+        self.batches: list[list[Any]] = []
+        self.order = [] if order is None else order
+        self.free = threading.Event()
+        self.free.set()
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Any]:
+        self.free.wait(10)
+        items = [job.item for job in jobs]
+        self.batches.append(items)
+        self.order += items
+        if "bad" in items:
+            raise ValueError("bad")
+        return [item * 2 for item in items]
+
+
+async def with_lanes(*lanes: Lane) -> Dispatcher:
+    dispatcher = Dispatcher(lanes)
+    dispatcher.start()
+    return dispatcher
+
+
+def submit(dispatcher: Dispatcher, item: Any, lane: str = "a", key: Any = 0, size: int = 1, seconds: float = 5) -> Any:
+    now = time.monotonic()
+    job = dispatcher.submit(lane, item, key=key, size=size, until=now + seconds, give_up=now + seconds)
+    return asyncio.ensure_future(job)
+
+
+def test_what_goes_together_shares_a_batch_up_to_its_rows() -> None:
+    async def body() -> None:
+        work = Work()
+        work.free.clear()
+        dispatcher = await with_lanes(Lane("a", work, most=4))
+        first = submit(dispatcher, 1)
+        await asyncio.sleep(0.05)
+        rest = [submit(dispatcher, item, key=item % 2, size=2) for item in (2, 3, 4, 6, 10)]
+        big = submit(dispatcher, 8, size=9)  # larger than a batch: alone
+        await asyncio.sleep(0)
+        work.free.set()
+        assert await asyncio.gather(first, *rest, big) == [2, 4, 6, 8, 12, 20, 16]
+        assert work.batches == [[1], [2, 4], [3], [6, 10], [8]]
+        await dispatcher.close()
+
+    asyncio.run(body())
+
+
+def test_the_first_lane_goes_first() -> None:
+    async def body() -> None:
+        order: list[Any] = []
+        first, second = Work(order), Work(order)
+        second.free.clear()
+        dispatcher = await with_lanes(Lane("a", first, most=4), Lane("b", second, most=1, gather=0.01))
+        jobs = [submit(dispatcher, 1, "b"), submit(dispatcher, 2, "b")]
+        await asyncio.sleep(0.1)
+        jobs.append(submit(dispatcher, 3, "a"))
+        await asyncio.sleep(0)
+        second.free.set()
+        await asyncio.gather(*jobs)
+        assert order == [1, 3, 2]
+        await dispatcher.close()
+
+    asyncio.run(body())
+
+
+def test_a_fault_is_his_who_made_it() -> None:
+    async def body() -> None:
+        work = Work()
+        work.free.clear()
+        dispatcher = await with_lanes(Lane("a", work, most=9))
+        jobs = [submit(dispatcher, item) for item in ("x", "y", "bad", "z")]
+        await asyncio.sleep(0.05)
+        work.free.set()
+        found = await asyncio.gather(*jobs, return_exceptions=True)
+        assert [found[0], found[1], found[3]] == ["xx", "yy", "zz"]
+        assert isinstance(found[2], ValueError)
+        await dispatcher.close()
+
+    asyncio.run(body())
+
+
+def test_who_has_gone_or_is_too_late_is_not_worked_for() -> None:
+    async def body() -> None:
+        work = Work()
+        work.free.clear()
+        dispatcher = await with_lanes(Lane("a", work, most=9))
+        first = submit(dispatcher, 1)
+        await asyncio.sleep(0.05)
+        gone, late, stays = submit(dispatcher, 2), submit(dispatcher, 3, seconds=0.05), submit(dispatcher, 4)
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        with pytest.raises(TooLate):
+            await late
+        work.free.set()
+        assert await first == 2
+        assert await stays == 8
+        assert work.batches == [[1], [4]]
+        work.free.clear()
+        waits = submit(dispatcher, 5)
+        await asyncio.sleep(0.05)
+        left = submit(dispatcher, 6)
+        await asyncio.sleep(0.05)
+        threading.Timer(0.1, work.free.set).start()
+        await dispatcher.close()
+        assert not dispatcher.alive
+        for job in (waits, left):
+            with pytest.raises(TooLate):
+                await job
+        assert work.batches[2:] == [[5]]
+
+    asyncio.run(body())
