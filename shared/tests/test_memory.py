@@ -185,7 +185,7 @@ def test_the_estimate_of_sampling_is_what_is_allocated(
     if temperature == 0:
         n, count = 1, count * n
     settings = SamplingSettings(n=n, temperature=temperature, top_p=0.9, max_new_tokens=new_tokens)
-    sampler = HFSampler(make_model(**changes, eos_token_id=1), settings)
+    sampler = HFSampler(make_model(**changes, eos_token_id=1), settings, rows_at_once=count * n)
     prompts = random_ids([length] * count)
     measured = peak_bytes(lambda: sampler.sample(prompts, [list(range(n))] * count))
     run = sampler.passes.run

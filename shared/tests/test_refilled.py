@@ -209,7 +209,7 @@ def test_they_are_measured_once_for_a_model_and_kept(
 
     passes = PromptPasses(models.load(tiny_model))
     real = pace.seconds_a_row(passes)
-    assert list(real)[:2] == [32, 64]
+    assert list(real)[:3] == [64, 128, 256]
     assert min(real.values()) > 0
     monkeypatch.setattr(pace, "seconds_a_row", planted)
     assert pace.best_rows(passes) == 64

@@ -3,15 +3,17 @@
 A step reads all weights once, however few its rows are: more rows share that, until the products themselves take the time. Where
 that is depends on processor, threads, model and type.
 
-It is measured by steps of one token with rows of one short prompt, for 32 rows and then twice as many, and so on: the better of
-two steps after a first one. It ends where twice as many rows save less than a tenth of a row's time or do not fit the memory, or
-after five seconds; taken are the fewest rows within a tenth of the best time a row. What is found lies under `measured/` in the
-cache (`qprobe.models.cache`); delete the file to have it measured anew.
+It is measured by steps of one token with rows of one short prompt, for 64 rows and then twice as many, and so on: the fastest of
+some steps after a first one. It ends where rows have been doubled twice and a row's time fell by less than a tenth each time (once
+may be another process that had the processor), where they do not fit the memory, or after five seconds; taken are the fewest rows
+within a tenth of the best time a row. What is found lies under `measured/` in the cache (`qprobe.models.cache`); delete the file
+to have it measured anew.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -23,10 +25,11 @@ from qprobe.files import fingerprint, write_whole
 from qprobe.models.cache import cache_root
 from qprobe.models.memory import PromptPasses
 
-# Rows that are decoded together where no more are there: too few to pay for a measurement.
+# Rows that are decoded together where no more are there: too few to pay for a measurement, and the fewest that it tries.
 UNMEASURED = 64
-_FIRST, _LAST = 32, 1024
-_PROMPT, _STEPS, _SECONDS = 32, 3, 5.0
+_LAST = 1024
+# Of one number of rows: steps go on up to `_EACH` seconds, at least two and at most `_STEPS`, besides the first.
+_PROMPT, _STEPS, _EACH, _SECONDS = 32, 10, 0.2, 5.0
 _WORTH = 0.1
 _found: dict[str, int] = {}
 
@@ -65,25 +68,22 @@ def seconds_a_row(passes: PromptPasses) -> dict[int, float]:
     run = passes.run
     found: dict[int, float] = {}
     prefix = run.prefill([[1] * _PROMPT])
-    rows, began = _FIRST, time.perf_counter()
-    while rows <= _LAST:
+    rows, in_vain, began = UNMEASURED, 0, time.perf_counter()
+    while rows <= _LAST and in_vain < 2 and time.perf_counter() - began < _SECONDS:
         if found and passes.footprint.sampling(1, _PROMPT, rows, _STEPS, False) > passes.budget():
             break
         continuation = run.continuation(prefix, torch.zeros(rows, dtype=torch.int64))
         ids = torch.ones(rows, 1, dtype=torch.int64, device=run.language_model.device)
-        times = []
-        for _ in range(_STEPS):
+        times: list[float] = []
+        while len(times) <= 2 or (len(times) <= _STEPS and sum(times[1:]) < _EACH):
             before = time.perf_counter()
             scores = continuation.extend(ids, logits=True).logits
             assert scores is not None  # asked for
             scores[0, 0].item()  # a GPU has done its work
             times.append(time.perf_counter() - before)
+        best_so_far = min(found.values(), default=math.inf)
         found[rows] = min(times[1:]) / rows
-        before_it = found.get(rows // 2)
-        if before_it is not None and found[rows] > (1 - _WORTH) * before_it:
-            break
-        if time.perf_counter() - began > _SECONDS:
-            break
+        in_vain = in_vain + 1 if found[rows] > (1 - _WORTH) * best_so_far else 0
         rows *= 2
     return found
 
