@@ -4,10 +4,10 @@ A step reads all weights once, however few its rows are: more rows share that, u
 that is depends on processor, threads, model and type.
 
 It is measured by steps of one token with rows of one short prompt, for 64 rows and then twice as many, and so on: the fastest of
-some steps after a first one. It ends where rows have been doubled twice and a row's time fell by less than a tenth each time (once
-may be another process that had the processor), where they do not fit the memory, or after five seconds; taken are the fewest rows
-within a tenth of the best time a row. What is found lies under `measured/` in the cache (`qprobe.models.cache`); delete the file
-to have it measured anew.
+some steps after a first one. It ends where rows have been doubled twice and a row's time fell by less than a tenth each time (a
+single slow moment may be another process's doing), where they do not fit the memory, or after five seconds; taken are the fewest
+rows within a tenth of the best time a row. What is found lies under `measured/` in the cache (`qprobe.models.cache`); delete the
+file to have it measured anew.
 """
 
 from __future__ import annotations
