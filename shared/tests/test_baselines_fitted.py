@@ -54,12 +54,20 @@ def direction(baseline: Fitted, *rows: Any) -> Any:
 def test_clue_by_hand() -> None:
     states = np.array([[0, 0], [2, 0], [10, 5], [10, 3]], dtype=float)
     score = CLUE().fit(states, np.array([0, 1, 1.0, 0]), np.array([0, 0, 1, 1]))
-    # Less the prompts' means (1, 0) and (10, 4), the successes are (1, 0) and (0, 1): their centroid is (1/2, 1/2).
+    # Less the prompts' means (1, 0) and (10, 4), the successes are (1, 0) and (0, 1): their centroid is (1/2, 1/2), that of
+    # failures (-1/2, -1/2).
     tested = np.array(
         [[7, 7], [9, 7], [8, 10], [3, 3]], dtype=float
     )  # three of a prompt with the mean (8, 8), and one alone
-    distances = [np.hypot(1.5, 1.5), np.hypot(0.5, 1.5), np.hypot(0.5, 1.5), np.hypot(0.5, 0.5)]
-    np.testing.assert_allclose(score(tested, np.array([4, 4, 4, 9])), [-d for d in distances])
+    to_right = np.array([np.hypot(1.5, 1.5), np.hypot(0.5, 1.5), np.hypot(0.5, 1.5), np.hypot(0.5, 0.5)])
+    to_wrong = np.array([np.hypot(0.5, 0.5), np.hypot(1.5, 0.5), np.hypot(0.5, 2.5), np.hypot(0.5, 0.5)])
+    np.testing.assert_allclose(score(tested, np.array([4, 4, 4, 9])), to_wrong - to_right)
+
+
+def test_clue_prefers_the_side_of_successes_however_loud_the_rest_is() -> None:
+    states, rewards, groups = planted([0.3, 30.0, 30.0])
+    scores = CLUE().fit(states, rewards, groups)(np.array([[1.0, 9, 9], [0, 9, 9]]), np.array([0, 0]))
+    assert scores[0] > scores[1]
 
 
 def test_a_success_of_clue_earned_as_much_as_is_said() -> None:
@@ -181,8 +189,9 @@ def test_a_training_split_is_learned_from_whole_and_once() -> None:
 
 def test_what_cannot_be_fitted_is_said() -> None:
     states, rewards, groups = drawn()
-    with pytest.raises(NothingToLearn, match=r"baselines\.clue\.success.*"):
-        CLUE(success=2.0).fit(states, rewards, groups)
+    for success, count in ((2.0, 0), (0.0, 180)):
+        with pytest.raises(NothingToLearn, match=rf"{count} of 180.*baselines\.clue\.success"):
+            CLUE(success).fit(states, rewards, groups)
     for baseline in LINEAR:
         with pytest.raises(NothingToLearn, match=f"{baseline.method}.*differ"):
             baseline.fit(states, (groups % 2).astype(float), groups)
