@@ -10,6 +10,7 @@ import pytest
 
 from qprobe.baselines.consistency import Answer, Remembered, SelfConsistency
 from qprobe.baselines.self_certainty import SelfCertaintyBorda, borda
+from qprobe.embedding import LIKELIHOOD
 from qprobe.models.likelihood_columns import COLUMNS
 from qprobe.run import stages
 from qprobe.run.pools import RewardBatch, completions_of
@@ -76,7 +77,15 @@ def test_at_the_ends_of_p_it_is_self_consistency_and_the_surest_candidate() -> N
 
 
 def test_it_reads_the_run_s_own_columns(fakes: ModuleType, tmp_path: Path) -> None:
-    embedder, agreement = fakes.EmbedderWithColumns(), FirstDigit()
+    place = COLUMNS.index("self_certainty_mean")
+
+    class Columns(fakes.EmbedderWithColumns):
+        def embed(self, *rows: Any) -> dict[int, Any]:
+            found: dict[int, Any] = super().embed(*rows)
+            found[LIKELIHOOD][:, place] *= -1  # the other columns say the contrary
+            return found
+
+    embedder, agreement = Columns(), FirstDigit()
     pool = fakes.pool(tmp_path, sampler=fakes.Sampler(6), batch_rows=18)
     ranker = SelfCertaintyBorda(agreement, embedder, p=1.5)
     stages.sample(pool, progress=False)
@@ -89,14 +98,13 @@ def test_it_reads_the_run_s_own_columns(fakes: ModuleType, tmp_path: Path) -> No
     stages.embed(pool, embedder, progress=False)
     scored = list(ranker.scores(pool, tmp_path, iter(batches)))
     assert [batch for batch, _ in scored] == batches
-    place = COLUMNS.index("self_certainty_mean")
     for batch, rows in scored:
         for key in batch.keys:
             own = [
                 (row.reward, text) for row, (task_id, _, text) in zip(rows, batch.rows, strict=True) if task_id == key
             ]
             said = [None if text[7] == "0" else text[7] for _, text in own]
-            certainty = np.array([1000.25 + sum(text.encode()) + place for _, text in own])  # as the fakes make it
+            certainty = np.array([-1000.25 - sum(text.encode()) - place for _, text in own])  # as the fakes make it
             assert [reward for reward, _ in own] == borda(said, certainty, 1.5).tolist()
 
 
