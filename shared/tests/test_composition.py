@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import qprobe
+from qprobe.baselines.consistency import Remembered
 from qprobe.baselines.few_shot import FewShot
 from qprobe.baselines.prompt_rm import PromptRM
 from qprobe.cli import composition, uses
@@ -137,6 +138,7 @@ def test_baselines_of_one_run_share_their_agreement_and_the_columns_that_they_re
     pipeline = make(names)
     assert pipeline.embedder.likelihood
     consistency, borda = pipeline.baselines
+    assert isinstance(consistency.agreement, Remembered)  # executed once
     assert consistency.agreement is borda.agreement
     assert borda.embedder is pipeline.embedder
     with pytest.raises(ValueError, match=r"self_certainty_borda.*embedder\.likelihood"):
