@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import qprobe
+from qprobe.baselines.consistency import Remembered
 from qprobe.baselines.few_shot import FewShot
 from qprobe.baselines.prompt_rm import PromptRM
 from qprobe.cli import composition, uses
@@ -109,6 +110,8 @@ def test_shots_may_fill_what_the_engine_reads(tiny_model: ModelSpec, overrides: 
     [
         (["baselines.names=[few]"], "baselines.names"),
         (["baselines.names=[self_consistency]"], "self_consistency"),
+        (["baselines.names=[self_certainty_borda]"], "self_certainty_borda.*agree"),
+        (["baselines.clue.success=high", "baselines.names=[clue]"], "baselines.clue.success"),
         (["+baselines.self_consistency.votes=3", "baselines.names=[self_consistency]"], "votes"),
         (["baselines.few_shot.shots=none", "baselines.names=[few_shot]"], "baselines.few_shot.shots"),
         (["baselines.sft.success=high", "baselines.names=[sft]"], "baselines.sft.success"),
@@ -118,6 +121,40 @@ def test_baselines_that_cannot_be_name_their_key(words: list[str], word: str) ->
     config = composition.composed("run", words)
     with pytest.raises(ValueError, match=word):
         composition._baselines(config, composition.back_ends(config), None)
+
+
+def test_baselines_of_one_run_share_their_agreement_and_the_columns_that_they_read(
+    tmp_path: Path, fakes: ModuleType
+) -> None:
+    names = "baselines.names=[self_consistency,self_certainty_borda]"
+    words = ["evaluation.losses=[reward_mse]", "evaluation.controls=[]", "sampler.greedy=false"]
+    more: dict[str, Any] = {"run": tmp_path, "title": "", "tests": [fakes.split()], "reward": fakes.Reward()}
+
+    def make(*overrides: str) -> Any:
+        config = composition.composed("run", [*words, *overrides])
+        return composition.pipeline(config, **more, agreement=SameText())
+
+    assert not make().embedder.likelihood  # nobody reads them
+    pipeline = make(names)
+    assert pipeline.embedder.likelihood
+    consistency, borda = pipeline.baselines
+    assert isinstance(consistency.agreement, Remembered)  # executed once
+    assert consistency.agreement is borda.agreement
+    assert borda.embedder is pipeline.embedder
+    with pytest.raises(ValueError, match=r"self_certainty_borda.*embedder\.likelihood"):
+        make(names, "embedder.likelihood=false")
+
+
+class SameText:
+    def identity(self) -> dict[str, Any]:
+        return {"agreement": "text"}
+
+    def check(self) -> None:
+        pass
+
+    def keys(self, batches: Any) -> Any:
+        for batch in batches:
+            yield [text for _, text in batch]
 
 
 @pytest.mark.parametrize("word", ["seed=first", "layer=1.5", "stages=sample", "shard=3", "shard=3-16"])

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qprobe.prompts import Prompt
 from qprobe.run.pools import KEY_COLUMNS, Pool, Reward, RewardBatch, RewardRow
 from qprobe.store.table import StoreError, Table
 
 _FENCE = "```"
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+# (M, D) states and (M,) prompt ids of candidates -> (M,) scores.
+Score = Callable[[Floats, Integers], Floats]
 
 
 @dataclass(frozen=True)
@@ -95,19 +103,22 @@ class Baseline(ABC):
 
     A constructor's arguments are the keys of `baselines.<name>` in the configuration; or it has one, `settings`, a dataclass of
     them. By name it may also ask for `model` (the run's `ModelSpec`), `seed`, `sampler` (the run's, at temperature 0),
-    `adapted` (the same of the model with an adapter's folder), `longest` (tokens that a prompt may have) and `agreement`.
+    `adapted` (the same of the model with an adapter's folder), `longest` (tokens that a prompt may have), `embedder` and
+    `agreement`.
 
     Attributes:
         name: short, in the configuration and in paths; the one that it is registered by.
         method: of its row.
         trains: whether it needs a training split, for `train`.
         cannot_use: back ends of samplers that cannot draw what it asks; a recording holds answers to its own prompts alone.
+        reads_likelihoods: whether it reads the likelihood columns, which are then embedded for it.
     """
 
     name: str
     method: str
     trains: bool = False
     cannot_use: tuple[str, ...] = ()
+    reads_likelihoods: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -160,6 +171,34 @@ class Ranker(Baseline):
             tested: the pool that the candidates are of.
             folder: what it was trained to.
             batches: whole prompts.
+        """
+
+
+class Fitted(Baseline):
+    """A score a candidate, fitted on hidden states and rewards that a run holds anyway; its row is the best of k, as a ranker's.
+
+    A fit sees what the table's probes see: of cross-validated prompts those outside the fold, else the training split. Nothing
+    of it is kept: it is made again, in seconds, where results are.
+
+    Attributes:
+        every_layer: whether it reads all layers that were embedded, its score being the mean over them; else that of the probes.
+        of_all: as of `Ranker`.
+    """
+
+    every_layer: bool = False
+    of_all: bool = False
+
+    @abstractmethod
+    def fit(self, states: Floats, rewards: Floats, groups: Integers) -> Score:
+        """What scores candidates of other prompts.
+
+        Args:
+            states: (N, D) of a layer, as the embedder gives them.
+            rewards: (N,) what they earned.
+            groups: (N,) the prompt of each; rows of a prompt stand together.
+
+        Raises:
+            NothingToLearn: these rows do not say what it needs; a sentence. Its row is then "not run".
         """
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qprobe import store
-from qprobe.baselines.base import Baseline, Ranker, Rival, TrainingData, check_whole
+from qprobe.baselines.base import Baseline, Fitted, Ranker, Rival, TrainingData, check_whole
 from qprobe.files import write_whole
 from qprobe.run import rewarding, stages
 from qprobe.run.joined import join
@@ -52,7 +52,7 @@ class Baselines:
     """The baselines of a run.
 
     Args:
-        members: rivals and rankers, rows of the table in this order.
+        baselines: rows of the table in this order. Those that are fitted have no part in the stage.
         run: the run folder.
         data: what they may be trained on; None where there is no training split.
 
@@ -60,12 +60,14 @@ class Baselines:
         ValueError: a name twice, or nothing to train on.
     """
 
-    def __init__(self, members: Sequence[Baseline], run: Path, data: TrainingData | None) -> None:
-        self.members, self.run_folder, self.data = members, run, data
-        names = [member.name for member in members]
+    def __init__(self, baselines: Sequence[Baseline], run: Path, data: TrainingData | None) -> None:
+        self.fitted = [member for member in baselines if isinstance(member, Fitted)]
+        self.members = [member for member in baselines if not isinstance(member, Fitted)]
+        self.run_folder, self.data = run, data
+        names = [member.name for member in baselines]
         if len(set(names)) < len(names):
             raise ValueError(f"The baselines are {', '.join(names)}: name each of them once.")
-        if data is None and (needy := [member.name for member in members if member.trains]):
+        if data is None and (needy := [member.name for member in baselines if member.trains]):
             raise ValueError(
                 f"The baselines {', '.join(needy)} need a training split, and one set of prompts is cross-validated: name a "
                 "training split, or leave them out."
@@ -106,8 +108,8 @@ class Baselines:
         return [
             f"{member.method} chooses among k={k} candidates by what all samples of their prompt say, up to {most}: with "
             f"{k} alone it would know less."
-            for member in self.members
-            if isinstance(member, Ranker) and member.of_all and k < most
+            for member in [*self.members, *self.fitted]
+            if isinstance(member, Ranker | Fitted) and member.of_all and k < most
         ]
 
     def identity(self, pool: Pool, reward: Reward) -> dict[str, str | None]:

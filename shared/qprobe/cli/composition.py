@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.baselines import Baseline
-from qprobe.baselines.consistency import Agreement
+from qprobe.baselines.consistency import Agreement, Remembered
 from qprobe.cli import configuration, uses
 from qprobe.embedding import Embedder, GivesLikelihoods
 from qprobe.evaluation.sweep import EvaluationSettings, Procedure
@@ -131,7 +131,8 @@ def _baselines(config: Mapping[str, Any], ends: BackEnds, agreement: Agreement |
         return back_ends({**config, "sampler": sampling, "model": model}, drawn.stop, drawn.rule).rival
 
     # What a constructor may ask for by name: see `baselines.Baseline`.
-    offered = {"sampler": ends.rival, "longest": longest, "adapted": adapted, "agreement": agreement}
+    offered = {"sampler": ends.rival, "longest": longest, "adapted": adapted, "embedder": ends.embedder}
+    offered |= {"agreement": None if agreement is None else Remembered(agreement)}
     offered |= {"model": model_spec(config), "seed": config["seed"]}
     found: list[Baseline] = []
     for name in names:
@@ -172,8 +173,10 @@ def pipeline(
     ends = back_ends(config, stop, rule)
     procedure, papers = procedures(config)
     settings = procedure.settings
+    baselines = _baselines(config, ends, agreement)
+    read = AUTO in settings.losses or "likelihood_columns" in settings.controls
     if isinstance(ends.embedder, GivesLikelihoods) and not (
-        AUTO in settings.losses or "likelihood_columns" in settings.controls
+        read or any(baseline.reads_likelihoods for baseline in baselines)
     ):
         ends.embedder.likelihood = False  # nobody reads them, and they cost a pass over the output head
     if getattr(ends.embedder, "question", None) and not getattr(ends.embedder, "likelihood", False):
@@ -185,7 +188,7 @@ def pipeline(
         sampler=ends.sampler,
         greedy=ends.greedy,
         embedder=ends.embedder,
-        baselines=_baselines(config, ends, agreement),
+        baselines=baselines,
         likelihood=Likelihood(model_spec(config)) if "likelihood" in procedure.settings.controls else None,
         layer=procedure.layer,
         training=procedure.training,

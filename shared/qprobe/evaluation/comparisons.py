@@ -67,6 +67,19 @@ def ordering(at_use: ByMethod, paired: Paired) -> list[str]:
     return notes
 
 
+def against_baselines(name: str, rewards: np.ndarray, baselines: ByMethod, paired: Paired) -> list[str]:
+    """A probe against every baseline that was run.
+
+    Args:
+        name: of the probe's row.
+        rewards: (P,) what it earns.
+        baselines: method -> (P,) rewards.
+    """
+    gains = {method: paired(rewards, other) for method, other in baselines.items()}
+    known = {method: gain for method, gain in gains.items() if math.isfinite(gain.low)}
+    return [f"{name} against {method}: {in_words(gain)}: {_told(gain)}." for method, gain in known.items()]
+
+
 def procedures(ours: ByMethod, papers: ByMethod, paired: Paired) -> list[str]:
     """What our procedure changes, loss by loss.
 

@@ -52,6 +52,10 @@ def of_table(
         found += comparisons.ordering(in_order, tested.difference)
         found += comparisons.ordering(papers, tested.difference)
         found += comparisons.procedures(ours, papers, tested.difference) if papers else []
+        baselines = [m for m in methods if m.kind in (Kind.RIVAL, Kind.RANKING) and m.by_seed is not None]
+        shown = name_of(AUTO) if name_of(AUTO) in ours else next(reversed(ours))  # of no `auto` the last loss
+        of_baselines = {m.name: m.rewards for m in baselines}
+        found += comparisons.against_baselines(shown, ours[shown], of_baselines, tested.difference)
     worst = max((row.simulation_error or 0.0 for row in rows), default=0.0)
     if worst > 0:
         found.append(

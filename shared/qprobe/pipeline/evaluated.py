@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 from pathlib import Path
 
 import numpy as np
 
+from qprobe.baselines import Fitted
 from qprobe.embedding import LIKELIHOOD, GivesLikelihoods
-from qprobe.evaluation import candidates, controls, sweep
+from qprobe.evaluation import candidates, controls, fitted, sweep
 from qprobe.evaluation.evaluate import evaluate
 from qprobe.evaluation.methods import PaperProbes
 from qprobe.evaluation.tested import Tested
 from qprobe.files import fingerprint
 from qprobe.pipeline.probes import clusters_of, procedures
 from qprobe.pipeline.setup import Setup
+from qprobe.probe.solvers import NothingToLearn
 from qprobe.report.results import Results
 from qprobe.run.joined import join
 from qprobe.run.pools import Pool, Split
@@ -28,6 +31,7 @@ def make(setup: Setup, pool: Pool) -> None:
         return
     made = procedures(setup)
     joined, scores, paper = setup.rows(pool, setup.probe_layer), made.scores(pool), made.paper
+    of_fitted, lacking = _fitted(setup, pool)
     results = evaluate(
         joined,
         scores,
@@ -40,7 +44,7 @@ def make(setup: Setup, pool: Pool) -> None:
         greedy=_greedy_rewards(setup, pool.split, joined.task_ids),
         rivals=baselines.rivals(pool, reward),
         controls=_controls(setup, pool),
-        rankings=baselines.rankings(pool),
+        rankings=baselines.rankings(pool) | of_fitted,
         training_rewards=_training_rewards(setup, pool),
         folds=_folds(setup, pool),
         paper_probes=PaperProbes(paper.scores(pool).by_share[1.0], paper.settings) if paper else None,
@@ -48,7 +52,8 @@ def make(setup: Setup, pool: Pool) -> None:
         published=setup.paper.get(pool.split.name),
         made_from=_identity(setup, pool),
     )
-    results = dataclasses.replace(results, notes=[*results.notes, *baselines.notes(pool, setup.k_of(pool))])
+    said = [*lacking, *baselines.notes(pool, setup.k_of(pool))]
+    results = dataclasses.replace(results, notes=[*results.notes, *said])
     candidates.write(pool, reward, joined, scores.by_share[1.0], results, path)
     results.write(path)
 
@@ -102,7 +107,18 @@ def _identity(setup: Setup, pool: Pool) -> str:
     if made.paper:
         inputs["authors"] = [made.paper.inputs(trained_on), dataclasses.asdict(made.paper.settings)]
     if setup.baselines:
-        inputs["baselines"] = setup.every_baseline().identity(pool, reward)
+        every = setup.every_baseline()
+        inputs["baselines"] = every.identity(pool, reward)
+        inputs["fitted"] = [
+            [
+                member.identity(),
+                [
+                    [at.features(setup.embedder, layer).identity for layer in _layers(setup, member)]
+                    for at in (trained_on, pool)
+                ],
+            ]
+            for member in every.fitted
+        ]
     return fingerprint(inputs | clusters_of(pool))
 
 
@@ -126,6 +142,28 @@ def _controls(setup: Setup, pool: Pool) -> controls.Scores:
             trained_on, joined, ours.maker, setup.training, ours.settings, k=setup.k, seed=setup.seed
         )
     return made
+
+
+def _fitted(setup: Setup, pool: Pool) -> tuple[controls.Scores, list[str]]:
+    """Scores of the baselines that are fitted, None where there was nothing to fit on; and sentences on these."""
+    made: controls.Scores = {}
+    notes = []
+    trained_on, tested = (functools.partial(setup.rows, at) for at in (setup.trained_on(pool), pool))
+    folded = setup.training_split is None
+    for member in setup.every_baseline().fitted:
+        layers = _layers(setup, member)
+        try:
+            made[member.method] = fitted.scores(
+                member.fit, trained_on, tested, layers, setup.settings, setup.seed, folded=folded
+            )
+        except NothingToLearn as error:
+            made[member.method] = None
+            notes.append(str(error))
+    return made, notes
+
+
+def _layers(setup: Setup, member: Fitted) -> list[int]:
+    return sorted(setup.embedder.layers) if member.every_layer else [setup.probe_layer]
 
 
 def _training_rewards(setup: Setup, pool: Pool) -> dict[str, float] | None:

@@ -322,7 +322,7 @@ def _baselines(pipeline: Pipeline) -> list[str]:
     every = Baselines(pipeline.baselines, pipeline.run, lessons)
     found = [every.identity(pool, pipeline.reward_of(pool.split)) for pool in tested]
     parts = []
-    for member in pipeline.baselines:
+    for member in every.members:  # what is fitted costs no more than probes
         pools = [pool for pool, of_pool in zip(tested, found, strict=True) if of_pool[member.name] is None]
         if pools and isinstance(member, Rival):
             parts.append(f"{member.method} ({sum(len(pool.task_ids) for pool in pools):,} answers)")
