@@ -23,7 +23,7 @@ from torch import Tensor
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe import losses, network, selection
 from qprobe.probe.arrays import floats
-from qprobe.probe.calibration import load_calibration, save_calibration
+from qprobe.probe.calibration import CALIBRATION_FILE, load_calibration, save_calibration
 from qprobe.probe.card import CARD_FILE, EmbeddingSource, described, from_hub
 from qprobe.probe.ids import dense_ids
 from qprobe.probe.network import ProbeNetwork
@@ -360,7 +360,8 @@ class QProbe:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = from_hub(str(name), revision, [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE])
+            files = [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE, CALIBRATION_FILE]
+            folder = from_hub(str(name), revision, files)
         if not (folder / CARD_FILE).is_file():
             raise FileNotFoundError(f"{name} holds no saved probe: {CARD_FILE} is missing.")
         try:
