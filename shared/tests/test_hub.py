@@ -162,3 +162,18 @@ def test_a_card_says_what_a_reader_asks() -> None:
     ):
         assert words in body
     assert not [words for words in ("/home", "qprobe answer", "## Results") if words in body]
+
+
+def test_nothing_of_this_machines_folders_goes_to_the_hub(tmp_path: Path) -> None:
+    """Features of the user's own, and an adapter: where they lie is nobody's business; new completions have no such features."""
+    made = QProbe(loss="reward_mse", k=7).fit(ROWS, ROWS[:, 0], np.arange(80) // 8)
+    made.source = EmbeddingSource({"name": "given", "features": ["0123"]}, 0, token="none", blocks=(0, 1))
+    files = ["/home/me/data/one.npy", "/home/me/data/two.npy"]
+    model = {"name": "org/model", "adapter": "/home/me/adapters/mine"}
+    made.use = {"sampler": {"n": 7}, "model": model, "embedder": {"backend": "given", "files": files}}
+    OnHub(made)._save_pretrained(tmp_path)
+    assert "/home/me" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    use = QProbe.from_pretrained(tmp_path).use
+    assert (use["embedder"]["files"], use["model"]) == (["one.npy", "two.npy"], {"name": "org/model", "adapter": "mine"})
+    assert made.use["embedder"]["files"] == files
+    assert "qprobe answer" not in card_of(made)[1]
