@@ -378,7 +378,8 @@ class QProbe:
             probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
-        probe.network_, probe.calibration_ = network.load(folder), load_calibration(folder)
+        probe.network_ = network.load(folder)
+        probe.calibration_ = load_calibration(folder, probe.network_.dimension)
         return probe
 
     def push_to_hub(self, repo_id: str, private: bool = False, *, trained_on: str = "", table: str = "") -> str:
