@@ -61,7 +61,7 @@ class GivenEmbedder:
 
     @functools.cached_property
     def _fingerprints(self) -> list[str]:
-        return [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16] for _, values in self._found]
+        return [_digest(values) for _, values in self._found]
 
     def identity(self) -> dict[str, Any]:
         return {"embedder": "given", "model": {"name": "given", "features": self._fingerprints}, "token": "none"}
@@ -96,6 +96,8 @@ class GivenEmbedder:
             _of_candidates(file, found, keys, places, count)
             for file, found in zip(self.files, self._found, strict=True)
         ]
+        # Whose they are is part of what they are: rows may change their candidates, and no number with them.
+        self._fingerprints = [_digest(values) for values in own]
         pairs = [(prompt.encode(), completion.encode()) for prompt, completion in texts.values()]
         self._rows = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         row_of = np.array([self._rows[pair] for pair in pairs])
@@ -129,6 +131,10 @@ class GivenEmbedder:
             )
         places = [known[pair] for pair in asked]
         return {n: torch.from_numpy(values[places]).float() for n, values in enumerate(self._values)}
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
 
 
 def _read(file: Path) -> tuple[list[Key] | None, np.ndarray]:
