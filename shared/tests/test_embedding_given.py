@@ -65,6 +65,11 @@ def spoiled(path: Path, kind: str) -> tuple[Path, int]:
         np.save(path / "f.npy", VALUES[:4])
     elif kind == "finite":
         np.save(path / "f.npy", np.where(VALUES == 9, np.nan, VALUES))
+    elif kind == "large":
+        np.save(path / "f.npy", np.where(VALUES == 9, 1e39, VALUES))
+    elif kind == "objects":
+        pq.write_table(pa.table({"x": pa.array([{"a": 1}] * 5)}), path / "f.parquet")
+        return path / "f.parquet", lines
     elif kind == "words":
         np.save(path / "f.npy", np.array(["a"] * 5))
     elif kind == "pickle":
@@ -83,6 +88,8 @@ def spoiled(path: Path, kind: str) -> tuple[Path, int]:
     [
         ("rows", "4 rows"),
         ("finite", "row 1 "),
+        ("large", "row 1 .*float32"),
+        ("objects", "no array"),
         ("words", "give numbers"),
         ("pickle", "no array"),
         ("text", "no array"),

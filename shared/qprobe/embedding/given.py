@@ -143,7 +143,7 @@ def _read(file: Path) -> tuple[list[Key] | None, np.ndarray]:
         keys, values = (None, np.load(file, allow_pickle=False)) if file.suffix == ".npy" else _parquet(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {file} of features.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{file} is no array of numbers ({str(error).splitlines()[0]}): give .npy or Parquet."
         ) from error
@@ -154,11 +154,11 @@ def _read(file: Path) -> tuple[list[Key] | None, np.ndarray]:
             f"{file} holds {values.dtype} of shape {values.shape}: give numbers, a row for every candidate."
         )
     values = values.astype(np.float64)
-    finite = np.isfinite(values).all(axis=1)
+    finite = (np.abs(values) <= np.finfo(np.float32).max).all(axis=1)  # NaN is not
     if not finite.all():
         raise ValueError(
-            f"{file}: row {int(np.argmin(finite))} (from 0) holds a value that is no finite number: put one there, or leave "
-            "the candidate out of both files."
+            f"{file}: row {int(np.argmin(finite))} (from 0) holds a value that is no finite number of float32: put one there, "
+            "or leave the candidate out of both files."
         )
     return keys, values
 
