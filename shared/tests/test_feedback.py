@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from qprobe.serving.policy import Policy, Read
 from qprobe.serving.protocol import Refused
 from qprobe.serving.running import application
 from qprobe.serving.settings import ServeSettings
-from qprobe.store.table import StoreError
+from qprobe.store.table import StoreError, Table
 
 WIDTHS, K = (6, 2), 4
 SOURCE = EmbeddingSource({"name": "numbers"}, 1)
@@ -239,3 +240,63 @@ def test_a_server_without_feedback_says_so(tiny_model: ModelSpec, tmp_path: Path
         check(served)
     assert main(["serve", "--probe", str(tmp_path / "probe"), "--explore", "0.2"]) == 2
     assert main(["update", str(tmp_path)]) == 1
+
+
+def recorded(log: FeedbackLog, number: int, answers: int = K) -> None:
+    """A reply of the old probe, and feedback on it."""
+    probe, rng = used_probe(), np.random.default_rng(number)
+    features = torch.from_numpy(rng.normal(size=(answers, sum(WIDTHS))).astype("float32"))
+    read = Read(features, torch.from_numpy(probe.score(features)))
+    drawn: Any = [SimpleNamespace(text="answer")] * answers
+    choice = Policy.choice(SimpleNamespace(probe=probe, beta=0.3), drawn, read, number)  # type: ignore[arg-type]
+    log.record(f"r-{number}", "prompt", "p", 0.3, choice, read)
+    log.take(FeedbackBody(id=f"r-{number}", preferred=0))
+
+
+def test_a_disk_that_is_full_for_a_while_doubles_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Table.write
+
+    def full(table: Table, keys: Any, rows: Any) -> None:
+        if table.folder.name == "feedback":
+            raise OSError("full")
+        write(table, keys, rows)
+
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        recorded(log, 0)
+        monkeypatch.setattr(Table, "write", full)
+        await log.flush()
+        monkeypatch.setattr(Table, "write", write)
+        recorded(log, 1)
+        await log.flush()
+
+    asyncio.run(serve())
+    found = {request.id: request for request in learning.read(tmp_path)[0]}
+    assert {id: len(request.probabilities) for id, request in found.items()} == {"r-0": K, "r-1": K}
+    assert found["r-0"].probabilities.sum() == pytest.approx(1)
+
+
+def test_a_stop_while_a_part_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback_module, "FLUSH", 0.01)
+    write, free, begun = Table.write, threading.Event(), threading.Event()
+
+    def slow(table: Table, keys: Any, rows: Any) -> None:
+        begun.set()
+        free.wait(10)
+        write(table, keys, rows)
+
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        monkeypatch.setattr(Table, "write", slow)
+        recorded(log, 0)
+        keeping = asyncio.create_task(log.keep_flushing())
+        await asyncio.to_thread(begun.wait, 10)
+        recorded(log, 1)
+        keeping.cancel()
+        asyncio.get_running_loop().call_later(0.1, free.set)
+        await asyncio.gather(keeping, return_exceptions=True)
+
+    asyncio.run(serve())
+    assert [request.id for request in learning.read(tmp_path)[0]] == ["r-0", "r-1"]

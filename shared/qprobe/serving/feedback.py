@@ -214,34 +214,37 @@ class FeedbackLog:
         async with self._writing:
             replies, self._replies = self._replies, []
             feedback, self._feedback = self._feedback, []
-            if not replies and not feedback:
-                return
             try:
-                await asyncio.get_running_loop().run_in_executor(None, self._write, replies, feedback)
+                if replies:
+                    await asyncio.to_thread(self._write_replies, replies)
+                    replies = []  # written once, though the feedback may have to wait
+                if feedback:
+                    await asyncio.to_thread(self._write_feedback, feedback)
             except (OSError, StoreError) as error:
                 self._replies, self._feedback = [*replies, *self._replies], [*feedback, *self._feedback]
                 tqdm.write(f"Replies and feedback wait to be written: {error}", file=sys.stderr)
 
-    def _write(self, replies: list[tuple[list[dict[str, Any]], np.ndarray]], feedback: list[dict[str, Any]]) -> None:
+    def _write_replies(self, replies: list[tuple[list[dict[str, Any]], np.ndarray]]) -> None:
         assert self._tables is not None  # opened before anything is recorded
-        if replies:
-            rows = [row for of_reply, _ in replies for row in of_reply]
-            keys = list(dict.fromkeys(row["task_id"] for row in rows))
-            names, samples = [row["task_id"] for row in rows], [row["sample"] for row in rows]
-            values = np.concatenate([features for _, features in replies])
-            # A reply is there only with its features: these go first.
-            self._tables.features.write(keys, feature_rows(names, samples, values, exact=True)[0])
-            self._tables.replies.write(keys, pa.Table.from_pylist(rows, schema=REPLIES))
-        if feedback:
-            keys = [f"{row['task_id']} {row['sample']}" for row in feedback]
-            self._tables.feedback.write(keys, pa.Table.from_pylist(feedback, schema=FEEDBACK))
+        rows = [row for of_reply, _ in replies for row in of_reply]
+        keys = list(dict.fromkeys(row["task_id"] for row in rows))
+        names, samples = [row["task_id"] for row in rows], [row["sample"] for row in rows]
+        values = np.concatenate([features for _, features in replies])
+        # A reply is there only with its features: these go first.
+        self._tables.features.write(keys, feature_rows(names, samples, values, exact=True)[0])
+        self._tables.replies.write(keys, pa.Table.from_pylist(rows, schema=REPLIES))
+
+    def _write_feedback(self, feedback: list[dict[str, Any]]) -> None:
+        assert self._tables is not None  # as above
+        keys = [f"{row['task_id']} {row['sample']}" for row in feedback]
+        self._tables.feedback.write(keys, pa.Table.from_pylist(feedback, schema=FEEDBACK))
 
     async def keep_flushing(self) -> None:
         """Until cancelled; what is left then is written."""
         try:
             while True:
                 await asyncio.sleep(FLUSH)
-                await self.flush()
+                await asyncio.shield(self.flush())  # what it has begun to write it writes, and the last call waits for it
         finally:
             with contextlib.suppress(asyncio.CancelledError):
                 await self.flush()
