@@ -300,3 +300,13 @@ def test_a_stop_while_a_part_is_written_loses_nothing(tmp_path: Path, monkeypatc
 
     asyncio.run(serve())
     assert [request.id for request in learning.read(tmp_path)[0]] == ["r-0", "r-1"]
+
+
+def test_a_server_that_starts_again_knows_the_latest_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served_users(tmp_path, preferences, users=140)
+    monkeypatch.setattr(feedback_module, "_MOST_KNOWN", 5)
+    log = FeedbackLog(tmp_path)
+    log.open(SOURCE, WIDTHS, None)
+    assert [number for number in range(140) if log.knows(f"r-{number}")] == [135, 136, 137, 138, 139]
+    with pytest.raises(Refused, match="has had its feedback"):
+        log.take(FeedbackBody(id="r-136", preferred=K - 1))

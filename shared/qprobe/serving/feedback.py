@@ -141,11 +141,13 @@ class FeedbackLog:
         if probe is not None:
             self._tables.replies.note(PROBE, str(probe.resolve()))
         if self._tables.replies.parts():
-            rows = self._tables.replies.read(columns=["task_id", "sample", "chosen"]).to_pylist()
-            for row in rows[-_MOST_KNOWN * 8 :]:
-                known = self._known.setdefault(row["task_id"], _Known(0, 0))
-                known.candidates += 1
-                known.chosen = row["sample"] if row["chosen"] else known.chosen
+            rows = self._tables.replies.read(columns=["task_id", "sample", "at", "chosen"])
+            for part in rows.sort_by("at").to_batches():  # parts lie in no order of time
+                for row in part.to_pylist():
+                    known = self._known.setdefault(row["task_id"], _Known(0, 0))
+                    known.candidates += 1
+                    known.chosen = row["sample"] if row["chosen"] else known.chosen
+                    self._forget()
         if self._tables.feedback.parts():
             for task_id in self._tables.feedback.read(columns=["task_id"])["task_id"].to_pylist():
                 if task_id in self._known:
@@ -172,6 +174,9 @@ class FeedbackLog:
         ]
         self._replies.append((rows, read.features.numpy()))
         self._known[id] = _Known(len(rows), choice.chosen)
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
 
