@@ -310,3 +310,15 @@ def test_a_server_that_starts_again_knows_the_latest_requests(tmp_path: Path, mo
     assert [number for number in range(140) if log.knows(f"r-{number}")] == [135, 136, 137, 138, 139]
     with pytest.raises(Refused, match="has had its feedback"):
         log.take(FeedbackBody(id="r-136", preferred=K - 1))
+
+
+def test_preferences_do_not_say_how_likely_an_answer_is_right(tmp_path: Path) -> None:
+    """Whoever says which answer is the best says nothing of whether it is any good: here none ever is."""
+
+    def says(features: np.ndarray, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
+        said = preferences(features, chosen, rng)
+        return said if rng.random() < 0.8 else {"rewards": dict.fromkeys(range(K), 0.0)}
+
+    served_users(tmp_path, says, users=300)
+    assert "is the new probe" in update(tmp_path)
+    assert QProbe.from_pretrained(tmp_path / "probe").calibration_ is None

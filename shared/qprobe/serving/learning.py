@@ -174,7 +174,8 @@ def learn(requests: Sequence[Request], old: QProbe, widths: Sequence[int], seed:
                 for place in np.flatnonzero(out & fresh):
                     laws = [_law(probe, requests[place]) for probe in (new, old)]
                     worth[place] = requests[place].worth(*laws, usual)
-        probe = _probe(rows, losses, old, seed)
+        rated = np.array([kind != "preferred" for kind in kinds])[requests_of_row]
+        probe = _probe(rows, losses, old, seed, rated)
     except NothingToLearn as error:
         return Updated(None, None, f"Nothing can be learnt: {error}", counts)
     probe.data_[UNTIL] = max(request.at for request in requests)
@@ -261,8 +262,15 @@ def _rows(requests: Sequence[Request], old: QProbe, widths: Sequence[int]) -> tu
     return Rows(blocks, rewards, numbered[0], clusters=numbered[1], weights=weighed, anchors=anchors), np.array(owners)
 
 
-def _probe(rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int) -> QProbe:
-    """A probe that is solved on rows, pulled towards the old one where that is linear."""
+def _probe(
+    rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int, rated: NDArray[np.bool_] | None = None
+) -> QProbe:
+    """A probe that is solved on rows, pulled towards the old one where that is linear.
+
+    Args:
+        rated: (N,) bool, rows with rewards, which alone say how likely an answer is right: the preferred one of several may be
+            wrong. None: it is not asked.
+    """
     solution = solve(rows, losses, average=len(losses) > 1, seed=seed)
     weights, bias = _folded(solution, old)
     network = ProbeNetwork(len(weights))
@@ -271,7 +279,9 @@ def _probe(rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int) -> 
         network.biases[0].fill_(bias)
     probe = QProbe(loss=AUTO if len(losses) > 1 else losses[0], k=old.k, seed=seed)
     probe.network_, probe.beta_ = network, solution.beta
-    probe.calibration_ = calibrate(rows, solution.left_out) if len(losses) > 1 else None
+    probe.calibration_ = None
+    if rated is not None and rated.any():
+        probe.calibration_ = calibrate(rows.take(rated), solution.left_out[rated])
     probe.source, probe.use = old.source, old.use
     choice = solution.choice
     probe.training_ = {
