@@ -1,5 +1,6 @@
 """A server before another one of OpenAI's protocol: what goes through, and what a client sees of every fault of it."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -15,6 +16,7 @@ from served import Served, policy_of, post, save_probe, serving
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, sample_seeds
+from qprobe.serving import learning
 from qprobe.serving.policy import Policy, choice_seed
 from qprobe.serving.running import application
 from qprobe.serving.settings import ServeSettings
@@ -229,3 +231,15 @@ def test_a_probe_of_an_api_is_served_by_its_own_server(tiny_model: ModelSpec, se
         status, headers, _ = ask(served)
     assert (status, headers["x-qprobe-valid"]) == (200, "3")
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions", "/v1/embeddings"]
+
+
+def test_two_servers_that_share_a_folder_of_feedback_mix_no_replies(policy: Policy, server: Any, tmp_path: Path) -> None:
+    """Some servers draw the ids of their answers out of a thousand."""
+    server.always = lambda answer: answer | {"id": "chatcmpl-7"}
+    with contextlib.ExitStack() as stack:
+        made = [application(policy, ServeSettings(), server.settings(), feedback=tmp_path) for _ in range(2)]
+        for served in [stack.enter_context(serving(one)) for one in made]:
+            _, _, said = ask(served)
+            assert post(f"{served.url}/feedback", {"id": said["id"], "preferred": 0})[0] == 200
+    requests = learning.read(tmp_path)[0]
+    assert [len(request.probabilities) for request in requests] == [4, 4]

@@ -323,9 +323,9 @@ class Service:
         origin = draws.candidates[places[0]].origin
         made = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
         created, id = origin.get("created"), origin.get("id")
-        id = id if isinstance(id, str) and id else made
+        if not (isinstance(id, str) and id) or self.feedback is not None:
+            id = made  # some servers draw theirs out of a thousand, and feedback is kept by it
         if self.feedback is not None and choice is not None and read is not None:
-            id = made if self.feedback.knows(id) else id
             self.feedback.record(id, asked.rendered[0], loaded.fingerprint, beta, choice, read)
         return Answer(
             id=id,
