@@ -322,3 +322,18 @@ def test_preferences_do_not_say_how_likely_an_answer_is_right(tmp_path: Path) ->
     served_users(tmp_path, says, users=300)
     assert "is the new probe" in update(tmp_path)
     assert QProbe.from_pretrained(tmp_path / "probe").calibration_ is None
+
+
+def test_a_probe_that_came_while_the_model_was_loaded_is_taken(
+    tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LOOK", 0.05)
+    probe = save_probe(tmp_path / "probe", tiny_model)
+    made = application(policy_of(probe), ServeSettings(), probe=probe)
+    save_probe(probe, tiny_model, seed=1)
+    new = service_module.probe_fingerprint(QProbe.from_pretrained(probe))
+    with serving(made) as served:
+        waited = time.monotonic() + 10
+        while json.loads(get(f"{served.root}/ready")[1])["probe"] != new:
+            assert time.monotonic() < waited
+            time.sleep(0.05)

@@ -255,18 +255,22 @@ class FeedbackLog:
                 await self.flush()
 
 
-async def watch(path: Path, seconds: float, changed: Callable[[], Any]) -> None:
-    """Call and await `changed` whenever a file is written anew."""
-    seen = _state(path)
+async def watch(path: Path, seconds: float, changed: Callable[[], Any], seen: tuple[int, int] | None) -> None:
+    """Call and await `changed` whenever a file is written anew.
+
+    Args:
+        seen: its `state` when it was read first.
+    """
     while True:
         await asyncio.sleep(seconds)
-        now = _state(path)
+        now = state(path)
         if now is not None and now != seen:
             await changed()
         seen = seen if now is None else now
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where it is not there."""
     try:
         status = path.stat()
     except OSError:

@@ -29,7 +29,7 @@ from qprobe.prompts import Prompt
 from qprobe.sampling import Completion
 from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
 from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
-from qprobe.serving.feedback import FeedbackLog, watch
+from qprobe.serving.feedback import FeedbackLog, state, watch
 from qprobe.serving.metrics import Metrics
 from qprobe.serving.policy import Choice, Policy, Read, choice_seed, features_of
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
@@ -145,6 +145,7 @@ class Service:
     ) -> None:
         self.feedback = feedback
         self._probe = probe
+        self._seen = None if probe is None else state(probe / CARD_FILE)
         self._background: list[asyncio.Task[None]] = []
         self.loaded = Loaded(policy)
         self.source = source
@@ -170,7 +171,7 @@ class Service:
         if self.feedback is not None:
             self._background.append(asyncio.create_task(self.feedback.keep_flushing()))
         if self._probe is not None:
-            self._background.append(asyncio.create_task(watch(self._probe / CARD_FILE, LOOK, self.reload)))
+            self._background.append(asyncio.create_task(watch(self._probe / CARD_FILE, LOOK, self.reload, self._seen)))
         self.ready = True
 
     async def close(self) -> None:
