@@ -363,3 +363,18 @@ def test_langchain_is_a_client(served: Served, policy: Policy) -> None:
     expected = policy.answer([{"role": "user", "content": "the number"}], 7)
     assert model.invoke("the number").content == expected
     assert "".join(chunk.content for chunk in model.stream("the number")) == expected
+
+
+def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qprobe.serving import policy as policies
+
+    features_of = policies.features_of
+    monkeypatch.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
+    for failures, status in (("error", 500), ("first", 200)):
+        with serving(application(policy_of(probe), ServeSettings(when_scoring_fails=failures))) as served:
+            found, headers, said = post(f"{served.url}/chat/completions", body(served, max_tokens=2))
+        assert found == status
+        if status == 500:
+            assert (said["error"]["code"], "NaN" in said["error"]["message"]) == ("scoring_failed", True)
+        else:
+            assert headers["x-qprobe-score"] == "none"

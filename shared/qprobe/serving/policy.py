@@ -21,6 +21,12 @@ from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, sample_seeds
 from qprobe.store.jsonl import plain_prompt
 
+
+
+class NotFinite(ValueError):
+    """Embeddings that hold NaN or infinity: the model's fault, and not the prompt's."""
+
+
 OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 
@@ -236,6 +242,10 @@ class Policy:
         """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
         layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
         features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
+        if not bool(torch.isfinite(features).all()):
+            raise NotFinite(
+                "The embeddings hold NaN or infinity: the model overflows in its dtype; use bfloat16 or float32."
+            )
         scores = torch.from_numpy(self.probe.score(features))
         return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 

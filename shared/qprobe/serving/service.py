@@ -31,7 +31,7 @@ from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
 from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
 from qprobe.serving.feedback import FeedbackLog, state, watch
 from qprobe.serving.metrics import Metrics
-from qprobe.serving.policy import Choice, Policy, Read, choice_seed, features_of
+from qprobe.serving.policy import Choice, NotFinite, Policy, Read, choice_seed, features_of
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
 from qprobe.serving.settings import ServeSettings
 
@@ -359,6 +359,8 @@ class Service:
                 give_up=give_up,
             )
             return found
+        except NotFinite:
+            raise
         except ValueError as error:  # what is too long for the embedder, in its own sentence
             raise Refused(400, str(error), code="context_length_exceeded") from None
 
