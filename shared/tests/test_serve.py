@@ -4,6 +4,7 @@ import http.client
 import json
 import math
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -378,3 +379,17 @@ def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch
             assert (said["error"]["code"], "NaN" in said["error"]["message"]) == ("scoring_failed", True)
         else:
             assert headers["x-qprobe-score"] == "none"
+
+
+def test_a_client_that_goes_while_it_sends_is_no_fault(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    gone = counted(served, "qprobe_clients_gone_total")
+    host, port = served.root.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+        connection.sendall(head + b"\r\n{")
+        time.sleep(0.2)
+    waited = time.monotonic() + 10
+    while counted(served, "qprobe_clients_gone_total") == gone:
+        assert time.monotonic() < waited
+        time.sleep(0.02)
+    assert "Traceback" not in capfd.readouterr().err

@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qprobe.models.keys import Key
@@ -65,6 +65,11 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
     @made.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return _refusal(error)
+
+    @made.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:  # while it sent its body
+        service.metrics.gone.inc()
+        return _refusal(Refused(499, "The client has gone."))
 
     @made.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
