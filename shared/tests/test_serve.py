@@ -393,3 +393,15 @@ def test_a_client_that_goes_while_it_sends_is_no_fault(served: Served, capfd: py
         assert time.monotonic() < waited
         time.sleep(0.02)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_stream_holds_the_candidates_that_were_asked_for(served: Served) -> None:
+    asked = {"return_candidates": True, "seed": 1}
+    whole = served.client().chat.completions.create(**body(served, max_tokens=3), extra_body={"qprobe": asked})
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        stream = served.client().chat.completions.create(
+            **body(served, max_tokens=3), stream=True, **options, extra_body={"qprobe": asked}
+        )
+        chunks = list(stream)
+        assert chunks[-1].qprobe["candidates"] == whole.qprobe["candidates"]
+        assert (chunks[-1].usage is None) == (not options)

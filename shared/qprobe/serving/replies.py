@@ -36,11 +36,11 @@ def streamed(answer: Answer, body: Body) -> Iterator[bytes]:
         choice = answer.draws.candidates[place].choice
         for part in _deltas(choice) if chat else _texts(choice):
             yield event(head | {"choices": [{"index": index, **part}]} | more)
-    if body.usage_streamed:
-        last = head | {"choices": [], "usage": answer.usage}
-        if body.qprobe.return_candidates:
-            last["qprobe"] = {"candidates": answer.candidates()}
-        yield event(last)
+    last = {"usage": answer.usage} if body.usage_streamed else {}
+    if body.qprobe.return_candidates:
+        last["qprobe"] = {"candidates": answer.candidates()}
+    if last:
+        yield event(head | {"choices": []} | last)
     yield DONE
 
 
