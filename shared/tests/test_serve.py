@@ -405,3 +405,10 @@ def test_a_stream_holds_the_candidates_that_were_asked_for(served: Served) -> No
         chunks = list(stream)
         assert chunks[-1].qprobe["candidates"] == whole.qprobe["candidates"]
         assert (chunks[-1].usage is None) == (not options)
+
+
+def test_our_object_may_be_null_and_scores_are_of_the_model_that_is_asked_for(served: Served) -> None:
+    assert post(f"{served.url}/chat/completions", body(served, max_tokens=2, qprobe=None))[0] == 200
+    asked = {"prompt": "x", "candidates": ["a"]}
+    assert post(f"{served.url}/score", asked | {"model": "gpt-none"})[0] == 404
+    assert post(f"{served.url}/score", asked | {"model": name_of(served)})[0] == 200

@@ -86,15 +86,14 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
             return upstream_key
         return Key("", "" if token is not None and token.value else _bearer(request))
 
+    def check_model(name: str) -> None:
+        if name != service.source.name:
+            said = f"There is no model {name!r:.80} here: ask for {service.source.name!r}."
+            raise Refused(404, said, "model", "model_not_found")
+
     async def completion(request: Request, kind: type[Body]) -> Response:
         body, given = parsed(kind, await _content(request))
-        if body.model != service.source.name:
-            raise Refused(
-                404,
-                f"There is no model {body.model!r:.80} here: ask for {service.source.name!r}.",
-                "model",
-                "model_not_found",
-            )
+        check_model(body.model)
         work = asyncio.create_task(service.answer(body, given, key(request)))
         if not body.stream:
             answer = await _awaited(request, work, service)
@@ -115,6 +114,8 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
     @made.post("/v1/score")
     async def score(request: Request) -> Response:
         body, _ = parsed(ScoreBody, await _content(request))
+        if body.model is not None:
+            check_model(body.model)
         work = asyncio.create_task(service.scores(prompt_of(body), body.candidates, body.beta))
         choice, loaded = await _awaited(request, work, service)
         rows = [
@@ -142,8 +143,7 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
 
     @made.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        if name != service.source.name:
-            raise Refused(404, f"There is no model {name!r:.80} here.", "model", "model_not_found")
+        check_model(name)
         return _model(service)
 
     @made.get("/health")

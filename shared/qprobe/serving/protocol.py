@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qprobe.prompts import Prompt
 
@@ -110,6 +110,11 @@ class Body(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     qprobe: Own = Own()
+
+    @field_validator("qprobe", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @property
     def usage_streamed(self) -> bool:
