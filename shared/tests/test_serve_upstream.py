@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -243,3 +244,11 @@ def test_two_servers_that_share_a_folder_of_feedback_mix_no_replies(policy: Poli
             assert post(f"{served.url}/feedback", {"id": said["id"], "preferred": 0})[0] == 200
     requests = learning.read(tmp_path)[0]
     assert [len(request.probabilities) for request in requests] == [4, 4]
+
+
+def test_what_cannot_be_sent_is_the_clients_fault_and_not_tried_again(served: Served, server: Any) -> None:
+    for sent in (b'"user": "\\ud800"', b'"frequency_penalty": NaN'):
+        content = json.dumps(BODY).encode()[:-1] + b", " + sent + b"}"
+        status, _, said = post(f"{served.url}/chat/completions", content)
+        assert (status, "The body" in said["error"]["message"]) == (400, True), said
+    assert not server.requests

@@ -185,7 +185,9 @@ def parsed(kind: type[Parsed], content: bytes) -> tuple[Parsed, dict[str, Any]]:
         Refused: it is no JSON object, or a key is wrong.
     """
     try:
-        given = json.loads(content)
+        given = json.loads(content, parse_constant=_no_number)
+        if b"\\ud" in content.lower():
+            json.dumps(given, ensure_ascii=False).encode()  # raises at half of a pair, which is no text
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"The body is no JSON ({error}): send one JSON object.") from None
     if not isinstance(given, dict):
@@ -198,6 +200,10 @@ def parsed(kind: type[Parsed], content: bytes) -> tuple[Parsed, dict[str, Any]]:
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
         said = f"{where or 'The body'} cannot be used: {first['msg'][:1].lower()}{first['msg'][1:]}."
         raise Refused(400, said, where or None) from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def prompt_of(body: Body | ScoreBody) -> Prompt:
