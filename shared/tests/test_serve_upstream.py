@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from served import Served, policy_of, post, save_probe, serving
 
+from qprobe.models import keys
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, sample_seeds
@@ -252,3 +254,16 @@ def test_what_cannot_be_sent_is_the_clients_fault_and_not_tried_again(served: Se
         status, _, said = post(f"{served.url}/chat/completions", content)
         assert (status, "The body" in said["error"]["message"]) == (400, True), said
     assert not server.requests
+
+
+def test_keys_of_clients_are_not_kept(
+    policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QPROBE_TEST_KEY", raising=False)
+    settings = dataclasses.replace(server.settings(), api_key_variable="QPROBE_TEST_KEY")
+    with serving(application(policy, ServeSettings(), settings)) as served:
+        for number in range(3):
+            post(f"{served.url}/chat/completions", BODY, {"authorization": f"Bearer sk-client-number-{number}"})
+    assert len(server.requests) == 3
+    kept = [value for value in gc.get_objects() if isinstance(value, keys.Key)]
+    assert not [key for key in kept if key.value.startswith("sk-client-number")]
