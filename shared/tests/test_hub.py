@@ -174,6 +174,9 @@ def test_nothing_of_this_machines_folders_goes_to_the_hub(tmp_path: Path) -> Non
     OnHub(made)._save_pretrained(tmp_path)
     assert "/home/me" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
     use = QProbe.from_pretrained(tmp_path).use
-    assert (use["embedder"]["files"], use["model"]) == (["one.npy", "two.npy"], {"name": "org/model", "adapter": "mine"})
+    assert (use["embedder"]["files"], use["model"]) == (
+        ["one.npy", "two.npy"],
+        {"name": "org/model", "adapter": "mine"},
+    )
     assert made.use["embedder"]["files"] == files
     assert "qprobe answer" not in card_of(made)[1]

@@ -370,10 +370,14 @@ def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch
     from qprobe.serving import policy as policies
 
     features_of = policies.features_of
-    monkeypatch.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
     for failures, status in (("error", 500), ("first", 200)):
-        with serving(application(policy_of(probe), ServeSettings(when_scoring_fails=failures))) as served:
-            found, headers, said = post(f"{served.url}/chat/completions", body(served, max_tokens=2))
+        with (
+            serving(application(policy_of(probe), ServeSettings(when_scoring_fails=failures))) as served,
+            monkeypatch.context() as spoiled,
+        ):
+            asked = body(served, max_tokens=2)
+            spoiled.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
+            found, headers, said = post(f"{served.url}/chat/completions", asked)
         assert found == status
         if status == 500:
             assert (said["error"]["code"], "NaN" in said["error"]["message"]) == ("scoring_failed", True)
@@ -385,7 +389,9 @@ def test_a_client_that_goes_while_it_sends_is_no_fault(served: Served, capfd: py
     gone = counted(served, "qprobe_clients_gone_total")
     host, port = served.root.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+        )
         connection.sendall(head + b"\r\n{")
         time.sleep(0.2)
     waited = time.monotonic() + 10

@@ -236,7 +236,9 @@ def test_a_probe_of_an_api_is_served_by_its_own_server(tiny_model: ModelSpec, se
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions", "/v1/embeddings"]
 
 
-def test_two_servers_that_share_a_folder_of_feedback_mix_no_replies(policy: Policy, server: Any, tmp_path: Path) -> None:
+def test_two_servers_that_share_a_folder_of_feedback_mix_no_replies(
+    policy: Policy, server: Any, tmp_path: Path
+) -> None:
     """Some servers draw the ids of their answers out of a thousand."""
     server.always = lambda answer: answer | {"id": "chatcmpl-7"}
     with contextlib.ExitStack() as stack:
@@ -256,14 +258,12 @@ def test_what_cannot_be_sent_is_the_clients_fault_and_not_tried_again(served: Se
     assert not server.requests
 
 
-def test_keys_of_clients_are_not_kept(
-    policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_of_clients_are_not_kept(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QPROBE_TEST_KEY", raising=False)
     settings = dataclasses.replace(server.settings(), api_key_variable="QPROBE_TEST_KEY")
     with serving(application(policy, ServeSettings(), settings)) as served:
         for number in range(3):
             post(f"{served.url}/chat/completions", BODY, {"authorization": f"Bearer sk-client-number-{number}"})
     assert len(server.requests) == 3
-    kept = [value for value in gc.get_objects() if isinstance(value, keys.Key)]
+    kept = [value for value in gc.get_objects() if type(value) is keys.Key]
     assert not [key for key in kept if key.value.startswith("sk-client-number")]

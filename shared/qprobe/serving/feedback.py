@@ -249,7 +249,7 @@ class FeedbackLog:
         try:
             while True:
                 await asyncio.sleep(FLUSH)
-                await asyncio.shield(self.flush())  # what it has begun to write it writes, and the last call waits for it
+                await asyncio.shield(self.flush())  # comes to its end, and the last call waits for it
         finally:
             with contextlib.suppress(asyncio.CancelledError):
                 await self.flush()

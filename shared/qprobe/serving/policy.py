@@ -21,13 +21,11 @@ from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, sample_seeds
 from qprobe.store.jsonl import plain_prompt
 
+OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 
 class NotFinite(ValueError):
     """Embeddings that hold NaN or infinity: the model's fault, and not the prompt's."""
-
-
-OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 
 @dataclass(frozen=True)
