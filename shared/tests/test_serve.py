@@ -4,7 +4,6 @@ import http.client
 import json
 import math
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -364,57 +363,3 @@ def test_langchain_is_a_client(served: Served, policy: Policy) -> None:
     expected = policy.answer([{"role": "user", "content": "the number"}], 7)
     assert model.invoke("the number").content == expected
     assert "".join(chunk.content for chunk in model.stream("the number")) == expected
-
-
-def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qprobe.serving import policy as policies
-
-    features_of = policies.features_of
-    for failures, status in (("error", 500), ("first", 200)):
-        with (
-            serving(application(policy_of(probe), ServeSettings(when_scoring_fails=failures))) as served,
-            monkeypatch.context() as spoiled,
-        ):
-            asked = body(served, max_tokens=2)
-            spoiled.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
-            found, headers, said = post(f"{served.url}/chat/completions", asked)
-        assert found == status
-        if status == 500:
-            assert (said["error"]["code"], "NaN" in said["error"]["message"]) == ("scoring_failed", True)
-        else:
-            assert headers["x-qprobe-score"] == "none"
-
-
-def test_a_client_that_goes_while_it_sends_is_no_fault(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
-    gone = counted(served, "qprobe_clients_gone_total")
-    host, port = served.root.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
-        )
-        connection.sendall(head + b"\r\n{")
-        time.sleep(0.2)
-    waited = time.monotonic() + 10
-    while counted(served, "qprobe_clients_gone_total") == gone:
-        assert time.monotonic() < waited
-        time.sleep(0.02)
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_stream_holds_the_candidates_that_were_asked_for(served: Served) -> None:
-    asked = {"return_candidates": True, "seed": 1}
-    whole = served.client().chat.completions.create(**body(served, max_tokens=3), extra_body={"qprobe": asked})
-    for options in ({}, {"stream_options": {"include_usage": True}}):
-        stream = served.client().chat.completions.create(
-            **body(served, max_tokens=3), stream=True, **options, extra_body={"qprobe": asked}
-        )
-        chunks = list(stream)
-        assert chunks[-1].qprobe["candidates"] == whole.qprobe["candidates"]
-        assert (chunks[-1].usage is None) == (not options)
-
-
-def test_our_object_may_be_null_and_scores_are_of_the_model_that_is_asked_for(served: Served) -> None:
-    assert post(f"{served.url}/chat/completions", body(served, max_tokens=2, qprobe=None))[0] == 200
-    asked = {"prompt": "x", "candidates": ["a"]}
-    assert post(f"{served.url}/score", asked | {"model": "gpt-none"})[0] == 404
-    assert post(f"{served.url}/score", asked | {"model": name_of(served)})[0] == 200

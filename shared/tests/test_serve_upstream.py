@@ -267,3 +267,12 @@ def test_keys_of_clients_are_not_kept(policy: Policy, server: Any, monkeypatch: 
     assert len(server.requests) == 3
     kept = [value for value in gc.get_objects() if type(value) is keys.Key]
     assert not [key for key in kept if key.value.startswith("sk-client-number")]
+
+
+def test_several_prompts_are_a_call_each(served: Served, server: Any) -> None:
+    sent = {"model": "tiny", "prompt": ["one", "two"], "max_tokens": 4, "qprobe": {"k": 3, "seed": 5}}
+    status, _, said = post(f"{served.url}/completions", sent)
+    assert status == 200, said
+    assert sorted((asked["prompt"], asked["n"]) for _, _, asked in server.requests) == [("one", 3), ("two", 3)]
+    assert [choice["index"] for choice in said["choices"]] == [0, 1]
+    assert [one["candidates"] for one in said["usage"]["qprobe"]] == [3, 3]

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qprobe.models.keys import Key
 from qprobe.serving import replies
+from qprobe.serving.answer import Answer
 from qprobe.serving.feedback import FeedbackBody
 from qprobe.serving.protocol import Body, ChatBody, Refused, ScoreBody, TextBody, parsed, prompt_of
-from qprobe.serving.service import Answer, Service
+from qprobe.serving.service import Service
 
 # Seconds after which a stream says that it lives.
 KEEP_ALIVE = 5.0
@@ -94,13 +95,13 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
     async def completion(request: Request, kind: type[Body]) -> Response:
         body, given = parsed(kind, await _content(request))
         check_model(body.model)
-        work = asyncio.create_task(service.answer(body, given, key(request)))
+        work = asyncio.create_task(service.answers(body, given, key(request)))
         if not body.stream:
-            answer = await _awaited(request, work, service)
-            return JSONResponse(replies.whole(answer, body), headers=answer.headers)
+            answers = await _awaited(request, work, service)
+            return JSONResponse(replies.whole(answers, body), headers=answers[0].headers)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        if (answer := await _awaited(request, work, service, KEEP_ALIVE)) is not None:  # a fault still has its status
-            headers |= answer.headers
+        if (answers := await _awaited(request, work, service, KEEP_ALIVE)) is not None:  # a fault still has its status
+            headers |= answers[0].headers
         return StreamingResponse(_stream(work, body, service), media_type="text/event-stream", headers=headers)
 
     @made.post("/v1/chat/completions")
@@ -237,21 +238,21 @@ async def _ended(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _stream(work: asyncio.Task[Answer], body: Body, service: Service) -> AsyncIterator[bytes]:
+async def _stream(work: asyncio.Task[list[Answer]], body: Body, service: Service) -> AsyncIterator[bytes]:
     """Keep-alives until there is an answer, then the answer; the server closes it where the client goes away."""
     try:
         while not work.done():
             yield replies.KEEP_ALIVE
             await asyncio.wait({work}, timeout=KEEP_ALIVE)
         try:
-            answer = work.result()
+            answers = work.result()
         except Refused as refused:
             yield replies.event(refused.body())
             return
         except Exception as error:
             yield replies.event(Refused(500, f"This is a fault of the server: {type(error).__name__}.").body())
             return
-        for part in replies.streamed(answer, body):
+        for part in replies.streamed(answers, body):
             yield part
     finally:
         if not work.done():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -129,6 +129,10 @@ class Body(BaseModel):
     def stops(self) -> tuple[str, ...] | None:
         return None if self.stop is None else ((self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
+    def alone(self) -> Sequence[Body]:
+        """The bodies of its prompts, one each."""
+        return [self]
+
     def spoken(self) -> Prompt:
         """The prompt, for whoever reads or embeds it."""
         raise NotImplementedError
@@ -144,20 +148,17 @@ class ChatBody(Body):
 
 
 class TextBody(Body):
-    """Of /v1/completions: one text."""
+    """Of /v1/completions: a text, or several."""
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(min_length=1)]
 
-    @property
-    def text(self) -> str:
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if len(self.prompt) != 1:
-            raise Refused(400, f"prompt is a list of {len(self.prompt)} texts: send a request for each.", "prompt")
-        return self.prompt[0]
+    def alone(self) -> Sequence[Body]:
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [self.model_copy(update={"prompt": text}) for text in texts]
 
     def spoken(self) -> Prompt:
-        return Prompt("request", text=self.text)
+        assert isinstance(self.prompt, str)  # alone
+        return Prompt("request", text=self.prompt)
 
 
 class ScoreBody(_Strict):
