@@ -1,5 +1,6 @@
 """A server and what clients seldom do: several prompts in one request, candidates of a stream, leaving while they send."""
 
+import asyncio
 import math
 import socket
 import time
@@ -12,8 +13,10 @@ from served import Served, counted, policy_of, post, save_probe, serving
 
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
+from qprobe.serving import app as routes
 from qprobe.serving.policy import Policy
 from qprobe.serving.running import application
+from qprobe.serving.service import Service
 from qprobe.serving.settings import ServeSettings
 
 MESSAGES = [{"role": "user", "content": "the number"}]
@@ -81,7 +84,9 @@ def test_a_list_that_cannot_be_answered_is_refused_as_a_whole(served: Served) ->
     assert post(f"{served.url}/completions", asked | {"prompt": ["x"] * 4})[0] == 200
 
 
-def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_that_overflow_are_the_servers_fault(
+    probe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from qprobe.serving import policy as policies
 
     features_of = policies.features_of
@@ -93,6 +98,8 @@ def test_embeddings_that_overflow_are_the_servers_fault(probe: Path, monkeypatch
             asked = body(served, max_tokens=2)
             spoiled.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
             found, headers, said = post(f"{served.url}/chat/completions", asked)
+        assert caplog.text.count("could not be scored: NotFinite") == 1
+        caplog.clear()
         assert found == status
         if status == 500:
             assert (said["error"]["code"], "NaN" in said["error"]["message"]) == ("scoring_failed", True)
@@ -133,3 +140,20 @@ def test_our_object_may_be_null_and_scores_are_of_the_model_that_is_asked_for(se
     asked = {"prompt": "x", "candidates": ["a"]}
     assert post(f"{served.url}/score", asked | {"model": "gpt-none"})[0] == 404
     assert post(f"{served.url}/score", asked | {"model": name_of(served)})[0] == 200
+
+
+def test_a_fault_in_a_stream_is_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import openai
+
+    async def broken(*_: Any) -> None:
+        await asyncio.sleep(0.1)
+        raise RuntimeError("broken inside")
+
+    monkeypatch.setattr(routes, "KEEP_ALIVE", 0.01)
+    asked = body(served, stream=True)
+    monkeypatch.setattr(Service, "_chosen", broken)
+    with pytest.raises(openai.APIError, match="fault of the server"):
+        list(served.client().chat.completions.create(**asked))
+    assert "broken inside" in caplog.text

@@ -9,6 +9,7 @@ GET /v1/models, /health, /ready, /metrics
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -31,6 +32,7 @@ from qprobe.serving.service import Service
 # Seconds after which a stream says that it lives.
 KEEP_ALIVE = 5.0
 _LARGEST_BODY = 4 * 2**20
+_LOG = logging.getLogger(__name__)
 _OPEN = ("/health", "/ready", "/metrics")
 
 
@@ -250,6 +252,7 @@ async def _stream(work: asyncio.Task[list[Answer]], body: Body, service: Service
             yield replies.event(refused.body())
             return
         except Exception as error:
+            _LOG.error("A stream ended by a fault of the server.", exc_info=error)
             yield replies.event(Refused(500, f"This is a fault of the server: {type(error).__name__}.").body())
             return
         for part in replies.streamed(answers, body):

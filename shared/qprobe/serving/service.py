@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import secrets
 import sys
@@ -36,6 +37,7 @@ from qprobe.serving.policy import Choice, NotFinite, Policy, Read, choice_seed, 
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
 from qprobe.serving.settings import ServeSettings
 
+_LOG = logging.getLogger(__name__)
 SCORE = "score"
 # Seeds that a service makes by itself.
 _SEED_BITS = 60
@@ -258,6 +260,7 @@ class Service:
             if isinstance(error, Refused) and self.settings.when_scoring_fails == "error":
                 raise error from None
             self.metrics.unscored.inc()
+            _LOG.warning("The candidates of a request could not be scored: %s: %s", type(error).__name__, error)
             if self.settings.when_scoring_fails == "error":
                 raise Refused(500, f"The candidates could not be scored: {error}", code="scoring_failed") from error
         self.metrics.candidates.labels("asked").inc(asked.law.n)
