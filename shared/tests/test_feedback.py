@@ -242,15 +242,16 @@ def test_a_server_without_feedback_says_so(tiny_model: ModelSpec, tmp_path: Path
     assert main(["update", str(tmp_path)]) == 1
 
 
-def recorded(log: FeedbackLog, number: int, answers: int = K) -> None:
+def recorded(log: FeedbackLog, number: int, says: bool = True) -> None:
     """A reply of the old probe, and feedback on it."""
     probe, rng = used_probe(), np.random.default_rng(number)
-    features = torch.from_numpy(rng.normal(size=(answers, sum(WIDTHS))).astype("float32"))
+    features = torch.from_numpy(rng.normal(size=(K, sum(WIDTHS))).astype("float32"))
     read = Read(features, torch.from_numpy(probe.score(features)))
-    drawn: Any = [SimpleNamespace(text="answer")] * answers
+    drawn: Any = [SimpleNamespace(text="answer")] * K
     choice = Policy.choice(SimpleNamespace(probe=probe, beta=0.3), drawn, read, number)  # type: ignore[arg-type]
     log.record(f"r-{number}", "prompt", "p", 0.3, choice, read)
-    log.take(FeedbackBody(id=f"r-{number}", preferred=0))
+    if says:
+        log.take(FeedbackBody(id=f"r-{number}", preferred=0))
 
 
 def test_a_disk_that_is_full_for_a_while_doubles_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,3 +338,23 @@ def test_a_probe_that_came_while_the_model_was_loaded_is_taken(
         while json.loads(get(f"{served.root}/ready")[1])["probe"] != new:
             assert time.monotonic() < waited
             time.sleep(0.05)
+
+
+def test_replies_without_feedback_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        for number in range(40):
+            recorded(log, number, says=number in (3, 4, 39))
+            if number % 10 == 9:
+                await log.flush()
+
+    asyncio.run(serve())
+    embeddings_of, held = learning.embeddings_of, []
+    monkeypatch.setattr(learning, "embeddings_of", lambda table: held.append(len(table)) or embeddings_of(table))
+    requests = {request.id: request for request in learning.read(tmp_path)[0]}
+    assert set(requests) == {"r-3", "r-4", "r-39"}
+    assert sum(held) == 3 * K
+    for number in (3, 39):
+        drawn = np.random.default_rng(number).normal(size=(K, sum(WIDTHS))).astype("float32")
+        assert np.array_equal(requests[f"r-{number}"].features, drawn)

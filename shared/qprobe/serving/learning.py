@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -33,7 +35,7 @@ from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solvers import NothingToLearn, Rows, Solution, solve
 from qprobe.probe.solvers.work import SolvedLoss
 from qprobe.serving.feedback import PROBE, Tables
-from qprobe.store.parts import inputs_of
+from qprobe.store.parts import inputs_of, read_part
 from qprobe.store.table import embeddings_of
 
 Floats = NDArray[np.float64]
@@ -127,18 +129,21 @@ def read(folder: Path) -> tuple[list[Request], tuple[int, ...], dict[str, Any]]:
     for row in tables.feedback.read().to_pylist():
         said.setdefault(row["task_id"], {})[row["sample"]] = row["reward"]
         kinds[row["task_id"]], times[row["task_id"]] = row["kind"], row["at"]
-    replies = tables.replies.read(columns=["task_id", "sample", "prompt", "probability"]).to_pylist()
-    found = tables.features.read()
-    keys = zip(found["task_id"].to_pylist(), found["sample"].to_pylist(), strict=True)
-    place_of = {key: place for place, key in enumerate(keys)}
-    features = embeddings_of(found)
+    wanted = pa.array(list(said))  # most replies have no feedback: they may be more than the memory holds
+    replies = tables.replies.read(columns=["task_id", "sample", "prompt", "probability"])
     of_request: dict[str, list[dict[str, Any]]] = {}
-    for row in replies:
-        if row["task_id"] in said:
-            of_request.setdefault(row["task_id"], []).append(row)
+    for row in replies.filter(pc.is_in(replies["task_id"], wanted)).to_pylist():
+        of_request.setdefault(row["task_id"], []).append(row)
+    features: dict[tuple[str, int], NDArray[np.float32]] = {}
+    for path in tables.features.parts():
+        part = read_part(path, None)
+        part = part.filter(pc.is_in(part["task_id"], wanted))
+        if len(part):
+            keys = zip(part["task_id"].to_pylist(), part["sample"].to_pylist(), strict=True)
+            features.update(zip(keys, embeddings_of(part), strict=True))
     requests = []
     for id, rows in of_request.items():
-        own = features[[place_of[id, row["sample"]] for row in rows]]
+        own = np.stack([features[id, row["sample"]] for row in rows])
         probabilities = np.array([row["probability"] for row in rows])
         requests.append(Request(id, rows[0]["prompt"], kinds[id], own, probabilities, said[id], times[id]))
     return requests, tables.widths, tables.source
