@@ -124,3 +124,25 @@ def test_who_has_gone_or_is_too_late_is_not_worked_for() -> None:
         assert work.batches[2:] == [[5]]
 
     asyncio.run(body())
+
+
+def test_who_has_gone_does_not_wait_on() -> None:
+    async def body() -> None:
+        work = Work()
+        work.free.clear()
+        lane = Lane("a", work, most=1)
+        dispatcher = await with_lanes(lane)
+        first = submit(dispatcher, 1)
+        await asyncio.sleep(0.05)  # in work
+        others = [submit(dispatcher, number) for number in range(2, 6)]
+        await asyncio.sleep(0.05)
+        for other in others[1:]:
+            other.cancel()
+        await asyncio.gather(*others[1:], return_exceptions=True)
+        assert [job.item for job in lane.waiting] == [2]
+        work.free.set()
+        assert await first == 2
+        assert await others[0] == 4
+        await dispatcher.close()
+
+    asyncio.run(body())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 from sklearn.linear_model import LogisticRegression
 from tables import joined as table
 
@@ -142,3 +143,13 @@ def test_certainty_by_hand() -> None:
     assert own.surest.value[-1] == pytest.approx(0.55)
     without = Scored(scores.q, scores.beta, [])
     assert certainty(tested.Tested(table(rewards), EvaluationSettings(bootstrap=200), 2, 0), {"auto": without}) is None
+
+
+@pytest.mark.parametrize("kind", ["short", "another width"])
+def test_a_calibration_of_another_probe_is_not_read(kind: str, tmp_path: Path) -> None:
+    rows, _, _ = planted(80, seed=0)
+    QProbe(loss="reward_mse").fit(rows.blocks["features"], rows.rewards, rows.groups).save_pretrained(tmp_path)
+    packed = np.zeros(2 if kind == "short" else 9 + 4)
+    (tmp_path / CALIBRATION_FILE).write_bytes(save({"calibration": packed}))
+    with pytest.raises(ValueError, match="calibration"):
+        QProbe.from_pretrained(tmp_path)

@@ -39,6 +39,7 @@ def test_rows_of_an_array_are_the_candidates_in_the_order_of_the_file(tmp_path: 
     with pytest.raises(ValueError, match="no features"):
         asked(given, ("A?", "three"))
     again = GivenEmbedder(None, [str(tmp_path / "own.npy"), str(tmp_path / "one.npy")])
+    again.take(TEXTS, PLACES, 5)
     assert again.identity() == given.identity()
     np.save(tmp_path / "one.npy", VALUES[:, 1])
     assert GivenEmbedder(None, [str(tmp_path / "own.npy"), str(tmp_path / "one.npy")]).identity() != given.identity()
@@ -64,6 +65,11 @@ def spoiled(path: Path, kind: str) -> tuple[Path, int]:
         np.save(path / "f.npy", VALUES[:4])
     elif kind == "finite":
         np.save(path / "f.npy", np.where(VALUES == 9, np.nan, VALUES))
+    elif kind == "large":
+        np.save(path / "f.npy", np.where(VALUES == 9, 1e39, VALUES))
+    elif kind == "objects":
+        pq.write_table(pa.table({"x": pa.array([{"a": 1}] * 5)}), path / "f.parquet")
+        return path / "f.parquet", lines
     elif kind == "words":
         np.save(path / "f.npy", np.array(["a"] * 5))
     elif kind == "pickle":
@@ -82,6 +88,8 @@ def spoiled(path: Path, kind: str) -> tuple[Path, int]:
     [
         ("rows", "4 rows"),
         ("finite", "row 1 "),
+        ("large", "row 1 .*float32"),
+        ("objects", "no array"),
         ("words", "give numbers"),
         ("pickle", "no array"),
         ("text", "no array"),
@@ -149,3 +157,22 @@ def test_probes_are_trained_on_them_without_a_model(
         np.save(f"{name}.npy", np.concatenate([values, values[:1]]))
     assert main.main(words) == 0
     assert "1 candidates were added" in capsys.readouterr().err
+
+
+def test_a_row_that_becomes_another_candidates_is_no_longer_the_same_features(tmp_path: Path) -> None:
+    """The files' numbers stay as they are; whose they are changes, by the columns of one or by the lines of the candidates."""
+    columns: dict[str, Any] = {"task_id": ["a", "a", "b", "b"], "x": [1.0, 2.0, 3.0, 4.0]}
+    found = []
+    for samples in ([0, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1]):
+        pq.write_table(pa.table(columns | {"sample": samples}), tmp_path / "f.parquet")
+        given = GivenEmbedder(None, [str(tmp_path / "f.parquet")])
+        given.take(TEXTS, PLACES, 5)
+        found.append(given.identity())
+    assert found[0] == found[2] != found[1]
+    np.save(tmp_path / "f.npy", VALUES)
+    found = []
+    for places in (PLACES, PLACES | {("a", 1): 1}):
+        given = GivenEmbedder(None, [str(tmp_path / "f.npy")])
+        given.take(TEXTS, places, 5)
+        found.append(given.identity())
+    assert found[0] != found[1]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from qprobe.serving.policy import Policy, Read
 from qprobe.serving.protocol import Refused
 from qprobe.serving.running import application
 from qprobe.serving.settings import ServeSettings
-from qprobe.store.table import StoreError
+from qprobe.store.table import StoreError, Table
 
 WIDTHS, K = (6, 2), 4
 SOURCE = EmbeddingSource({"name": "numbers"}, 1)
@@ -239,3 +240,121 @@ def test_a_server_without_feedback_says_so(tiny_model: ModelSpec, tmp_path: Path
         check(served)
     assert main(["serve", "--probe", str(tmp_path / "probe"), "--explore", "0.2"]) == 2
     assert main(["update", str(tmp_path)]) == 1
+
+
+def recorded(log: FeedbackLog, number: int, says: bool = True) -> None:
+    """A reply of the old probe, and feedback on it."""
+    probe, rng = used_probe(), np.random.default_rng(number)
+    features = torch.from_numpy(rng.normal(size=(K, sum(WIDTHS))).astype("float32"))
+    read = Read(features, torch.from_numpy(probe.score(features)))
+    drawn: Any = [SimpleNamespace(text="answer")] * K
+    choice = Policy.choice(SimpleNamespace(probe=probe, beta=0.3), drawn, read, number)  # type: ignore[arg-type]
+    log.record(f"r-{number}", "prompt", "p", 0.3, choice, read)
+    if says:
+        log.take(FeedbackBody(id=f"r-{number}", preferred=0))
+
+
+def test_a_disk_that_is_full_for_a_while_doubles_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Table.write
+
+    def full(table: Table, keys: Any, rows: Any) -> None:
+        if table.folder.name == "feedback":
+            raise OSError("full")
+        write(table, keys, rows)
+
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        recorded(log, 0)
+        monkeypatch.setattr(Table, "write", full)
+        await log.flush()
+        monkeypatch.setattr(Table, "write", write)
+        recorded(log, 1)
+        await log.flush()
+
+    asyncio.run(serve())
+    found = {request.id: request for request in learning.read(tmp_path)[0]}
+    assert {id: len(request.probabilities) for id, request in found.items()} == {"r-0": K, "r-1": K}
+    assert found["r-0"].probabilities.sum() == pytest.approx(1)
+
+
+def test_a_stop_while_a_part_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback_module, "FLUSH", 0.01)
+    write, free, begun = Table.write, threading.Event(), threading.Event()
+
+    def slow(table: Table, keys: Any, rows: Any) -> None:
+        begun.set()
+        free.wait(10)
+        write(table, keys, rows)
+
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        monkeypatch.setattr(Table, "write", slow)
+        recorded(log, 0)
+        keeping = asyncio.create_task(log.keep_flushing())
+        await asyncio.to_thread(begun.wait, 10)
+        recorded(log, 1)
+        keeping.cancel()
+        asyncio.get_running_loop().call_later(0.1, free.set)
+        await asyncio.gather(keeping, return_exceptions=True)
+
+    asyncio.run(serve())
+    assert [request.id for request in learning.read(tmp_path)[0]] == ["r-0", "r-1"]
+
+
+def test_a_server_that_starts_again_knows_the_latest_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served_users(tmp_path, preferences, users=140)
+    monkeypatch.setattr(feedback_module, "_MOST_KNOWN", 5)
+    log = FeedbackLog(tmp_path)
+    log.open(SOURCE, WIDTHS, None)
+    assert [number for number in range(140) if log.knows(f"r-{number}")] == [135, 136, 137, 138, 139]
+    with pytest.raises(Refused, match="has had its feedback"):
+        log.take(FeedbackBody(id="r-136", preferred=K - 1))
+
+
+def test_preferences_do_not_say_how_likely_an_answer_is_right(tmp_path: Path) -> None:
+    """Whoever says which answer is the best says nothing of whether it is any good: here none ever is."""
+
+    def says(features: np.ndarray, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
+        said = preferences(features, chosen, rng)
+        return said if rng.random() < 0.8 else {"rewards": dict.fromkeys(range(K), 0.0)}
+
+    served_users(tmp_path, says, users=300)
+    assert "is the new probe" in update(tmp_path)
+    assert QProbe.from_pretrained(tmp_path / "probe").calibration_ is None
+
+
+def test_a_probe_that_came_while_the_model_was_loaded_is_taken(
+    tiny_model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LOOK", 0.05)
+    probe = save_probe(tmp_path / "probe", tiny_model)
+    made = application(policy_of(probe), ServeSettings(), probe=probe)
+    save_probe(probe, tiny_model, seed=1)
+    new = service_module.probe_fingerprint(QProbe.from_pretrained(probe))
+    with serving(made) as served:
+        waited = time.monotonic() + 10
+        while json.loads(get(f"{served.root}/ready")[1])["probe"] != new:
+            assert time.monotonic() < waited
+            time.sleep(0.05)
+
+
+def test_replies_without_feedback_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve() -> None:
+        log = FeedbackLog(tmp_path)
+        log.open(SOURCE, WIDTHS, None)
+        for number in range(40):
+            recorded(log, number, says=number in (3, 4, 39))
+            if number % 10 == 9:
+                await log.flush()
+
+    asyncio.run(serve())
+    embeddings_of, held = learning.embeddings_of, []
+    monkeypatch.setattr(learning, "embeddings_of", lambda table: held.append(len(table)) or embeddings_of(table))
+    requests = {request.id: request for request in learning.read(tmp_path)[0]}
+    assert set(requests) == {"r-3", "r-4", "r-39"}
+    assert sum(held) == 3 * K
+    for number in (3, 39):
+        drawn = np.random.default_rng(number).normal(size=(K, sum(WIDTHS))).astype("float32")
+        assert np.array_equal(requests[f"r-{number}"].features, drawn)

@@ -16,6 +16,7 @@ from hub_server import TOKEN, Hub
 
 from qprobe.cli import main
 from qprobe.models.language_model import ModelSpec
+from qprobe.probe.calibration import Calibration
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.probe.hub import OnHub
@@ -37,7 +38,7 @@ os.environ["HF_TOKEN"] = token
 print(main.main(export))
 probe = QProbe.from_pretrained("user/probe")
 np.save("scores.npy", probe.score(np.load("rows.npy")))
-print(probe.beta_, probe.use["prompts"])
+print(probe.beta_, probe.use["prompts"], probe.calibration_ and probe.calibration_.intercept)
 try:
     QProbe.from_pretrained("user/none")
 except FileNotFoundError as error:
@@ -71,6 +72,8 @@ def folder(tiny_model: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_a_probe_of_a_run_goes_to_the_hub_with_its_table_and_comes_back(hub: Hub, folder: Path) -> None:
     made = QProbe.from_pretrained(folder / PROBE)
+    made.calibration_ = Calibration(np.zeros(made.dimension), 0.0, 0.25, 1.0, 2.0)
+    made.save_pretrained(folder / PROBE)
     rows = np.random.default_rng(0).normal(size=(9, made.dimension)).astype("float32")
     np.save(folder / "rows.npy", rows)
     own = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
@@ -81,7 +84,7 @@ def test_a_probe_of_a_run_goes_to_the_hub_with_its_table_and_comes_back(hub: Hub
     )
     assert done.returncode == 0, done.stderr
     refused, commit, pushed, card, unknown = done.stdout.strip().splitlines()
-    assert (refused, pushed, card) == ("1", "0", f"{made.beta_} chat")
+    assert (refused, pushed, card) == ("1", "0", f"{made.beta_} chat 0.25")
     assert "hf auth login" in done.stderr
     assert not [words for words in ("Traceback", TOKEN, "hf_another") if words in done.stderr]
     assert commit == f"{hub.url}/user/probe/commit/{hub.commit('user/probe')}"
@@ -159,3 +162,21 @@ def test_a_card_says_what_a_reader_asks() -> None:
     ):
         assert words in body
     assert not [words for words in ("/home", "qprobe answer", "## Results") if words in body]
+
+
+def test_nothing_of_this_machines_folders_goes_to_the_hub(tmp_path: Path) -> None:
+    """Features of the user's own, and an adapter: where they lie is nobody's business; new completions have no such features."""
+    made = QProbe(loss="reward_mse", k=7).fit(ROWS, ROWS[:, 0], np.arange(80) // 8)
+    made.source = EmbeddingSource({"name": "given", "features": ["0123"]}, 0, token="none", blocks=(0, 1))
+    files = ["/home/me/data/one.npy", "/home/me/data/two.npy"]
+    model = {"name": "org/model", "adapter": "/home/me/adapters/mine"}
+    made.use = {"sampler": {"n": 7}, "model": model, "embedder": {"backend": "given", "files": files}}
+    OnHub(made)._save_pretrained(tmp_path)
+    assert "/home/me" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    use = QProbe.from_pretrained(tmp_path).use
+    assert (use["embedder"]["files"], use["model"]) == (
+        ["one.npy", "two.npy"],
+        {"name": "org/model", "adapter": "mine"},
+    )
+    assert made.use["embedder"]["files"] == files
+    assert "qprobe answer" not in card_of(made)[1]

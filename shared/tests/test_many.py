@@ -225,3 +225,19 @@ def test_where_an_answer_is_not_likely_to_be_right_there_is_none(
     assert not said.out
     assert main.main([*command, "Say 1.", "--at-least", "2"]) == 1
     assert "[0, 1]" in capsys.readouterr().err
+
+
+def test_answers_by_another_calibration_are_not_gone_on_with(
+    numbers: Callable[..., tuple[Answering, Any]], tmp_path: Path
+) -> None:
+    """Which answers are null hangs on it."""
+    policy = numbers()[0].policy
+    width = policy.probe.dimension
+    for intercept, word in ((-9.0, None), (9.0, "another --output")):
+        policy.probe.calibration_ = Calibration(np.zeros(width), 0.0, intercept, 0.0, 0.0)
+        answering = Answering(policy, seed=3, at_once=3, at_least=0.5)
+        if word is None:
+            answering.answer(rows(2), tmp_path / "out.jsonl", progress=False)
+        else:
+            with pytest.raises(ValueError, match=word):
+                answering.answer(rows(2), tmp_path / "out.jsonl", progress=False)

@@ -1,6 +1,9 @@
 """A server before another one of OpenAI's protocol: what goes through, and what a client sees of every fault of it."""
 
+import contextlib
 import dataclasses
+import gc
+import json
 import logging
 import math
 import shutil
@@ -12,9 +15,11 @@ from typing import Any
 import pytest
 from served import Served, policy_of, post, save_probe, serving
 
+from qprobe.models import keys
 from qprobe.models.language_model import ModelSpec
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, sample_seeds
+from qprobe.serving import learning
 from qprobe.serving.policy import Policy, choice_seed
 from qprobe.serving.running import application
 from qprobe.serving.settings import ServeSettings
@@ -229,3 +234,45 @@ def test_a_probe_of_an_api_is_served_by_its_own_server(tiny_model: ModelSpec, se
         status, headers, _ = ask(served)
     assert (status, headers["x-qprobe-valid"]) == (200, "3")
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions", "/v1/embeddings"]
+
+
+def test_two_servers_that_share_a_folder_of_feedback_mix_no_replies(
+    policy: Policy, server: Any, tmp_path: Path
+) -> None:
+    """Some servers draw the ids of their answers out of a thousand."""
+    server.always = lambda answer: answer | {"id": "chatcmpl-7"}
+    with contextlib.ExitStack() as stack:
+        made = [application(policy, ServeSettings(), server.settings(), feedback=tmp_path) for _ in range(2)]
+        for served in [stack.enter_context(serving(one)) for one in made]:
+            _, _, said = ask(served)
+            assert post(f"{served.url}/feedback", {"id": said["id"], "preferred": 0})[0] == 200
+    requests = learning.read(tmp_path)[0]
+    assert [len(request.probabilities) for request in requests] == [4, 4]
+
+
+def test_what_cannot_be_sent_is_the_clients_fault_and_not_tried_again(served: Served, server: Any) -> None:
+    for sent in (b'"user": "\\ud800"', b'"frequency_penalty": NaN'):
+        content = json.dumps(BODY).encode()[:-1] + b", " + sent + b"}"
+        status, _, said = post(f"{served.url}/chat/completions", content)
+        assert (status, "The body" in said["error"]["message"]) == (400, True), said
+    assert not server.requests
+
+
+def test_keys_of_clients_are_not_kept(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QPROBE_TEST_KEY", raising=False)
+    settings = dataclasses.replace(server.settings(), api_key_variable="QPROBE_TEST_KEY")
+    with serving(application(policy, ServeSettings(), settings)) as served:
+        for number in range(3):
+            post(f"{served.url}/chat/completions", BODY, {"authorization": f"Bearer sk-client-number-{number}"})
+    assert len(server.requests) == 3
+    kept = [value for value in gc.get_objects() if type(value) is keys.Key]
+    assert not [key for key in kept if key.value.startswith("sk-client-number")]
+
+
+def test_several_prompts_are_a_call_each(served: Served, server: Any) -> None:
+    sent = {"model": "tiny", "prompt": ["one", "two"], "max_tokens": 4, "qprobe": {"k": 3, "seed": 5}}
+    status, _, said = post(f"{served.url}/completions", sent)
+    assert status == 200, said
+    assert sorted((asked["prompt"], asked["n"]) for _, _, asked in server.requests) == [("one", 3), ("two", 3)]
+    assert [choice["index"] for choice in said["choices"]] == [0, 1]
+    assert [one["candidates"] for one in said["usage"]["qprobe"]] == [3, 3]

@@ -61,7 +61,7 @@ class GivenEmbedder:
 
     @functools.cached_property
     def _fingerprints(self) -> list[str]:
-        return [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16] for _, values in self._found]
+        return [_digest(values) for _, values in self._found]
 
     def identity(self) -> dict[str, Any]:
         return {"embedder": "given", "model": {"name": "given", "features": self._fingerprints}, "token": "none"}
@@ -96,6 +96,8 @@ class GivenEmbedder:
             _of_candidates(file, found, keys, places, count)
             for file, found in zip(self.files, self._found, strict=True)
         ]
+        # Whose they are is part of what they are: rows may change their candidates, and no number with them.
+        self._fingerprints = [_digest(values) for values in own]
         pairs = [(prompt.encode(), completion.encode()) for prompt, completion in texts.values()]
         self._rows = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         row_of = np.array([self._rows[pair] for pair in pairs])
@@ -131,13 +133,17 @@ class GivenEmbedder:
         return {n: torch.from_numpy(values[places]).float() for n, values in enumerate(self._values)}
 
 
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
+
+
 def _read(file: Path) -> tuple[list[Key] | None, np.ndarray]:
     """What rows are whose, None where their order says so; and (N, D) float64."""
     try:
         keys, values = (None, np.load(file, allow_pickle=False)) if file.suffix == ".npy" else _parquet(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {file} of features.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{file} is no array of numbers ({str(error).splitlines()[0]}): give .npy or Parquet."
         ) from error
@@ -148,11 +154,11 @@ def _read(file: Path) -> tuple[list[Key] | None, np.ndarray]:
             f"{file} holds {values.dtype} of shape {values.shape}: give numbers, a row for every candidate."
         )
     values = values.astype(np.float64)
-    finite = np.isfinite(values).all(axis=1)
+    finite = (np.abs(values) <= np.finfo(np.float32).max).all(axis=1)  # NaN is not
     if not finite.all():
         raise ValueError(
-            f"{file}: row {int(np.argmin(finite))} (from 0) holds a value that is no finite number: put one there, or leave "
-            "the candidate out of both files."
+            f"{file}: row {int(np.argmin(finite))} (from 0) holds a value that is no finite number of float32: put one there, "
+            "or leave the candidate out of both files."
         )
     return keys, values
 

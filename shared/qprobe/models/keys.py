@@ -9,12 +9,14 @@ Where it stops: a transformation that only its maker knows, such as a cipher, is
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,12 +149,13 @@ class Hiding(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.keys: set[Key] = set()
+        self.passing: Counter[Key] = Counter()  # calls in work by the key that they bear
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.getMessage()
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)
-        for key in self.keys:
+        for key in {*self.keys, *self.passing}:
             said = key.hidden(said)
             record.exc_text = key.hidden(record.exc_text) if record.exc_text else record.exc_text
         record.msg, record.args = said, ()
@@ -163,12 +166,25 @@ class Hiding(logging.Filter):
 _hiding = Hiding()
 
 
-def hide_from_logs(key: Key) -> None:
-    """Keep a key out of what the client's packages log, whoever listens."""
-    _hiding.keys.add(key)
+def hide_from_logs(*own: Key) -> None:
+    """Keep keys out of what the client's packages log, whoever listens."""
+    _hiding.keys.update(own)
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in _LOGGERS:
             logging.getLogger(name).addFilter(_hiding)  # twice is once
+
+
+@contextlib.contextmanager
+def hidden_from_logs(key: Key) -> Iterator[None]:
+    """As `hide_from_logs`, of a client's key, as long as the call that bears it lasts: clients bring any number of them."""
+    hide_from_logs()
+    _hiding.passing[key] += 1
+    try:
+        yield
+    finally:
+        _hiding.passing[key] -= 1
+        if not _hiding.passing[key]:
+            del _hiding.passing[key]
 
 
 def _plain(text: str) -> str:

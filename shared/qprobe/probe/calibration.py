@@ -116,18 +116,24 @@ def save_calibration(calibration: Calibration | None, folder: Path) -> None:
         write_whole(folder / CALIBRATION_FILE, save({"calibration": calibration.packed()}))
 
 
-def load_calibration(folder: Path) -> Calibration | None:
+def load_calibration(folder: Path, dimension: int) -> Calibration | None:
     """That of a probe's folder; None where it has none.
 
+    Args:
+        dimension: features that the probe reads.
+
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or another probe's.
     """
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         return None
     try:
-        return Calibration.of_packed(load(path.read_bytes())["calibration"])
-    except (SafetensorError, KeyError) as error:
+        found = Calibration.of_packed(load(path.read_bytes())["calibration"])
+        if len(found.weights) != dimension:
+            raise ValueError(f"it reads {len(found.weights)} features, the probe {dimension}")
+        return found
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no calibration of a probe ({error}): save the probe anew.") from error
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from qprobe.files import fingerprint, write_whole
 from qprobe.probe import losses, network, selection
 from qprobe.probe.arrays import floats
-from qprobe.probe.calibration import load_calibration, save_calibration
+from qprobe.probe.calibration import CALIBRATION_FILE, load_calibration, save_calibration
 from qprobe.probe.card import CARD_FILE, EmbeddingSource, described, from_hub
 from qprobe.probe.ids import dense_ids
 from qprobe.probe.network import ProbeNetwork
@@ -360,7 +360,8 @@ class QProbe:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = from_hub(str(name), revision, [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE])
+            files = [CARD_FILE, network.SHAPE_FILE, network.WEIGHTS_FILE, CALIBRATION_FILE]
+            folder = from_hub(str(name), revision, files)
         if not (folder / CARD_FILE).is_file():
             raise FileNotFoundError(f"{name} holds no saved probe: {CARD_FILE} is missing.")
         try:
@@ -377,7 +378,8 @@ class QProbe:
             probe.source, probe.use = source, dict(card.get("use", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CARD_FILE} is no card of a probe ({error}): save the probe anew.") from error
-        probe.network_, probe.calibration_ = network.load(folder), load_calibration(folder)
+        probe.network_ = network.load(folder)
+        probe.calibration_ = load_calibration(folder, probe.network_.dimension)
         return probe
 
     def push_to_hub(self, repo_id: str, private: bool = False, *, trained_on: str = "", table: str = "") -> str:

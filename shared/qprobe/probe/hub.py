@@ -68,9 +68,8 @@ class OnHub(
 
     def __init__(self, probe: QProbe) -> None:
         self.probe = copy.copy(probe)
-        place = str(probe.use.get("model", {}).get("name", ""))
-        if probe.source is not None and probe.source.model.get("content") and Path(place).name != place:
-            self.probe.use, self.probe.data_ = (_without(place, value) for value in (probe.use, probe.data_))
+        for place in _places(probe):
+            self.probe.use, self.probe.data_ = (_without(place, value) for value in (self.probe.use, self.probe.data_))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.probe.save_pretrained(save_directory)
@@ -93,7 +92,7 @@ class OnHub(
             name=name,
             model="a language model" if source is None else f"`{_name(source.model)}`",
             facts=_facts(self.probe, trained_on),
-            answers="sampler" in self.probe.use,
+            answers="sampler" in self.probe.use and self.probe.use.get("embedder", {}).get("backend") != "given",
             dimension=self.probe.dimension,
             reads=_reads(self.probe),
             table=table,
@@ -159,6 +158,15 @@ def _reads(probe: QProbe) -> str:
 
 def _name(model: dict[str, Any]) -> str:
     return str(model.get("name") or model.get("model") or "a model")
+
+
+def _places(probe: QProbe) -> list[str]:
+    """Folders and files of this machine that a card names: of the model, its adapter, features of the user's own."""
+    model, embedder = probe.use.get("model", {}), probe.use.get("embedder", {})
+    named = [model.get("adapter"), *(embedder.get("files") or [])]
+    if probe.source is not None and probe.source.model.get("content"):
+        named.append(model.get("name"))
+    return [place for place in map(str, filter(None, named)) if Path(place).name != place]
 
 
 def _without(place: str, value: Any) -> Any:

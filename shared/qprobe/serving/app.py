@@ -9,6 +9,7 @@ GET /v1/models, /health, /ready, /metrics
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -18,18 +19,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qprobe.models.keys import Key
 from qprobe.serving import replies
+from qprobe.serving.answer import Answer
 from qprobe.serving.feedback import FeedbackBody
 from qprobe.serving.protocol import Body, ChatBody, Refused, ScoreBody, TextBody, parsed, prompt_of
-from qprobe.serving.service import Answer, Service
+from qprobe.serving.service import Service
 
 # Seconds after which a stream says that it lives.
 KEEP_ALIVE = 5.0
 _LARGEST_BODY = 4 * 2**20
+_LOG = logging.getLogger(__name__)
 _OPEN = ("/health", "/ready", "/metrics")
 
 
@@ -66,6 +69,11 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
     async def refused(_: Request, error: Refused) -> Response:
         return _refusal(error)
 
+    @made.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:  # while it sent its body
+        service.metrics.gone.inc()
+        return _refusal(Refused(499, "The client has gone."))
+
     @made.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         said = f"There is no {request.method} {request.url.path} here."
@@ -81,22 +89,21 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
             return upstream_key
         return Key("", "" if token is not None and token.value else _bearer(request))
 
+    def check_model(name: str) -> None:
+        if name != service.source.name:
+            said = f"There is no model {name!r:.80} here: ask for {service.source.name!r}."
+            raise Refused(404, said, "model", "model_not_found")
+
     async def completion(request: Request, kind: type[Body]) -> Response:
         body, given = parsed(kind, await _content(request))
-        if body.model != service.source.name:
-            raise Refused(
-                404,
-                f"There is no model {body.model!r:.80} here: ask for {service.source.name!r}.",
-                "model",
-                "model_not_found",
-            )
-        work = asyncio.create_task(service.answer(body, given, key(request)))
+        check_model(body.model)
+        work = asyncio.create_task(service.answers(body, given, key(request)))
         if not body.stream:
-            answer = await _awaited(request, work, service)
-            return JSONResponse(replies.whole(answer, body), headers=answer.headers)
+            answers = await _awaited(request, work, service)
+            return JSONResponse(replies.whole(answers, body), headers=answers[0].headers)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        if (answer := await _awaited(request, work, service, KEEP_ALIVE)) is not None:  # a fault still has its status
-            headers |= answer.headers
+        if (answers := await _awaited(request, work, service, KEEP_ALIVE)) is not None:  # a fault still has its status
+            headers |= answers[0].headers
         return StreamingResponse(_stream(work, body, service), media_type="text/event-stream", headers=headers)
 
     @made.post("/v1/chat/completions")
@@ -110,6 +117,8 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
     @made.post("/v1/score")
     async def score(request: Request) -> Response:
         body, _ = parsed(ScoreBody, await _content(request))
+        if body.model is not None:
+            check_model(body.model)
         work = asyncio.create_task(service.scores(prompt_of(body), body.candidates, body.beta))
         choice, loaded = await _awaited(request, work, service)
         rows = [
@@ -137,8 +146,7 @@ def app(service: Service, upstream_key: Key | None = None, token: Key | None = N
 
     @made.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        if name != service.source.name:
-            raise Refused(404, f"There is no model {name!r:.80} here.", "model", "model_not_found")
+        check_model(name)
         return _model(service)
 
     @made.get("/health")
@@ -232,21 +240,22 @@ async def _ended(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _stream(work: asyncio.Task[Answer], body: Body, service: Service) -> AsyncIterator[bytes]:
+async def _stream(work: asyncio.Task[list[Answer]], body: Body, service: Service) -> AsyncIterator[bytes]:
     """Keep-alives until there is an answer, then the answer; the server closes it where the client goes away."""
     try:
         while not work.done():
             yield replies.KEEP_ALIVE
             await asyncio.wait({work}, timeout=KEEP_ALIVE)
         try:
-            answer = work.result()
+            answers = work.result()
         except Refused as refused:
             yield replies.event(refused.body())
             return
         except Exception as error:
+            _LOG.error("A stream ended by a fault of the server.", exc_info=error)
             yield replies.event(Refused(500, f"This is a fault of the server: {type(error).__name__}.").body())
             return
-        for part in replies.streamed(answer, body):
+        for part in replies.streamed(answers, body):
             yield part
     finally:
         if not work.done():

@@ -140,6 +140,8 @@ class Dispatcher:
             raise TooLate from None
         finally:
             job.gone = True
+            with contextlib.suppress(ValueError):  # while a long batch runs, those who came and went would pile up
+                self.lanes[lane].waiting.remove(job)
 
     async def run(self, work: Callable[[], Any]) -> Any:
         """Do something alone in the dispatcher's thread."""

@@ -141,11 +141,13 @@ class FeedbackLog:
         if probe is not None:
             self._tables.replies.note(PROBE, str(probe.resolve()))
         if self._tables.replies.parts():
-            rows = self._tables.replies.read(columns=["task_id", "sample", "chosen"]).to_pylist()
-            for row in rows[-_MOST_KNOWN * 8 :]:
-                known = self._known.setdefault(row["task_id"], _Known(0, 0))
-                known.candidates += 1
-                known.chosen = row["sample"] if row["chosen"] else known.chosen
+            rows = self._tables.replies.read(columns=["task_id", "sample", "at", "chosen"])
+            for part in rows.sort_by("at").to_batches():  # parts lie in no order of time
+                for row in part.to_pylist():
+                    known = self._known.setdefault(row["task_id"], _Known(0, 0))
+                    known.candidates += 1
+                    known.chosen = row["sample"] if row["chosen"] else known.chosen
+                    self._forget()
         if self._tables.feedback.parts():
             for task_id in self._tables.feedback.read(columns=["task_id"])["task_id"].to_pylist():
                 if task_id in self._known:
@@ -172,6 +174,9 @@ class FeedbackLog:
         ]
         self._replies.append((rows, read.features.numpy()))
         self._known[id] = _Known(len(rows), choice.chosen)
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
 
@@ -214,51 +219,58 @@ class FeedbackLog:
         async with self._writing:
             replies, self._replies = self._replies, []
             feedback, self._feedback = self._feedback, []
-            if not replies and not feedback:
-                return
             try:
-                await asyncio.get_running_loop().run_in_executor(None, self._write, replies, feedback)
+                if replies:
+                    await asyncio.to_thread(self._write_replies, replies)
+                    replies = []  # written once, though the feedback may have to wait
+                if feedback:
+                    await asyncio.to_thread(self._write_feedback, feedback)
             except (OSError, StoreError) as error:
                 self._replies, self._feedback = [*replies, *self._replies], [*feedback, *self._feedback]
                 tqdm.write(f"Replies and feedback wait to be written: {error}", file=sys.stderr)
 
-    def _write(self, replies: list[tuple[list[dict[str, Any]], np.ndarray]], feedback: list[dict[str, Any]]) -> None:
+    def _write_replies(self, replies: list[tuple[list[dict[str, Any]], np.ndarray]]) -> None:
         assert self._tables is not None  # opened before anything is recorded
-        if replies:
-            rows = [row for of_reply, _ in replies for row in of_reply]
-            keys = list(dict.fromkeys(row["task_id"] for row in rows))
-            names, samples = [row["task_id"] for row in rows], [row["sample"] for row in rows]
-            values = np.concatenate([features for _, features in replies])
-            # A reply is there only with its features: these go first.
-            self._tables.features.write(keys, feature_rows(names, samples, values, exact=True)[0])
-            self._tables.replies.write(keys, pa.Table.from_pylist(rows, schema=REPLIES))
-        if feedback:
-            keys = [f"{row['task_id']} {row['sample']}" for row in feedback]
-            self._tables.feedback.write(keys, pa.Table.from_pylist(feedback, schema=FEEDBACK))
+        rows = [row for of_reply, _ in replies for row in of_reply]
+        keys = list(dict.fromkeys(row["task_id"] for row in rows))
+        names, samples = [row["task_id"] for row in rows], [row["sample"] for row in rows]
+        values = np.concatenate([features for _, features in replies])
+        # A reply is there only with its features: these go first.
+        self._tables.features.write(keys, feature_rows(names, samples, values, exact=True)[0])
+        self._tables.replies.write(keys, pa.Table.from_pylist(rows, schema=REPLIES))
+
+    def _write_feedback(self, feedback: list[dict[str, Any]]) -> None:
+        assert self._tables is not None  # as above
+        keys = [f"{row['task_id']} {row['sample']}" for row in feedback]
+        self._tables.feedback.write(keys, pa.Table.from_pylist(feedback, schema=FEEDBACK))
 
     async def keep_flushing(self) -> None:
         """Until cancelled; what is left then is written."""
         try:
             while True:
                 await asyncio.sleep(FLUSH)
-                await self.flush()
+                await asyncio.shield(self.flush())  # comes to its end, and the last call waits for it
         finally:
             with contextlib.suppress(asyncio.CancelledError):
                 await self.flush()
 
 
-async def watch(path: Path, seconds: float, changed: Callable[[], Any]) -> None:
-    """Call and await `changed` whenever a file is written anew."""
-    seen = _state(path)
+async def watch(path: Path, seconds: float, changed: Callable[[], Any], seen: tuple[int, int] | None) -> None:
+    """Call and await `changed` whenever a file is written anew.
+
+    Args:
+        seen: its `state` when it was read first.
+    """
     while True:
         await asyncio.sleep(seconds)
-        now = _state(path)
+        now = state(path)
         if now is not None and now != seen:
             await changed()
         seen = seen if now is None else now
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where it is not there."""
     try:
         status = path.stat()
     except OSError:

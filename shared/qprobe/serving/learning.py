@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -33,7 +35,7 @@ from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solvers import NothingToLearn, Rows, Solution, solve
 from qprobe.probe.solvers.work import SolvedLoss
 from qprobe.serving.feedback import PROBE, Tables
-from qprobe.store.parts import inputs_of
+from qprobe.store.parts import inputs_of, read_part
 from qprobe.store.table import embeddings_of
 
 Floats = NDArray[np.float64]
@@ -127,18 +129,21 @@ def read(folder: Path) -> tuple[list[Request], tuple[int, ...], dict[str, Any]]:
     for row in tables.feedback.read().to_pylist():
         said.setdefault(row["task_id"], {})[row["sample"]] = row["reward"]
         kinds[row["task_id"]], times[row["task_id"]] = row["kind"], row["at"]
-    replies = tables.replies.read(columns=["task_id", "sample", "prompt", "probability"]).to_pylist()
-    found = tables.features.read()
-    keys = zip(found["task_id"].to_pylist(), found["sample"].to_pylist(), strict=True)
-    place_of = {key: place for place, key in enumerate(keys)}
-    features = embeddings_of(found)
+    wanted = pa.array(list(said))  # most replies have no feedback: they may be more than the memory holds
+    replies = tables.replies.read(columns=["task_id", "sample", "prompt", "probability"])
     of_request: dict[str, list[dict[str, Any]]] = {}
-    for row in replies:
-        if row["task_id"] in said:
-            of_request.setdefault(row["task_id"], []).append(row)
+    for row in replies.filter(pc.is_in(replies["task_id"], wanted)).to_pylist():
+        of_request.setdefault(row["task_id"], []).append(row)
+    features: dict[tuple[str, int], NDArray[np.float32]] = {}
+    for path in tables.features.parts():
+        part = read_part(path, None)
+        part = part.filter(pc.is_in(part["task_id"], wanted))
+        if len(part):
+            keys = zip(part["task_id"].to_pylist(), part["sample"].to_pylist(), strict=True)
+            features.update(zip(keys, embeddings_of(part), strict=True))
     requests = []
     for id, rows in of_request.items():
-        own = features[[place_of[id, row["sample"]] for row in rows]]
+        own = np.stack([features[id, row["sample"]] for row in rows])
         probabilities = np.array([row["probability"] for row in rows])
         requests.append(Request(id, rows[0]["prompt"], kinds[id], own, probabilities, said[id], times[id]))
     return requests, tables.widths, tables.source
@@ -174,7 +179,8 @@ def learn(requests: Sequence[Request], old: QProbe, widths: Sequence[int], seed:
                 for place in np.flatnonzero(out & fresh):
                     laws = [_law(probe, requests[place]) for probe in (new, old)]
                     worth[place] = requests[place].worth(*laws, usual)
-        probe = _probe(rows, losses, old, seed)
+        rated = np.array([kind != "preferred" for kind in kinds])[requests_of_row]
+        probe = _probe(rows, losses, old, seed, rated)
     except NothingToLearn as error:
         return Updated(None, None, f"Nothing can be learnt: {error}", counts)
     probe.data_[UNTIL] = max(request.at for request in requests)
@@ -261,8 +267,15 @@ def _rows(requests: Sequence[Request], old: QProbe, widths: Sequence[int]) -> tu
     return Rows(blocks, rewards, numbered[0], clusters=numbered[1], weights=weighed, anchors=anchors), np.array(owners)
 
 
-def _probe(rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int) -> QProbe:
-    """A probe that is solved on rows, pulled towards the old one where that is linear."""
+def _probe(
+    rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int, rated: NDArray[np.bool_] | None = None
+) -> QProbe:
+    """A probe that is solved on rows, pulled towards the old one where that is linear.
+
+    Args:
+        rated: (N,) bool, rows with rewards, which alone say how likely an answer is right: the preferred one of several may be
+            wrong. None: it is not asked.
+    """
     solution = solve(rows, losses, average=len(losses) > 1, seed=seed)
     weights, bias = _folded(solution, old)
     network = ProbeNetwork(len(weights))
@@ -271,7 +284,9 @@ def _probe(rows: Rows, losses: Sequence[SolvedLoss], old: QProbe, seed: int) -> 
         network.biases[0].fill_(bias)
     probe = QProbe(loss=AUTO if len(losses) > 1 else losses[0], k=old.k, seed=seed)
     probe.network_, probe.beta_ = network, solution.beta
-    probe.calibration_ = calibrate(rows, solution.left_out) if len(losses) > 1 else None
+    probe.calibration_ = None
+    if rated is not None and rated.any():
+        probe.calibration_ = calibrate(rows.take(rated), solution.left_out[rated])
     probe.source, probe.use = old.source, old.use
     choice = solution.choice
     probe.training_ = {

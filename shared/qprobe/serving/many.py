@@ -75,7 +75,10 @@ class Answering:
         self.at_once = max(1, at_once)
         self.candidates = candidates
         self.at_least = at_least
-        self._made_from = [_identity(policy), seed, *([] if at_least is None else [at_least])]
+        self._made_from: list[Any] = [_identity(policy), seed]
+        if at_least is not None:
+            calibration = policy.probe.calibration_
+            self._made_from += [at_least, None if calibration is None else calibration.packed().tolist()]
         self._wrong: list[str] = []
         self._answered = self._empty = self._unsure = 0
 

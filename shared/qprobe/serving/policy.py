@@ -24,6 +24,10 @@ from qprobe.store.jsonl import plain_prompt
 OnePrompt = str | Sequence[dict[str, str]] | Prompt
 
 
+class NotFinite(ValueError):
+    """Embeddings that hold NaN or infinity: the model's fault, and not the prompt's."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One completion that an answer was chosen from.
@@ -236,6 +240,10 @@ class Policy:
         """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
         layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
         features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
+        if not bool(torch.isfinite(features).all()):
+            raise NotFinite(
+                "The embeddings hold NaN or infinity: the model overflows in its dtype; use bfloat16 or float32."
+            )
         scores = torch.from_numpy(self.probe.score(features))
         return [Read(*found) for found in zip(features.split(sizes), scores.split(sizes), strict=True)]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qprobe.prompts import Prompt
 
@@ -111,6 +111,11 @@ class Body(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     qprobe: Own = Own()
 
+    @field_validator("qprobe", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return {} if value is None else value
+
     @property
     def usage_streamed(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -123,6 +128,10 @@ class Body(BaseModel):
     @property
     def stops(self) -> tuple[str, ...] | None:
         return None if self.stop is None else ((self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+    def alone(self) -> Sequence[Body]:
+        """The bodies of its prompts, one each."""
+        return [self]
 
     def spoken(self) -> Prompt:
         """The prompt, for whoever reads or embeds it."""
@@ -139,20 +148,17 @@ class ChatBody(Body):
 
 
 class TextBody(Body):
-    """Of /v1/completions: one text."""
+    """Of /v1/completions: a text, or several."""
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(min_length=1)]
 
-    @property
-    def text(self) -> str:
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if len(self.prompt) != 1:
-            raise Refused(400, f"prompt is a list of {len(self.prompt)} texts: send a request for each.", "prompt")
-        return self.prompt[0]
+    def alone(self) -> Sequence[Body]:
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [self.model_copy(update={"prompt": text}) for text in texts]
 
     def spoken(self) -> Prompt:
-        return Prompt("request", text=self.text)
+        assert isinstance(self.prompt, str)  # alone
+        return Prompt("request", text=self.prompt)
 
 
 class ScoreBody(_Strict):
@@ -180,7 +186,9 @@ def parsed(kind: type[Parsed], content: bytes) -> tuple[Parsed, dict[str, Any]]:
         Refused: it is no JSON object, or a key is wrong.
     """
     try:
-        given = json.loads(content)
+        given = json.loads(content, parse_constant=_no_number)
+        if b"\\ud" in content.lower():
+            json.dumps(given, ensure_ascii=False).encode()  # raises at half of a pair, which is no text
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"The body is no JSON ({error}): send one JSON object.") from None
     if not isinstance(given, dict):
@@ -193,6 +201,10 @@ def parsed(kind: type[Parsed], content: bytes) -> tuple[Parsed, dict[str, Any]]:
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
         said = f"{where or 'The body'} cannot be used: {first['msg'][:1].lower()}{first['msg'][1:]}."
         raise Refused(400, said, where or None) from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def prompt_of(body: Body | ScoreBody) -> Prompt:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qprobe.serving.answer import Answer, usage_of
 from qprobe.serving.protocol import Body, ChatBody
-from qprobe.serving.service import Answer
 
 KEEP_ALIVE = b": candidates are drawn\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -16,36 +16,43 @@ DONE = b"data: [DONE]\n\n"
 _PIECE = re.compile(r"\s*(?:\S+\s*){1,4}|\s+")
 
 
-def whole(answer: Answer, body: Body) -> dict[str, Any]:
-    """The answer as one object."""
-    candidates = answer.draws.candidates
-    choices = [{"index": index, **candidates[place].choice} for index, place in enumerate(answer.order)]
-    found = _head(answer, "chat.completion" if isinstance(body, ChatBody) else "text_completion")
-    found |= {"choices": choices, "usage": answer.usage}
-    if body.qprobe.return_candidates:
-        found["qprobe"] = {"candidates": answer.candidates()}
-    return found
+def whole(answers: Sequence[Answer], body: Body) -> dict[str, Any]:
+    """The answers to the prompts of a request as one object."""
+    choices = [{"index": index, **choice} for index, choice in _choices(answers, body)]
+    found = _head(answers[0], "chat.completion" if isinstance(body, ChatBody) else "text_completion")
+    return found | {"choices": choices, "usage": usage_of(answers)} | _candidates(answers, body)
 
 
-def streamed(answer: Answer, body: Body) -> Iterator[bytes]:
-    """The answer as server-sent events."""
+def streamed(answers: Sequence[Answer], body: Body) -> Iterator[bytes]:
+    """The answers to the prompts of a request as server-sent events."""
     chat = isinstance(body, ChatBody)
-    head = _head(answer, "chat.completion.chunk" if chat else "text_completion")
+    head = _head(answers[0], "chat.completion.chunk" if chat else "text_completion")
     more = {"usage": None} if body.usage_streamed else {}
-    for index, place in enumerate(answer.order):
-        choice = answer.draws.candidates[place].choice
+    for index, choice in _choices(answers, body):
         for part in _deltas(choice) if chat else _texts(choice):
             yield event(head | {"choices": [{"index": index, **part}]} | more)
-    if body.usage_streamed:
-        last = head | {"choices": [], "usage": answer.usage}
-        if body.qprobe.return_candidates:
-            last["qprobe"] = {"candidates": answer.candidates()}
-        yield event(last)
+    if last := ({"usage": usage_of(answers)} if body.usage_streamed else {}) | _candidates(answers, body):
+        yield event(head | {"choices": []} | last)
     yield DONE
 
 
 def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _choices(answers: Sequence[Answer], body: Body) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Choices with their indices, prompt by prompt: choice j of prompt i is i n + j, also where others lack candidates."""
+    for number, answer in enumerate(answers):
+        for rank, place in enumerate(answer.order):
+            yield number * (body.n or 1) + rank, answer.draws.candidates[place].choice
+
+
+def _candidates(answers: Sequence[Answer], body: Body) -> dict[str, Any]:
+    """All candidates, where they were asked for; of several prompts a list of each."""
+    if not body.qprobe.return_candidates:
+        return {}
+    found = [answer.candidates() for answer in answers]
+    return {"qprobe": {"candidates": found[0] if len(found) == 1 else found}}
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:

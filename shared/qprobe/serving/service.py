@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import secrets
 import sys
@@ -27,90 +28,21 @@ from qprobe.probe.card import CARD_FILE
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion
+from qprobe.serving.answer import Answer
 from qprobe.serving.batching import Dispatcher, Job, Lane, TooLate
-from qprobe.serving.draws import DRAW, Asked, Candidate, Draws, OwnModel, Source
-from qprobe.serving.feedback import FeedbackLog, watch
+from qprobe.serving.draws import DRAW, Asked, Draws, OwnModel, Source
+from qprobe.serving.feedback import FeedbackLog, state, watch
 from qprobe.serving.metrics import Metrics
-from qprobe.serving.policy import Choice, Policy, Read, choice_seed, features_of
+from qprobe.serving.policy import Choice, NotFinite, Policy, Read, choice_seed, features_of
 from qprobe.serving.protocol import Body, ChatBody, Refused, prompt_of
 from qprobe.serving.settings import ServeSettings
 
+_LOG = logging.getLogger(__name__)
 SCORE = "score"
 # Seeds that a service makes by itself.
 _SEED_BITS = 60
 LOOK = 2.0  # seconds between looks whether a new probe is there
 _REMEMBERED = 64  # requests whose seconds say how long the next one will take
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of a request.
-
-    Args:
-        asked: candidates that were asked for.
-        choice: scores and probabilities of the usable ones, and which was chosen; None where they could not be scored.
-        order: places of the usable candidates that are returned: the chosen one, then the others by falling score.
-    """
-
-    id: str
-    created: int
-    asked: int
-    draws: Draws
-    choice: Choice | None
-    order: list[int]
-    beta: float
-    seed: int
-    probe: str
-
-    def chosen(self) -> Candidate:
-        return self.draws.candidates[self.order[0]]
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        """Tokens of all candidates; what this server adds is in `qprobe`."""
-        counts = {"prompt_tokens": 0, "completion_tokens": 0} | self.draws.usage
-        counts["total_tokens"] = counts["prompt_tokens"] + counts["completion_tokens"]
-        found: dict[str, Any] = {
-            "candidates": self.asked,
-            "valid": len(self.draws.candidates),
-            "index": self.order[0],
-            "score": None,
-            "probability": None,
-            "beta": self.beta,
-            "seed": self.seed,
-            "probe": self.probe,
-        }
-        if self.choice is not None:
-            best = self.choice.candidates[self.choice.chosen]
-            found |= {"score": best.score, "probability": best.probability}
-            found |= {} if best.right is None else {"right": best.right}
-        if self.draws.faults:
-            found["faults"] = sorted(set(self.draws.faults))
-        return counts | {"qprobe": found}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        own = self.usage["qprobe"]
-        found = {"x-qprobe-k": self.asked, "x-qprobe-valid": own["valid"], "x-qprobe-index": own["index"]}
-        found["x-qprobe-score"] = "none" if self.choice is None else f"{own['score']:.6g}"
-        return {name: str(value) for name, value in found.items()} | {"x-qprobe-probe": self.probe}
-
-    def candidates(self) -> list[dict[str, Any]]:
-        """All usable candidates, as `return_candidates` shows them."""
-        shown = []
-        for place, candidate in enumerate(self.draws.candidates):
-            scored = None if self.choice is None else self.choice.candidates[place]
-            shown.append(
-                {
-                    "index": place,
-                    "text": candidate.completion.text,
-                    "finish_reason": candidate.choice.get("finish_reason"),
-                    "score": scored and scored.score,
-                    "probability": scored and scored.probability,
-                    "right": scored and scored.right,
-                }
-            )
-        return shown
 
 
 @dataclass
@@ -145,6 +77,7 @@ class Service:
     ) -> None:
         self.feedback = feedback
         self._probe = probe
+        self._seen = None if probe is None else state(probe / CARD_FILE)
         self._background: list[asyncio.Task[None]] = []
         self.loaded = Loaded(policy)
         self.source = source
@@ -170,7 +103,7 @@ class Service:
         if self.feedback is not None:
             self._background.append(asyncio.create_task(self.feedback.keep_flushing()))
         if self._probe is not None:
-            self._background.append(asyncio.create_task(watch(self._probe / CARD_FILE, LOOK, self.reload)))
+            self._background.append(asyncio.create_task(watch(self._probe / CARD_FILE, LOOK, self.reload, self._seen)))
         self.ready = True
 
     async def close(self) -> None:
@@ -180,26 +113,36 @@ class Service:
         await self.dispatcher.close()
         await self.source.close()
 
-    async def answer(self, body: Body, given: dict[str, Any], key: Key) -> Answer:
-        """Draw, score and choose.
+    async def answers(self, body: Body, given: dict[str, Any], key: Key) -> list[Answer]:
+        """Draw, score and choose, of every prompt of a request; several are as many requests that come at once.
 
         Raises:
-            Refused: there is no answer, with the reason.
+            Refused: one of them has no answer, with the reason; the others are left then.
         """
-        async with self._admitted():
+        bodies = body.alone()
+        async with self._admitted(len(bodies)):
             loaded = self.loaded  # the same one to the end, whatever comes to be loaded
-            asked = self._asked(body, given, key, loaded.policy)
+            works = [asyncio.create_task(self._answer(one, given, key, loaded)) for one in bodies]
             try:
-                with self.metrics.timed(self.metrics.drawing):
-                    draws = await self.source.draw(asked)
-                return await self._chosen(body, asked, draws, loaded)
-            except TooLate:
-                raise Refused(
-                    504,
-                    f"No candidate came in {min(self.settings.candidate_seconds, self.settings.request_seconds):g} s: ask for "
-                    "fewer or shorter ones, or try again when there is less to do.",
-                    code="timeout",
-                ) from None
+                return await asyncio.gather(*works)
+            finally:
+                for work in works:
+                    work.cancel()
+                await asyncio.gather(*works, return_exceptions=True)
+
+    async def _answer(self, body: Body, given: dict[str, Any], key: Key, loaded: Loaded) -> Answer:
+        asked = self._asked(body, given, key, loaded.policy)
+        try:
+            with self.metrics.timed(self.metrics.drawing):
+                draws = await self.source.draw(asked)
+            return await self._chosen(body, asked, draws, loaded)
+        except TooLate:
+            raise Refused(
+                504,
+                f"No candidate came in {min(self.settings.candidate_seconds, self.settings.request_seconds):g} s: ask for "
+                "fewer or shorter ones, or try again when there is less to do.",
+                code="timeout",
+            ) from None
 
     async def scores(self, prompt: Prompt, texts: Sequence[str], beta: float | None) -> tuple[Choice, Loaded]:
         """Scores and probabilities of candidates that are there already."""
@@ -232,24 +175,27 @@ class Service:
         self.metrics.probe.info({"fingerprint": self.loaded.fingerprint, "loss": self.loaded.policy.probe.loss})
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
+    async def _admitted(self, prompts: int = 1) -> AsyncIterator[None]:
         if self.failure is not None:
             raise Refused(503, f"The model cannot be loaded: {self.failure}", code="not_ready")
         if not self.ready:
             raise Refused(503, "The model is being loaded: try again in a moment.", code="not_ready", wait=2)
         most = self.settings.most_in_work
-        if self._in_work >= most:
+        if prompts > most:
+            said = f"prompt is a list of {prompts} texts, and {most} are the most here: send them in several requests."
+            raise Refused(400, said, "prompt")
+        if self._in_work + prompts > most:
             raise Refused(
-                429, f"{most} requests are in work, as many as this server takes: try again later.", wait=self._wait()
+                429, f"This server takes {most} requests at once, and has too many: try again later.", wait=self._wait()
             )
-        self._in_work += 1
+        self._in_work += prompts
         self.metrics.in_work.set(self._in_work)
         began = time.monotonic()
         try:
             yield
             self._took.append(time.monotonic() - began)
         finally:
-            self._in_work -= 1
+            self._in_work -= prompts
             self.metrics.in_work.set(self._in_work)
 
     def _wait(self) -> float:
@@ -314,6 +260,7 @@ class Service:
             if isinstance(error, Refused) and self.settings.when_scoring_fails == "error":
                 raise error from None
             self.metrics.unscored.inc()
+            _LOG.warning("The candidates of a request could not be scored: %s: %s", type(error).__name__, error)
             if self.settings.when_scoring_fails == "error":
                 raise Refused(500, f"The candidates could not be scored: {error}", code="scoring_failed") from error
         self.metrics.candidates.labels("asked").inc(asked.law.n)
@@ -323,9 +270,9 @@ class Service:
         origin = draws.candidates[places[0]].origin
         made = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
         created, id = origin.get("created"), origin.get("id")
-        id = id if isinstance(id, str) and id else made
+        if not (isinstance(id, str) and id) or self.feedback is not None:
+            id = made  # some servers draw theirs out of a thousand, and feedback is kept by it
         if self.feedback is not None and choice is not None and read is not None:
-            id = made if self.feedback.knows(id) else id
             self.feedback.record(id, asked.rendered[0], loaded.fingerprint, beta, choice, read)
         return Answer(
             id=id,
@@ -358,6 +305,8 @@ class Service:
                 give_up=give_up,
             )
             return found
+        except NotFinite:
+            raise
         except ValueError as error:  # what is too long for the embedder, in its own sentence
             raise Refused(400, str(error), code="context_length_exceeded") from None
 

@@ -148,12 +148,12 @@ class Upstream:
 
         if (why := asked.key.fault()) is not None:
             raise Refused(401, why if asked.key.variable else "The key of the request's header is none.")
-        keys.hide_from_logs(asked.key)
         options: Any = {"timeout": max(0.1, min(self.api.timeout, asked.left()))}
         if asked.key.value:
             options["headers"] = {"Authorization": f"Bearer {asked.key.value}"}
         try:
-            found: Any = await self._client.post(path, body=body, cast_to=object, options=options)
+            with keys.hidden_from_logs(asked.key):
+                found: Any = await self._client.post(path, body=body, cast_to=object, options=options)
         except (openai.OpenAIError, ValueError, RecursionError) as error:
             raise _failed(error, self.api, asked.key) from None
         if isinstance(found, str):
