@@ -49,15 +49,20 @@ class SelfConsistency(Ranker):
     def scores(
         self, tested: Pool, folder: Path, batches: Iterable[RewardBatch]
     ) -> Iterator[tuple[RewardBatch, list[RewardRow]]]:
-        given: list[RewardBatch] = []
+        for batch, keys in said(self.agreement, batches):
+            votes = Counter(zip((task_id for task_id, _, _ in batch.rows), keys, strict=True))
+            own = ((key, votes[row[0], key]) for row, key in zip(batch.rows, keys, strict=True))
+            yield batch, [RewardRow(0.0 if key is None else float(count)) for key, count in own]
 
-        def answers() -> Iterator[list[Answer]]:
-            for batch in batches:
-                given.append(batch)
-                yield [(task_id, completion) for task_id, _, completion in batch.rows]
 
-        for number, keys in enumerate(self.agreement.keys(answers())):
-            batch = given[number]
-            said = list(zip((task_id for task_id, _, _ in batch.rows), keys, strict=True))
-            votes = Counter(said)
-            yield batch, [RewardRow(0.0 if key is None else float(votes[task_id, key])) for task_id, key in said]
+def said(agreement: Agreement, batches: Iterable[RewardBatch]) -> Iterator[tuple[RewardBatch, list[Hashable | None]]]:
+    """Every batch, in order, with what its candidates say."""
+    given: list[RewardBatch] = []
+
+    def answers() -> Iterator[list[Answer]]:
+        for batch in batches:
+            given.append(batch)
+            yield [(task_id, completion) for task_id, _, completion in batch.rows]
+
+    for number, keys in enumerate(agreement.keys(answers())):
+        yield given[number], keys
