@@ -97,10 +97,12 @@ class TokenLaw:
     def __add__(self, other: TokenLaw) -> TokenLaw:
         """Those of one behind those of the other, both with confidences or both without."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return TokenLaw(*(None if own is None else np.concatenate((own, more)) for own, more in pairs))
+        joined: list[Any] = [None if own is None else np.concatenate((own, more)) for own, more in pairs]
+        return TokenLaw(*joined)
 
     def __getitem__(self, places: slice) -> TokenLaw:
-        return TokenLaw(*(None if own is None else own[places] for own in vars(self).values()))
+        cut: list[Any] = [None if own is None else own[places] for own in vars(self).values()]
+        return TokenLaw(*cut)
 
 
 @dataclass(frozen=True)
