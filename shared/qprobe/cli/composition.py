@@ -77,12 +77,14 @@ class BackEnds:
     Args:
         greedy: the sampler at temperature 0; None where the row of greedy decoding is not asked for.
         rival: the sampler at temperature 0, for baselines.
+        under: makes the sampler under another law.
         batch_rows: completions in one part of a table.
     """
 
     sampler: Sampler
     greedy: Sampler | None
     rival: Sampler
+    under: Callable[[SamplingSettings], Sampler]
     embedder: Embedder
     batch_rows: int
 
@@ -105,9 +107,14 @@ def back_ends(config: Mapping[str, Any], stop: Sequence[str] | None = None, rule
     given: dict[str, Any] = {"rule": rule} if stop is None else {"stop": tuple(stop), "rule": rule}
     settings = build(SamplingSettings, values, "sampler", **given)
     at_zero = dataclasses.replace(settings, n=1, temperature=0.0, top_p=1.0, top_k=0)
-    drawn, rival = (build(sampler, own, "sampler", model=model, settings=law) for law in (settings, at_zero))
     embeds = build(embedder, embedding, "embedder", model=model)
-    return BackEnds(drawn, rival if drawing.greedy else None, rival, embeds, drawing.batch_rows)
+
+    def under(law: SamplingSettings) -> Sampler:
+        made: Sampler = build(sampler, own, "sampler", model=model, settings=law)
+        return made
+
+    rival = under(at_zero)
+    return BackEnds(under(settings), rival if drawing.greedy else None, rival, under, embeds, drawing.batch_rows)
 
 
 def _part(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
@@ -130,8 +137,22 @@ def _baselines(config: Mapping[str, Any], ends: BackEnds, agreement: Agreement |
         model = {**config["model"], "adapter": str(folder)}
         return back_ends({**config, "sampler": sampling, "model": model}, drawn.stop, drawn.rule).rival
 
+    def redrawn(**changes: Any) -> Sampler:
+        law = dataclasses.replace(ends.sampler.settings, rule=None, **changes)
+        if config["sampler"]["backend"] != "recorded":
+            return ends.under(law)
+        # A recording holds no other completions.
+        made: Sampler = SAMPLERS.find("hf", "sampler.backend")(model_spec(config), law)
+        return made
+
     # What a constructor may ask for by name: see `baselines.Baseline`.
-    offered = {"sampler": ends.rival, "longest": longest, "adapted": adapted, "embedder": ends.embedder}
+    offered = {
+        "sampler": ends.rival,
+        "longest": longest,
+        "adapted": adapted,
+        "embedder": ends.embedder,
+        "redrawn": redrawn,
+    }
     offered |= {"agreement": None if agreement is None else Remembered(agreement)}
     offered |= {"model": model_spec(config), "seed": config["seed"]}
     found: list[Baseline] = []

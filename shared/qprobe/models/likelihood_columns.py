@@ -13,7 +13,7 @@ local model's alone. `columns_of` takes what there is of every token and leaves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +84,25 @@ class TokenLaw:
         certainty: (T,) float64, self-certainty: KL from the uniform law to it, in nats (Kang, Zhao and Song 2025,
             "Scalable Best-of-N Selection for Large Language Models via Self-Certainty", arXiv 2502.18581, equation 8).
         likeliest: (T,) float64, log-probability of the likeliest token.
+        confidence: (T,) float64, minus the mean log-probability of the likeliest tokens, in nats, as many as were asked for; None
+            where none were (the token confidence of DeepConf, arXiv 2508.15260).
     """
 
     logprob: NDArray[np.float64]
     entropy: NDArray[np.float64]
     certainty: NDArray[np.float64]
     likeliest: NDArray[np.float64]
+    confidence: NDArray[np.float64] | None = None
 
     def __add__(self, other: TokenLaw) -> TokenLaw:
-        """Those of one behind those of the other."""
-        pairs = ((self.logprob, other.logprob), (self.entropy, other.entropy), (self.certainty, other.certainty))
-        return TokenLaw(*map(np.concatenate, (*pairs, (self.likeliest, other.likeliest))))
+        """Those of one behind those of the other, both with confidences or both without."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        joined: list[Any] = [None if own is None else np.concatenate((own, more)) for own, more in pairs]
+        return TokenLaw(*joined)
 
     def __getitem__(self, places: slice) -> TokenLaw:
-        return TokenLaw(self.logprob[places], self.entropy[places], self.certainty[places], self.likeliest[places])
+        cut: list[Any] = [None if own is None else own[places] for own in vars(self).values()]
+        return TokenLaw(*cut)
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,15 @@ class ColumnsRead:
     states: dict[int, Tensor]
 
 
-def token_law(logits: Tensor, tokens: Tensor) -> TokenLaw:
+def token_law(logits: Tensor, tokens: Tensor, top: int = 0) -> TokenLaw:
     """Of every row of logits, converted a few at a time.
 
     Args:
         logits: (T, V) float of any type.
         tokens: (T,) int64.
+        top: likeliest tokens that the confidence is of; 0: none is worked out.
     """
-    found = torch.empty(4, len(logits), dtype=torch.float64)
+    found = torch.empty(5 if top else 4, len(logits), dtype=torch.float64)
     at_a_time = SCORES_AT_A_TIME.get(logits.device.type, SCORES_AT_A_TIME_OF_A_GPU)
     for rows in torch.arange(len(logits), device=logits.device).split(max(1, at_a_time // logits.shape[1])):
         log_law = logits[rows].float().log_softmax(dim=-1)
@@ -129,7 +135,11 @@ def token_law(logits: Tensor, tokens: Tensor) -> TokenLaw:
         counted = possible.sum(dim=-1)
         certainty = -log_law.masked_fill(~possible, 0.0).sum(dim=-1) / counted - counted.log()
         drawn = log_law.gather(1, tokens[rows, None])[:, 0]
-        found[:, rows.cpu()] = torch.stack([drawn, entropy, certainty, log_law.amax(dim=-1)]).double().cpu()
+        values = [drawn, entropy, certainty, log_law.amax(dim=-1)]
+        if top:
+            likely = log_law.topk(min(top, log_law.shape[1]), dim=-1).values
+            values.append(-likely.masked_fill(~torch.isfinite(likely), 0.0).sum(dim=-1) / counted.clamp(max=top))
+        found[:, rows.cpu()] = torch.stack(values).double().cpu()
     return TokenLaw(*found.numpy())
 
 
@@ -223,17 +233,46 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         Raises:
             ValueError: lists of different lengths, an empty prompt, a token that the model does not know.
         """
-        check_rows(prompts, completions)
-        asked = [(p, tuple(ids)) for p, of_prompt in enumerate(completions) for ids in of_prompt]
-        distinct = list(dict.fromkeys(asked))
-        place = {row: number for number, row in enumerate(distinct)}
-        columns, states = self._read(prompts, distinct, layers)
-        of_row = [place[row] for row in asked]
+        distinct, of_row = _distinct(prompts, completions)
+        columns = np.empty((len(distinct), len(COLUMNS) + len(QUESTION_COLUMNS) * (self.question is not None)))
+
+        def tell(row: int, law: TokenLaw, last: Tensor | None) -> None:
+            columns[row, : len(COLUMNS)] = _columns(law, len(distinct[row][1]), len(self.ending))
+            if self.question is not None and last is not None:
+                columns[row, len(COLUMNS) :] = self.question.columns(last)[0]
+
+        states = self._read(prompts, distinct, layers, tell)
         return ColumnsRead(columns[of_row], {layer: values[of_row] for layer, values in states.items()})
 
+    def confidences(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], top: int
+    ) -> list[NDArray[np.float64]]:
+        """`TokenLaw.confidence` of every completion's tokens, in nats; of an empty one where its first would be, (1,).
+
+        Args:
+            prompts, completions: as of `read`.
+            top: likeliest tokens, at least 1.
+        """
+        distinct, of_row = _distinct(prompts, completions)
+        found: dict[int, NDArray[np.float64]] = {}
+
+        def tell(row: int, law: TokenLaw, last: Tensor | None) -> None:
+            assert law.confidence is not None  # it was asked for
+            found[row] = law.confidence[: max(1, len(distinct[row][1]))]
+
+        self._read(prompts, distinct, (), tell, top)
+        return [found[row] for row in of_row]
+
     def _read(
-        self, prompts: Sequence[Sequence[int]], distinct: Sequence[tuple[int, tuple[int, ...]]], layers: Sequence[int]
-    ) -> tuple[NDArray[np.float64], dict[int, Tensor]]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        distinct: Sequence[tuple[int, tuple[int, ...]]],
+        layers: Sequence[int],
+        tell: Callable[[int, TokenLaw, Tensor | None], None],
+        top: int = 0,
+    ) -> dict[int, Tensor]:
+        """One pass over distinct rows, each told once: the laws of its tokens and of what is behind, and the scores at its end,
+        (1, V) (None where nothing was read behind the prompt). The states are given back."""
         run, footprint, ending = self.passes.run, self.passes.footprint, self.ending
         layers = sorted({run.language_model.check_layer(layer) for layer in layers})
         owner = [p for p, _ in distinct]
@@ -241,7 +280,6 @@ class LikelihoodColumns(UsesModel, OwnTokens):
         rows = [[*ids, *self.behind] for _, ids in distinct]
         check_tokens([*prompts, *rows, ending], footprint.vocabulary, self.model.name)
         at_once = min(run.tokens_per_pass, MOST_TOKENS)
-        columns = np.empty((len(rows), len(COLUMNS) + len(QUESTION_COLUMNS) * (self.question is not None)))
         states = {layer: torch.empty(len(rows), footprint.width) for layer in layers}
 
         def need(count: int, width: int, chosen: Sequence[int]) -> int:
@@ -258,8 +296,8 @@ class LikelihoodColumns(UsesModel, OwnTokens):
                 states[layer][chosen] = prefix.states[layer][places].float().cpu()
             for row, place in zip(chosen, places, strict=True):
                 if not rows[row]:
-                    only = token_law(prefix.logits[place][None], torch.tensor(ending, device=prefix.logits.device))
-                    columns[row] = _columns(only, 0, 1)
+                    begins = torch.tensor(ending, device=prefix.logits.device)
+                    tell(row, token_law(prefix.logits[place][None], begins, top), None)
             for part in parts_of([len(rows[row]) for row in chosen], at_once):
                 own = [chosen[r] for r in part]
                 found = run.read(prefix, [rows[r] for r in own], [places[r] for r in part], layers, logits=True)
@@ -267,18 +305,16 @@ class LikelihoodColumns(UsesModel, OwnTokens):
                 device = found.logits.device
                 begun = [[*distinct[row][1], *ending][0] for row in own]
                 at = torch.tensor([places[r] for r in part], device=device)
-                firsts = token_law(prefix.logits[at], torch.tensor(begun, device=device))
+                firsts = token_law(prefix.logits[at], torch.tensor(begun, device=device), top)
                 # After token t of a row comes its token t + 1. Of what is behind the ending any token will do.
                 after = [*ending, *self.behind[len(ending) - 1 :]]
                 coming = [token for row in own for token in [*distinct[row][1], *after][1 : len(rows[row]) + 1]]
-                others = token_law(found.logits, torch.tensor(coming, device=device))
+                others = token_law(found.logits, torch.tensor(coming, device=device), top)
                 last = 0
                 for number, row in enumerate(own):
                     first, last = last, last + len(rows[row])
                     law = firsts[number : number + 1] + others[first:last]
-                    columns[row, : len(COLUMNS)] = _columns(law, len(distinct[row][1]), len(ending))
-                    if self.question is not None:
-                        columns[row, len(COLUMNS) :] = self.question.columns(found.logits[last - 1 : last])[0]
+                    tell(row, law, found.logits[last - 1 : last])
                 ends = torch.tensor([len(distinct[row][1]) for row in own])
                 befores = torch.tensor([len(rows[row]) for row in own]).cumsum(0) - torch.tensor(
                     [len(rows[row]) for row in own]
@@ -289,7 +325,18 @@ class LikelihoodColumns(UsesModel, OwnTokens):
                     states[layer][torch.tensor(own)[said]] = of_rows.float().cpu()
 
         self.passes.each(range(len(rows)), owner, prompts, need, work)
-        return columns, states
+        return states
+
+
+def _distinct(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[tuple[int, tuple[int, ...]]], list[int]]:
+    """(prompt's place, tokens) of the different completions, and of every completion its place among them."""
+    check_rows(prompts, completions)
+    asked = [(p, tuple(ids)) for p, of_prompt in enumerate(completions) for ids in of_prompt]
+    distinct = list(dict.fromkeys(asked))
+    place = {row: number for number, row in enumerate(distinct)}
+    return distinct, [place[row] for row in asked]
 
 
 def _columns(law: TokenLaw, tokens: int, ending: int) -> NDArray[np.float64]:
