@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qprobe.baselines.consistency import Agreement
+from qprobe.baselines.consistency import Agreement, Remembered
 from qprobe_code_gen.programs.agreement import OutputsAgree
 from qprobe_code_gen.programs.rewards import UnitTestReward
 
@@ -13,8 +13,9 @@ def of_programs(agreement: Agreement | None, name: str) -> UnitTestReward:
     Raises:
         ValueError: the candidates are no programs.
     """
-    if not isinstance(agreement, OutputsAgree):
+    own = agreement.agreement if isinstance(agreement, Remembered) else agreement
+    if not isinstance(own, OutputsAgree):
         raise ValueError(
             f"baselines.names has {name}, which ranks programs, and these candidates are none: leave it out."
         )
-    return agreement.reward
+    return own.reward

@@ -104,8 +104,8 @@ class Baseline(ABC):
     A constructor's arguments are the keys of `baselines.<name>` in the configuration; or it has one, `settings`, a dataclass of
     them. By name it may also ask for `model` (the run's `ModelSpec`), `seed`, `sampler` (the run's, at temperature 0),
     `adapted` (the same of the model with an adapter's folder), `redrawn` (makes the run's sampler with other `SamplingSettings`,
-    without a stop rule; where the run is recorded, it is `model` by transformers), `longest` (tokens that a prompt may have), `embedder` and
-    `agreement`.
+    without a stop rule; where the run is recorded, it is `model` by transformers), `longest` (tokens that a prompt may have),
+    `embedder` and `agreement`.
 
     Attributes:
         name: short, in the configuration and in paths; the one that it is registered by.

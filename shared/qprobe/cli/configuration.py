@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 CORE = "qprobe.conf"
-# Groups whose choices other packages add to by registering a back end, and the file that such a choice begins with.
+# Groups whose choices other packages add to by registering a back end, and the choice whose file such a one begins with, but
+# for its own keys.
 _REGISTERED = {
     "sampler": ("qprobe.samplers", "hf"),
     "embedder": ("qprobe.embedders", None),
@@ -270,9 +271,14 @@ def _offer(package: str, group: str, name: Any) -> None:
     registry = Registry(registered)
     if name in registry.names():
         from hydra.core.config_store import ConfigStore
+        from omegaconf import OmegaConf
 
         own = defaults(registry.find(name, group), _GIVEN)
-        based = {} if begins_with is None else {"defaults": [begins_with, "_self_"]}
+        based: dict[str, Any] = {}
+        if begins_with is not None:
+            based = _plain(OmegaConf.to_container(OmegaConf.load(_folder(CORE) / group / f"{begins_with}.yaml")))
+            for key in defaults(registry.find(begins_with, group), _GIVEN):
+                based.pop(key, None)
         ConfigStore.instance().store(name, {**based, "backend": name, **own}, group)
 
 
