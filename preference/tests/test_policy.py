@@ -16,7 +16,8 @@ import qprobe_preference.__main__ as command
 from qprobe.models.openai_client import ApiError
 from qprobe.pipeline import evaluated
 from qprobe.pipeline.probes import Probes
-from qprobe.run import pools, stages
+from qprobe.run import stages
+from qprobe.sampling.hf import HFSampler
 from qprobe.settings import build
 from qprobe_preference import policy
 from qprobe_preference.judges import implicit
@@ -139,7 +140,7 @@ def test_killed_in_each_stage_and_continued_it_gives_the_same_tables(
                 command.run(config("killed"))
 
     for owner, name, call in (
-        (pools.Pool, "draw", 7),
+        (HFSampler, "finished", 2),
         (implicit.ImplicitJudge, "compare", 2),
         (stages, "_embed_once", 3),
         (stages, "sample", 3),  # of the other policy

@@ -152,7 +152,7 @@ class Embedder:
 class PlantedSampler(Sampler):
     """As a configuration names one: of twenty answers, so that some are drawn twice."""
 
-    def __init__(self, model: Any, settings: SamplingSettings) -> None:
+    def __init__(self, model: Any, settings: SamplingSettings, rows_at_once: int | None = None) -> None:
         super().__init__()
         self.settings = settings
 
