@@ -12,6 +12,7 @@ file to have it measured anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -54,12 +55,10 @@ def best_rows(passes: PromptPasses) -> int:
                 f"{name}: {_found[key]} rows are decoded together (milliseconds a row and token, measured: {said}).",
                 file=sys.stderr,
             )
-            try:
+            with contextlib.suppress(OSError):  # measured anew next time
                 path.parent.mkdir(parents=True, exist_ok=True)
                 noted = {"rows": _found[key], "seconds a row": seconds, "model": name}
                 write_whole(path, json.dumps(noted).encode())
-            except OSError:
-                pass  # measured anew next time
     return _found[key]
 
 
