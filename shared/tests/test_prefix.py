@@ -232,6 +232,20 @@ def test_passes_over_the_prompts_are_small_and_score_the_last_token_only(
     assert shapes == [(3, 5), (3, 1, 32), (1, 9), (1, 1, 32), (1, 14), (1, 1, 32), (1, 20), (1, 1, 32)]
 
 
+def test_scoring_the_last_token_of_longer_passes_copies_no_weights(run: PrefixRun, prompts: list[list[int]]) -> None:
+    # A slice of (2, 3, D) is not dense, and torch's linear then copies the weights once for every row.
+    contiguous: list[bool] = []
+    head = run.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: contiguous.append(inputs[0].is_contiguous())
+    )
+    run.prefill(prompts, logits=True)
+    continuation = run.continuation(run.prefill(prompts), torch.arange(len(prompts)))
+    continuation.extend(torch.ones(len(prompts), 3, dtype=torch.int64), logits=True)
+    head.remove()
+    assert contiguous
+    assert all(contiguous)
+
+
 def test_no_hook_stays_on_the_model(run: PrefixRun, prompts: list[list[int]]) -> None:
     before = hook_count(run.model)
     shared = run.prefill(prompts, (2,))
