@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -20,14 +20,14 @@ class Work:
         self.free = threading.Event()
         self.free.set()
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Any]:
+    def __call__(self, jobs: Sequence[Job], more: object) -> Iterable[tuple[Job, Any]]:
         self.free.wait(10)
         items = [job.item for job in jobs]
         self.batches.append(items)
         self.order += items
         if "bad" in items:
             raise ValueError("bad")
-        return [item * 2 for item in items]
+        return [(job, job.item * 2) for job in jobs]
 
 
 async def with_lanes(*lanes: Lane) -> Dispatcher:
@@ -143,6 +143,92 @@ def test_who_has_gone_does_not_wait_on() -> None:
         work.free.set()
         assert await first == 2
         assert await others[0] == 4
+        await dispatcher.close()
+
+    asyncio.run(body())
+
+
+def test_who_comes_while_a_batch_runs_joins_it_where_it_fits_and_nobody_else_waits() -> None:
+    async def body() -> None:
+        batches: list[list[Any]] = []
+        step = threading.Semaphore(0)
+
+        def work(jobs: Sequence[Job], more: Callable[[], Job | None]) -> Iterable[tuple[Job, Any]]:
+            """Every job takes two steps; new ones are asked for at each."""
+            taken = [[job, 2] for job in jobs]
+            batches.append([job.item for job in jobs])
+            while taken:
+                step.acquire(timeout=10)
+                for of_one in taken:
+                    of_one[1] -= 1
+                yield from [(job, job.item * 2) for job, left in taken if not left]
+                taken = [of_one for of_one in taken if of_one[1]]
+                while taken and (job := more()) is not None:
+                    batches[-1].append(job.item)
+                    taken.append([job, 2])
+
+        other = Work()
+        dispatcher = await with_lanes(Lane("first", other, most=4), Lane("a", work, most=4))
+
+        async def one_step() -> None:
+            await asyncio.sleep(0.01)  # what was submitted is there
+            step.release()
+            await asyncio.sleep(0.05)
+
+        first = submit(dispatcher, 1, size=2)
+        await asyncio.sleep(0.05)
+        second, third = submit(dispatcher, 2, size=2), submit(dispatcher, 3, size=1)
+        await one_step()
+        assert batches == [[1, 2]]  # a third would be more than four rows
+        await one_step()
+        assert first.done()  # before the batch has ended
+        assert not second.done()
+        assert batches == [[1, 2, 3]]  # there is place now
+        elsewhere, fourth = submit(dispatcher, "x", "first"), submit(dispatcher, 4, size=1)
+        await one_step()
+        await one_step()
+        assert await third == 6
+        assert await elsewhere == "xx"  # went before the fourth
+        step.release(2)
+        assert await fourth == 8
+        another = submit(dispatcher, 5, key=1)
+        step.release(2)
+        assert await another == 10
+        assert batches == [[1, 2, 3], [4], [5]]
+        assert await second == 4
+        await dispatcher.close()
+
+    asyncio.run(body())
+
+
+def test_a_batch_that_fails_is_done_again_with_those_that_joined_it() -> None:
+    async def body() -> None:
+        tried: list[list[Any]] = []
+        begun, go_on = threading.Event(), threading.Event()
+
+        def work(jobs: Sequence[Job], more: Callable[[], Job | None]) -> Iterable[tuple[Job, Any]]:
+            items = [job.item for job in jobs]
+            tried.append(items)
+            begun.set()
+            go_on.wait(10)
+            if (joined := more()) is not None:
+                items.append(joined.item)
+                jobs = [*jobs, joined]
+            if "bad" in items:
+                raise ValueError("bad")
+            for job in jobs:
+                yield job, job.item * 2
+
+        dispatcher = await with_lanes(Lane("a", work, most=9))
+        good = submit(dispatcher, "x")
+        await asyncio.get_running_loop().run_in_executor(None, begun.wait)
+        bad = submit(dispatcher, "bad")
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await good == "xx"
+        with pytest.raises(ValueError, match="bad"):
+            await bad
+        assert tried == [["x", "bad"], ["x"], ["bad"]]
         await dispatcher.close()
 
     asyncio.run(body())

@@ -17,7 +17,9 @@ import torch
 
 from qprobe import models
 from qprobe.models import growing, pace
+from qprobe.models.keeping import Keep
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood_columns import LikelihoodColumns
 from qprobe.models.memory import PromptPasses
 from qprobe.models.prefix import PrefixRun
 from qprobe.prompts import Prompt
@@ -106,6 +108,49 @@ def by_single_rows(
         (p, s) for batch in batches_of(prompts, 4) for p, of_prompt in zip(*batch, strict=True) for s in [of_prompt]
     ]
     return prompts, [[one_row(model, leaving_model, prompt, seed) for seed in seeds] for prompt, seeds in rows]
+
+
+@pytest.mark.parametrize("at_once", [7, 64])
+def test_states_that_come_with_the_completions_are_those_of_whole_passes(
+    leaving_model: ModelSpec, stock: Callable[[ModelSpec], Any], random_ids: Ids, at_once: int
+) -> None:
+    prompts, layers = random_ids(LENGTHS), (0, 2, 4)
+    sampler = HFSampler(leaving_model, SETTINGS, rows_at_once=at_once, keep=Keep(layers, 5))
+    found = drawn(sampler, batches_of(prompts, 4))
+    assert tokens_of(found) == tokens_of(drawn(HFSampler(leaving_model, SETTINGS, at_once), batches_of(prompts, 4)))
+    model, ends = stock(leaving_model), set()
+    for prompt, completions in zip(prompts, found, strict=True):
+        for completion in completions:
+            tokens = completion.token_ids or []
+            with torch.inference_mode():
+                states = model(torch.tensor([[*prompt, *tokens]]), output_hidden_states=True).hidden_states
+            assert completion.states is not None
+            assert sorted(completion.states) == [-1, *layers]
+            for layer in layers:
+                torch.testing.assert_close(completion.states[layer], states[layer][0, -1], rtol=1e-4, atol=1e-5)
+            ends.add((completion.finish_reason, bool(tokens)))
+    assert ends == {("stop", True), ("stop", False), ("length", True)}
+    read = LikelihoodColumns(leaving_model, [5]).read(prompts, [[c.token_ids or [] for c in own] for own in found])
+    kept = torch.stack([completion.states[-1] for own in found for completion in own if completion.states])
+    torch.testing.assert_close(kept, torch.from_numpy(read.columns).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [(), ("a",), ("\x12",)])
+def test_states_of_copied_prompts_and_of_every_end(
+    tiny_sliding_model: ModelSpec, stock: Callable[[ModelSpec], Any], random_ids: Ids, stop: tuple[str, ...]
+) -> None:
+    prompts = random_ids((5, 3, 12))
+    settings = SamplingSettings(n=2, temperature=1.0, top_p=1.0, max_new_tokens=6, stop=stop)
+    sampler = HFSampler(tiny_sliding_model, settings, keep=Keep((3,)))
+    found = sampler.sample(prompts, [sample_seeds(0, str(p), 2) for p in range(3)])
+    model = stock(tiny_sliding_model)
+    for prompt, completions in zip(prompts, found, strict=True):
+        for completion in completions:
+            with torch.inference_mode():
+                ids = torch.tensor([[*prompt, *(completion.token_ids or [])]])
+                states = model(ids, output_hidden_states=True).hidden_states
+            assert completion.states is not None
+            torch.testing.assert_close(completion.states[3], states[3][0, -1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -315,3 +360,31 @@ def test_rows_that_nobody_wants_leave_and_disturb_nobody(leaving_model: ModelSpe
         assert kept == (full.token_ids or [])[: len(kept)]
         assert completion.finish_reason in ("", full.finish_reason)
     assert asked.count(2) < sum(len(full.token_ids or []) for full in whole[2])
+
+
+def test_batches_that_come_later_join_those_in_work(
+    leaving_model: ModelSpec, by_single_rows: tuple[list[list[int]], list[Any]]
+) -> None:
+    prompts, wanted = by_single_rows
+    batches = batches_of(prompts, 1)
+    asked: list[int] = []
+
+    def coming() -> Iterator[Batch | None]:
+        """The first at once, the others when they have been asked for in vain three times each."""
+        for number, batch in enumerate(batches):
+            for _ in range(3 if number else 0):
+                asked.append(number)
+                yield None
+            yield batch
+        while True:
+            yield None
+
+    found: dict[int, list[list[Completion]]] = {}
+    sampler = HFSampler(leaving_model, SETTINGS, rows_at_once=64)
+    with watched() as (rows, _):
+        for number, completions in sampler.sample_batches(coming()):
+            found[number] = completions
+    assert tokens_of([found[number][0] for number in sorted(found)]) == wanted[: len(found)]
+    assert len(found) > 1
+    assert max(rows) > SETTINGS.n
+    assert set(asked) == set(range(1, min(len(batches), len(found) + 1)))

@@ -209,8 +209,9 @@ def test_other_errors_have_the_same_form(served: Served) -> None:
 
 
 def test_one_clients_fault_in_a_shared_batch_is_his_own(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a probe whose embedder refuses one prompt."""
+    """Under a probe whose embedder refuses one prompt, and whose candidates it has to read."""
     from qprobe.embedding.hf import HFEmbedder
+    from qprobe.serving.policy import Policy
 
     embed = HFEmbedder.embed
 
@@ -220,6 +221,7 @@ def test_one_clients_fault_in_a_shared_batch_is_his_own(served: Served, monkeypa
         return embed(self, prompts, completions)
 
     monkeypatch.setattr(HFEmbedder, "embed", refusing)
+    monkeypatch.setattr(Policy, "known", lambda *_: None)
     contents = ["short one", "y" * 70, "another"] * 3
 
     def ask(content: str) -> int:

@@ -1,5 +1,6 @@
 """A probe in use: the candidates are the sampler's, the choice is softmax(Q / beta), and another source is refused."""
 
+import dataclasses
 import math
 from collections import Counter
 from types import ModuleType
@@ -8,10 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qprobe import models
+from qprobe.embedding import LIKELIHOOD, columns_identity
+from qprobe.embedding.hf import HFEmbedder
+from qprobe.models.language_model import ModelSpec
+from qprobe.models.likelihood_columns import COLUMNS
 from qprobe.probe.calibration import Calibration
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
+from qprobe.sampling import SamplingSettings
+from qprobe.sampling.hf import HFSampler
 from qprobe.serving.policy import Choice, Policy
 
 PROMPT = Prompt("t-000", text="task 000: ")
@@ -154,3 +162,39 @@ def test_a_list_is_answered_with_a_list(probe: QProbe, fakes: ModuleType) -> Non
     for wrong in (7, ["task 000: ", 7], [["task 000: "]], None):
         with pytest.raises(ValueError, match=r"prompt|message"):
             policy.answer(wrong)
+
+
+@pytest.mark.parametrize(
+    ("layers", "likelihood", "ending"), [((3,), False, None), ((2, 4), True, None), ((4,), True, "ab")]
+)
+def test_what_is_kept_while_drawing_is_what_the_embedder_reads(
+    tiny_model: ModelSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: tuple[int, ...],
+    likelihood: bool,
+    ending: str | None,
+) -> None:
+    embedder = HFEmbedder(tiny_model, layers, likelihood=likelihood, ending=ending)
+    blocks = (*layers, LIKELIHOOD) if likelihood else ()
+    width = len(layers) * models.outline(tiny_model).width + (len(COLUMNS) if likelihood else 0)
+    features = np.random.default_rng(0).normal(size=(200, width)).astype("float32")
+    probe = QProbe(loss="reward_mse", steps=20, beta=0.1)
+    probe.fit(features, (features[:, 0] > 0).astype("float32"), np.arange(200) // 4)
+    source = EmbeddingSource.of(embedder.identity(), layers[-1], embedder.tokenizer_fingerprint())
+    probe.source = dataclasses.replace(source, blocks=blocks, likelihood=columns_identity(embedder, blocks))
+    sampler = HFSampler(tiny_model, SamplingSettings(n=4, temperature=1.0, top_p=1.0, max_new_tokens=8))
+    policy = Policy(sampler, embedder, probe, style="text")
+    calls: list[int] = []
+    embed = HFEmbedder.embed
+    monkeypatch.setattr(HFEmbedder, "embed", lambda *given: [calls.append(1), embed(*given)][1])
+    kept = policy.choose(["the sea", "a"], 3)
+    assert bool(calls) == (ending is not None)  # an ending of several tokens is not drawn
+    assert not sampler.keep  # the caller's own is as it was
+    monkeypatch.setattr(Policy, "known", lambda *_: None)
+    read = policy.choose(["the sea", "a"], 3)
+    assert calls
+    for one, other in zip(kept, read, strict=True):
+        assert (one.chosen, one.answer) == (other.chosen, other.answer)
+        assert [c.score for c in one.candidates] == pytest.approx(
+            [c.score for c in other.candidates], rel=1e-4, abs=1e-5
+        )

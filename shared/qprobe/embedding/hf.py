@@ -16,6 +16,7 @@ from torch import Tensor
 from qprobe import models
 from qprobe.embedding.base import LIKELIHOOD
 from qprobe.embedding.local import LocalEmbedder
+from qprobe.models.keeping import Keep
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood_columns import COLUMNS, COLUMNS_VERSION, LikelihoodColumns
 from qprobe.models.memory import UsesModel
@@ -100,6 +101,16 @@ class HFEmbedder(UsesModel, LocalEmbedder):
 
         self.passes.each(range(len(rows)), owner, prompts, need, read)
         return states
+
+    def kept(self, layers: Sequence[int]) -> Keep:
+        """What a sampler of the same model is to keep, so that these of the embedder's layers need not be read; nothing where it
+        cannot: what is read behind a completion, an ending of several tokens or a question, is not drawn.
+        """
+        if LIKELIHOOD not in layers:
+            return Keep(tuple(layers))
+        if self._columns.behind:
+            return Keep()
+        return Keep(tuple(layer for layer in layers if layer != LIKELIHOOD), self._columns.ending[0], LIKELIHOOD)
 
     @functools.cached_property
     def _columns(self) -> LikelihoodColumns:

@@ -123,24 +123,29 @@ def token_law(logits: Tensor, tokens: Tensor, top: int = 0) -> TokenLaw:
 
     Args:
         logits: (T, V) float of any type.
-        tokens: (T,) int64.
+        tokens: (T,) int64, or (T, M) of several tokens at each place: `logprob` is then (T, M).
         top: likeliest tokens that the confidence is of; 0: none is worked out.
     """
-    found = torch.empty(5 if top else 4, len(logits), dtype=torch.float64)
+    several = tokens.view(len(logits), -1)
+    drawn = torch.empty(several.shape, dtype=torch.float64)
+    found = torch.empty(4 if top else 3, len(logits), dtype=torch.float64)
     at_a_time = SCORES_AT_A_TIME.get(logits.device.type, SCORES_AT_A_TIME_OF_A_GPU)
     for rows in torch.arange(len(logits), device=logits.device).split(max(1, at_a_time // logits.shape[1])):
         log_law = logits[rows].float().log_softmax(dim=-1)
-        possible = torch.isfinite(log_law)  # models mask words that do not exist with -inf
-        entropy = -(log_law.exp() * log_law.masked_fill(~possible, 0.0)).sum(dim=-1)
-        counted = possible.sum(dim=-1)
-        certainty = -log_law.masked_fill(~possible, 0.0).sum(dim=-1) / counted - counted.log()
-        drawn = log_law.gather(1, tokens[rows, None])[:, 0]
-        values = [drawn, entropy, certainty, log_law.amax(dim=-1)]
+        law, summed = log_law.exp(), log_law.sum(dim=-1)
+        counted = torch.full_like(summed, log_law.shape[1])
+        drawn[rows.cpu()] = log_law.gather(1, several[rows]).double().cpu()
+        likeliest, likely = log_law.amax(dim=-1), log_law.topk(min(top, log_law.shape[1]), dim=-1).values
+        if not bool(torch.isfinite(summed).all()):  # models mask words that do not exist with -inf
+            possible = torch.isfinite(log_law)
+            log_law = log_law.masked_fill(~possible, 0.0)
+            counted, summed = possible.sum(dim=-1), log_law.sum(dim=-1)
+        entropy = -torch.linalg.vecdot(law, log_law)
+        values = [entropy, -summed / counted - counted.log(), likeliest]
         if top:
-            likely = log_law.topk(min(top, log_law.shape[1]), dim=-1).values
             values.append(-likely.masked_fill(~torch.isfinite(likely), 0.0).sum(dim=-1) / counted.clamp(max=top))
         found[:, rows.cpu()] = torch.stack(values).double().cpu()
-    return TokenLaw(*found.numpy())
+    return TokenLaw(drawn.view(tokens.shape).numpy(), *found.numpy())
 
 
 def columns_of(law: TokenLaw, ending: float) -> NDArray[np.float64]:

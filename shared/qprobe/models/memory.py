@@ -87,11 +87,14 @@ class Footprint:
         # Those of one layer are there twice while several passes are put together.
         return self.prompts(count, width) + self.prompts(count, width, 1) + self.forward(rows, width)
 
-    def sampling(self, count: int, width: int, rows: int, new_tokens: int, greedy: bool, joining: int = 0) -> int:
+    def sampling(
+        self, count: int, width: int, rows: int, new_tokens: int, greedy: bool, joining: int = 0, kept: int = 0
+    ) -> int:
         """A batch that draws `new_tokens` tokens for `rows` rows of `count` prompts padded to `width` tokens.
 
         Args:
             joining: of these prompts are run while the others' rows are in work; 0 where all are run at its beginning.
+            kept: layers whose states are kept, at every token.
         """
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
         at_once = min(rows * self.vocabulary, max(scores_at_once(self.device), self.vocabulary))
@@ -107,6 +110,7 @@ class Footprint:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)
             step = self.forward(rows, 1, seen) + self.prompts(rows, seen, 1)
+        held += kept * rows * (new_tokens + 1) * self.width * self.bytes
         first = joining or count
         prefill = self.prefill(first, width) + first * self.vocabulary * self.bytes
         return max(prefill + (held + scores if joining else 0), held + scores + step)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.models import threads
 from qprobe.models.attention import ATTENTION_NAME, PackedRows, register, shares_prefix, unmasked
 from qprobe.models.growing import Continuation
 from qprobe.models.language_model import LanguageModel, ModelSpec
@@ -231,6 +232,8 @@ class PrefixRun:
         Args:
             scored: last tokens whose logits are made, (R, scored, V); 1 makes (R, V), 0 is all of them.
         """
+        if ids.device.type == "cpu":
+            threads.fit()
         last = self.language_model.layer_count
         states: dict[int, Tensor] = {}
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True} | arguments

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qprobe.prompts import Prompt
+
+if TYPE_CHECKING:  # samplers of an API need no torch
+    from torch import Tensor
 
 # What a log-probability is the sum over, in the words of whoever compares two versions. Version 1 gave an empty completion the
 # probability 1.
@@ -100,6 +103,7 @@ class Completion:
             those that ended the completion (end of sequence, stop text). NaN where unknown. An API that does not tell the
             probability of the end is summed over what it tells.
         seed: of this sample.
+        states: what an embedder would read of it, layer -> (D,) float32, where the sampler was asked to keep it; in no table.
     """
 
     text: str
@@ -107,6 +111,7 @@ class Completion:
     finish_reason: str
     logprob: float
     seed: int
+    states: Mapping[int, Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 def stop_position(text: str, stop: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qprobe import models
+from qprobe.models.keeping import NOTHING, Keep
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.memory import UsesModel, scores_at_once
 from qprobe.models.pace import UNMEASURED, best_rows
@@ -45,12 +46,20 @@ class HFSampler(UsesModel, LocalSampler):
         settings: the sampling law.
         rows_at_once: completions that are decoded together, at least 1, where the model's prompts are shared; None measures once
             what the machine likes best (`qprobe.models.pace`). It changes no completion beyond the rounding of batched products.
+        keep: what comes with the completions (`Completion.states`), so that no embedder has to read them again.
     """
 
     back_end = "hf"
 
-    def __init__(self, model: ModelSpec, settings: SamplingSettings, rows_at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        settings: SamplingSettings,
+        rows_at_once: int | None = None,
+        keep: Keep = NOTHING,
+    ) -> None:
         super().__init__(model, settings)
+        self.keep = keep
         if rows_at_once is not None and rows_at_once < 1:
             raise ValueError(f"sampler rows_at_once is {rows_at_once}: give 1 or more, or null to have it measured.")
         self.rows_at_once = rows_at_once
@@ -77,29 +86,39 @@ class HFSampler(UsesModel, LocalSampler):
         return completions
 
     def sample_batches(
-        self, batches: Iterable[Batch], wanted: Callable[[int, int], bool] | None = None
+        self, batches: Iterable[Batch | None], wanted: Callable[[int, int], bool] | None = None
     ) -> Iterator[tuple[int, list[list[Completion]]]]:
         """As `Refills.sample_batches`.
 
         Args:
+            batches: None where there is no more at the moment; it ends when then no row is left in work.
             wanted: of a batch's number and a prompt's place in it, otherwise as of `sample`.
         """
         language_model = self.passes.run.language_model
         stops, eos = StopTexts(models.load_tokenizer(self.model), self.settings), language_model.eos_token_ids
 
-        def checked() -> Iterator[Batch]:
-            for prompts, seeds in batches:
+        def checked() -> Iterator[Batch | None]:
+            for batch in batches:
+                if batch is None:
+                    yield None
+                    continue
+                prompts, seeds = batch
                 check_seeds(prompts, seeds, self.settings.n)
                 check_prompts(prompts)
                 self.check_length(prompts, language_model.context_length)
                 yield prompts, seeds
 
         def start(prompt: Sequence[int], seed: int) -> Growing:
-            return Growing(prompt, seed, eos, stops)
+            return Growing(prompt, seed, eos, stops, keep=self.keep)
 
-        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once, wanted)
+        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once, wanted, self.keep)
         for number, rows in batch.complete(checked()):
             yield number, self.finished(rows)
+
+    def warm(self) -> None:
+        """Load the model, and measure how many rows it likes, where nobody has said it."""
+        if self.rows_at_once is None and self.passes.run.shared:
+            _ = self._best
 
     def _at_once(self, there: int) -> int:
         """How many rows are decoded at once, of so many that are there."""

@@ -18,10 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qprobe.models.growing import Continuation
+from qprobe.models.keeping import NOTHING, Keep
+from qprobe.models.likelihood_columns import token_law
 from qprobe.models.loading import is_out_of_memory
 from qprobe.models.memory import PromptPasses
 from qprobe.models.prefix import Prefix
@@ -43,6 +46,7 @@ class _Row:
         growing: the completion so far.
         uniforms: its random numbers, one a token.
         dropped: nobody wants it any more.
+        done: it has left the batch.
     """
 
     batch: int
@@ -50,10 +54,7 @@ class _Row:
     growing: Growing
     uniforms: list[float]
     dropped: bool = False
-
-    @property
-    def done(self) -> bool:
-        return self.dropped or bool(self.growing.reason)
+    done: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -64,9 +65,15 @@ class _Row:
     def width(self) -> int:
         return len(self.growing.prompt)
 
+    @property
+    def uniform(self) -> float:
+        """Of its next token; any where it has its last one."""
+        drawn = len(self.growing.tokens)
+        return self.uniforms[drawn] if drawn < len(self.uniforms) else 0.0
+
     def begin_again(self) -> None:
         old = self.growing
-        self.growing = Growing(old.prompt, old.seed, old.eos, old.stops)
+        self.growing = Growing(old.prompt, old.seed, old.eos, old.stops, keep=old.keep)
 
 
 class RefilledBatch:
@@ -79,6 +86,7 @@ class RefilledBatch:
         draw: a token for every row and its log-probability; of scores (R, V), uniforms (R,) float64 and the settings.
         at_once: how many rows the batch holds, at least 1, where so many are there; asked again whenever rows may join.
         wanted: whether somebody still wants the rows of a batch's number and a prompt's place in it; None: all are wanted.
+        keep: what is kept of every row beside its tokens.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class RefilledBatch:
         draw: Draw,
         at_once: Callable[[int], int],
         wanted: Callable[[int, int], bool] | None = None,
+        keep: Keep = NOTHING,
     ) -> None:
         self._passes = passes
         self._run = passes.run
@@ -97,6 +106,7 @@ class RefilledBatch:
         self._draw = draw
         self._at_once = at_once
         self._wanted = wanted
+        self._keep = keep
         self._waiting: deque[_Row] = deque()
         self._joining: list[_Row] = []
         self._alive: list[_Row] = []
@@ -105,21 +115,25 @@ class RefilledBatch:
         # The prompt of which some rows have joined and others wait: it is run once.
         self._begun: tuple[tuple[int, int], Prefix] | None = None
 
-    def complete(self, batches: Iterable[Batch]) -> Iterator[tuple[int, list[Growing]]]:
+    def complete(self, batches: Iterable[Batch | None]) -> Iterator[tuple[int, list[Growing]]]:
         """Draw the completions of batches, each of which is asked for when rows of it can begin.
+
+        Args:
+            batches: None says that there is no more at the moment; it is asked again, but not when no row is left in work.
 
         Returns: (number of the batch, its completions, prompt by prompt), as they are done.
 
         Raises:
             RuntimeError: a single row does not fit the memory.
         """
-        source = enumerate(batches)
+        source, numbers = iter(batches), itertools.count()
         rows: dict[int, list[_Row]] = {}
         while True:
-            while self._wants_more() and (batch := next(source, None)):
-                rows[batch[0]] = self._rows(*batch)
-                if not rows[batch[0]]:
-                    yield batch[0], [row.growing for row in rows.pop(batch[0])]
+            while self._wants_more() and (batch := next(source, None)) is not None:
+                number = next(numbers)
+                rows[number] = self._rows(number, batch)
+                if not rows[number]:
+                    yield number, [row.growing for row in rows.pop(number)]
             if not self._waiting and not self._alive:
                 return
             for number in self._worked():
@@ -208,6 +222,7 @@ class RefilledBatch:
             self._settings.max_new_tokens,
             self._settings.temperature == 0,
             joining=len(new) if held else 0,
+            kept=len(self._keep.layers),
         )
 
     def _join(self, rows: Sequence[_Row]) -> None:
@@ -218,13 +233,16 @@ class RefilledBatch:
         if self._begun is not None and (more := by_prompt.pop(self._begun[0], None)):
             parts.append((self._begun[1], [0] * len(more)))
         if by_prompt:
-            prefix = self._run.prefill([own[0].growing.prompt for own in by_prompt.values()], logits=True)
+            own_prompts = [own[0].growing.prompt for own in by_prompt.values()]
+            prefix = self._run.prefill(own_prompts, self._keep.layers, logits=True)
             parts.append((prefix, [place for place, own in enumerate(by_prompt.values()) for _ in own]))
         if not self._run.shared or not self._waiting or self._waiting[0].key != last:
             self._begun = None
         elif by_prompt:
             self._begun = last, parts[-1][0].only(len(by_prompt) - 1)
         logits = [] if self._logits is None else [self._logits]
+        for row, (prefix, place) in zip(rows, ((p, place) for p, own in parts for place in own), strict=True):
+            row.growing.states = [{layer: prefix.states[layer][place] for layer in self._keep.layers}]
         for prefix, owner in parts:
             places = torch.tensor(owner)
             assert prefix.logits is not None  # asked for
@@ -235,21 +253,29 @@ class RefilledBatch:
                 self._continuation.join(prefix, places)
         self._logits = logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _is_wanted(self, row: _Row) -> bool:
-        row.dropped = self._wanted is not None and not self._wanted(row.batch, row.prompt)
-        return not row.dropped
+    def _goes_on(self, row: _Row, token: int, logprob: float) -> bool:
+        """Give a row its next token; whether it stays in the batch."""
+        if row.growing.reason:  # it only waited for what is behind its last token
+            row.done = True
+        else:
+            more = row.growing.take(token, logprob)
+            row.dropped = self._wanted is not None and not self._wanted(row.batch, row.prompt)
+            row.done = row.dropped or not (more or row.growing.lacks_a_step())
+        return not row.done
 
     def _grow(self) -> set[int]:
         """A token for every row; the batches of rows that finished."""
         assert self._logits is not None
         assert self._continuation is not None
-        drawn_so_far = [(row, len(row.growing.tokens)) for row in self._alive]
-        uniforms = torch.tensor([row.uniforms[t] for row, t in drawn_so_far], dtype=torch.float64)
+        uniforms = torch.tensor([row.uniform for row in self._alive], dtype=torch.float64)
         chosen, logprobs = self._draw(self._logits, uniforms.to(self._logits.device), self._settings)
+        if (ending := self._keep.ending) is not None:
+            law = token_law(self._logits, torch.stack([chosen, torch.full_like(chosen, ending)], dim=1))
+            values = [law.logprob[:, 0], law.entropy, law.certainty, law.likeliest, law.logprob[:, 1]]
+            for row, of_row in zip(self._alive, np.stack(values, axis=1), strict=True):
+                row.growing.laws.append(of_row)
         drawn = enumerate(zip(self._alive, chosen.tolist(), logprobs.tolist(), strict=True))
-        going_on = [
-            place for place, (row, token, logprob) in drawn if row.growing.take(token, logprob) and self._is_wanted(row)
-        ]
+        going_on = [place for place, (row, token, logprob) in drawn if self._goes_on(row, token, logprob)]
         ended = {row.batch for row in self._alive if row.done}
         if not going_on:
             begun = self._begun
@@ -261,5 +287,9 @@ class RefilledBatch:
             self._continuation.keep(kept)
             chosen = chosen[kept]
             self._alive = [self._alive[place] for place in going_on]
-        self._logits = self._continuation.extend(chosen[:, None], logits=True).logits
+        found = self._continuation.extend(chosen[:, None], self._keep.layers, logits=True)
+        self._logits = found.logits
+        if self._keep.layers:
+            for place, row in enumerate(self._alive):
+                row.growing.states.append({layer: state[place, -1] for layer, state in found.states.items()})
         return ended

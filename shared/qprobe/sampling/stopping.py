@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qprobe.models.keeping import NOTHING, Keep
+from qprobe.models.likelihood_columns import TokenLaw, columns_of
 from qprobe.models.tokenizer import Tokenizer
 from qprobe.sampling.base import Completion, SamplingSettings
 from qprobe.sampling.law import Drawn
@@ -73,6 +80,9 @@ class Growing:
         stops: of the sampler's settings.
         tokens: drawn so far, without the end of sequence.
         reason: why it ended; empty while it goes on.
+        keep: what is kept of it.
+        states: of the kept layers, (D,) each: behind the prompt, and behind every token that was run.
+        laws: of every token that was drawn: the fields of `TokenLaw`, and the log-probability of the ending there.
     """
 
     prompt: Sequence[int]
@@ -81,6 +91,9 @@ class Growing:
     stops: StopTexts
     tokens: list[int] = field(default_factory=list)
     reason: str = ""
+    keep: Keep = NOTHING
+    states: list[dict[int, Tensor]] = field(default_factory=list)
+    laws: list[NDArray[np.float64]] = field(default_factory=list)
     _end: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
 
@@ -97,9 +110,24 @@ class Growing:
             self.reason = "length"
         return not self.reason
 
+    def lacks_a_step(self) -> bool:
+        """Whether it has ended by a token that is part of it, and what is behind that is kept."""
+        return bool(self.keep) and len(self.laws or self.states) <= self.stops.cut(self.prompt, self.tokens)[1]
+
     def completion(self) -> Completion:
         text, kept = self.stops.cut(self.prompt, self.tokens)
-        return Completion(text, self.tokens[:kept], self.reason, float(sum(self._logprobs)), self.seed)
+        completion = Completion(text, self.tokens[:kept], self.reason, float(sum(self._logprobs)), self.seed)
+        # Where nobody wanted it any more, there may be less.
+        if not self.keep or (self.keep.layers and len(self.states) <= kept):
+            return completion
+        states = {layer: self.states[kept][layer].float().cpu() for layer in self.keep.layers}
+        if self.keep.ending is not None:
+            if len(self.laws) <= kept:
+                return completion
+            values = np.stack(self.laws[: kept + 1])
+            values[-1, 0] = ending = values[-1, -1]
+            states[self.keep.as_layer] = torch.from_numpy(columns_of(TokenLaw(*values.T[:-1]), ending)).float()
+        return replace(completion, states=states)
 
     def drawn(self) -> Drawn:
         """With all its tokens."""

@@ -4,18 +4,20 @@
     result = await dispatcher.submit("draw", item, key=law, size=8, until=time.monotonic() + 60)
 
 A lane that stands first is served first: what finishes a request goes before what begins one. A batch is the oldest job of a
-lane with all others of the same key. A batch that fails is done again job by job, so that one client's fault is his own.
+lane with all others of the same key, and whoever of this key comes while it runs, where the work asks for more: as long as there
+is place, and nothing else waits. A batch that fails is done again job by job, so that one client's fault is his own.
 
-Where it stops: a batch that runs is not added to; a job whose client has gone leaves it where the work asks `Job.wanted`.
+Where it stops: a job whose client has gone leaves a batch where the work asks `Job.wanted`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,35 +60,55 @@ class Lane:
 
     Args:
         name: for `submit`, and for who counts.
-        work: gives a result a job, in order; it runs in the dispatcher's thread.
+        work: gives every job with its result as it is done; it runs in the dispatcher's thread. It is given the jobs, and what it
+            may ask for another one, None where there is none now.
         most: rows of a batch, a single job apart.
         gather: seconds to wait for more jobs.
         done: told of every batch: jobs, rows, seconds.
     """
 
     name: str
-    work: Callable[[Sequence[Job]], Sequence[Any]]
+    work: Callable[[Sequence[Job], Callable[[], Job | None]], Iterable[tuple[Job, Any]]]
     most: int
     gather: float = 0.0
     done: Callable[[str, int, int, float], None] = lambda *_: None
     waiting: deque[Job] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, job: Job) -> None:
+        with self._lock:
+            self.waiting.append(job)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job that may wait no more."""
+        with self._lock, contextlib.suppress(ValueError):
+            self.waiting.remove(job)
 
     def batch(self) -> list[Job]:
         """Take the oldest job that is wanted and all that go with it; jobs that nobody wants are dropped."""
-        while self.waiting and not self.waiting[0].wanted():
-            _fail(self.waiting.popleft(), TooLate())
-        taken: list[Job] = []
-        rows = 0
-        for job in list(self.waiting):
-            if taken and (job.key != taken[0].key or rows + job.size > self.most):
-                continue
-            self.waiting.remove(job)
-            if job.wanted():
-                taken.append(job)
-                rows += job.size
-            else:
-                _fail(job, TooLate())
-        return taken
+        with self._lock:
+            while self.waiting and not self.waiting[0].wanted():
+                _fail(self.waiting.popleft(), TooLate())
+            taken: list[Job] = []
+            rows = 0
+            for job in list(self.waiting):
+                if taken and (job.key != taken[0].key or rows + job.size > self.most):
+                    continue
+                self.waiting.remove(job)
+                if job.wanted():
+                    taken.append(job)
+                    rows += job.size
+                else:
+                    _fail(job, TooLate())
+            return taken
+
+    def more(self, key: Hashable, rows: int) -> Job | None:
+        """Take the oldest job, where it goes with a batch of a key that has so many rows; asked by the thread that works."""
+        with self._lock:
+            job = self.waiting[0] if self.waiting else None
+            if job is None or job.key != key or rows + job.size > self.most or not job.wanted():
+                return None
+            return self.waiting.popleft()
 
 
 class Dispatcher:
@@ -131,7 +153,7 @@ class Dispatcher:
             Exception: what the work raised for this job.
         """
         job = Job(item, key, size, until, asyncio.get_running_loop().create_future())
-        self.lanes[lane].waiting.append(job)
+        self.lanes[lane].put(job)
         self._woken.set()
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + give_up - time.monotonic()):
@@ -140,8 +162,7 @@ class Dispatcher:
             raise TooLate from None
         finally:
             job.gone = True
-            with contextlib.suppress(ValueError):  # while a long batch runs, those who came and went would pile up
-                self.lanes[lane].waiting.remove(job)
+            self.lanes[lane].drop(job)  # while a long batch runs, those who came and went would pile up
 
     async def run(self, work: Callable[[], Any]) -> Any:
         """Do something alone in the dispatcher's thread."""
@@ -161,10 +182,27 @@ class Dispatcher:
             if jobs := lane.batch():
                 await self._done(lane, jobs)
 
+    def _worked(self, lane: Lane, jobs: list[Job], loop: asyncio.AbstractEventLoop) -> None:
+        """Do a batch, in the thread; jobs that it takes on the way are added to the list."""
+        others = [other for other in self.lanes.values() if other is not lane]
+        rows = sum(job.size for job in jobs)
+
+        def more() -> Job | None:
+            nonlocal rows
+            if any(other.waiting for other in others) or (job := lane.more(jobs[0].key, rows)) is None:
+                return None
+            jobs.append(job)
+            rows += job.size
+            return job
+
+        for job, result in lane.work(list(jobs), more):
+            rows -= job.size
+            loop.call_soon_threadsafe(_succeed, job, result)
+
     async def _done(self, lane: Lane, jobs: list[Job]) -> None:
-        began = time.monotonic()
+        began, loop = time.monotonic(), asyncio.get_running_loop()
         try:
-            results = await self.run(lambda: lane.work(jobs))
+            await self.run(lambda: self._worked(lane, jobs, loop))
         except asyncio.CancelledError:
             for job in jobs:
                 job.gone = True  # so that the thread comes to its end
@@ -174,16 +212,18 @@ class Dispatcher:
             if len(jobs) == 1:
                 _fail(jobs[0], error)
                 return
-            for job in jobs:
+            for job in [job for job in jobs if not job.future.done()]:
                 if job.wanted():
                     await self._done(lane, [job])
                 else:
                     _fail(job, TooLate())
             return
         lane.done(lane.name, len(jobs), sum(job.size for job in jobs), time.monotonic() - began)
-        for job, result in zip(jobs, results, strict=True):
-            if not job.future.done():
-                job.future.set_result(result)
+
+
+def _succeed(job: Job, result: Any) -> None:
+    if not job.future.done():
+        job.future.set_result(result)
 
 
 def _fail(job: Job, error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from qprobe.models.language_model import EMBEDDED, EMBEDDED_FILE
 from qprobe.models.loading import load
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, SamplingSettings, sample_seeds
+from qprobe.sampling.base import Batch
 from qprobe.sampling.hf import HFSampler
 from qprobe.serving.batching import Dispatcher, Job, TooLate
 from qprobe.serving.protocol import Refused, refuse_law
@@ -123,16 +124,26 @@ class OwnModel:
         self.dispatcher: Dispatcher | None = None
 
     def warm(self) -> None:
-        """Load the model."""
-        _ = self._sampler.passes
+        """Load the model, and know how many rows it likes."""
+        self._sampler.warm()
 
-    def work(self, jobs: Sequence[Job]) -> list[list[Completion]]:
-        """The finished completions of every job; its rows leave when nobody wants it any more."""
+    def work(self, jobs: Sequence[Job], more: Callable[[], Job | None]) -> Iterator[tuple[Job, list[Completion]]]:
+        """The finished completions of every job; its rows leave when nobody wants it any more, and others take their place."""
         sampler = self._with(jobs[0].key)
-        drawn = sampler.sample(
-            [job.item[0] for job in jobs], [job.item[1] for job in jobs], lambda place: jobs[place].wanted()
-        )
-        return [[completion for completion in of_job if completion.finish_reason] for of_job in drawn]
+        begun: list[Job] = []
+
+        def batches() -> Iterator[Batch | None]:
+            first = iter(jobs)
+            while True:
+                job = next(first, None) or more()
+                if job is None:
+                    yield None
+                else:
+                    begun.append(job)
+                    yield [job.item[0]], [job.item[1]]
+
+        for number, (drawn,) in sampler.sample_batches(batches(), lambda number, _: begun[number].wanted()):
+            yield begun[number], [completion for completion in drawn if completion.finish_reason]
 
     async def draw(self, asked: Asked) -> Draws:
         refuse_law(asked.given)

@@ -5,6 +5,7 @@ Policy(sampler, embedder, QProbe.from_pretrained("probe/")).answer("Describe the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,13 @@ from typing import Any, overload
 import torch
 
 from qprobe.embedding import LIKELIHOOD, Embedder, columns_identity, tables_of, tokens_to_read
+from qprobe.embedding.hf import HFEmbedder
 from qprobe.probe import selection
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
 from qprobe.sampling import Completion, Sampler, sample_seeds
+from qprobe.sampling.hf import HFSampler
 from qprobe.store.jsonl import plain_prompt
 
 OnePrompt = str | Sequence[dict[str, str]] | Prompt
@@ -112,7 +115,8 @@ class Policy:
     """The policy of a Q-probe: softmax(Q / beta) over k completions of the base model.
 
     Args:
-        sampler: draws the k = `sampler.settings.n` candidates.
+        sampler: draws the k = `sampler.settings.n` candidates. Where the embedder reads the same model, the policy's own copy of
+            the sampler keeps what the probe reads while it draws, and no completion is read again.
         embedder: embeds them; its model must be the one that the probe was trained on.
         probe: scores them.
         style: what plain text is to the model, `chat` (a user's message) or `text` (to be continued); None takes what the
@@ -142,6 +146,11 @@ class Policy:
         if not self.beta >= 0:
             raise ValueError(f"beta is {self.beta}: a temperature is 0 (the best candidate) or more.")
         self.layer = self._layer()
+        layers = self.blocks or (self.layer,)
+        if isinstance(sampler, HFSampler) and isinstance(embedder, HFEmbedder) and sampler.model == embedder.model:
+            keeping = copy.copy(sampler)
+            keeping.keep = embedder.kept(layers)
+            self.sampler = keeping
         if probe.source is not None:
             source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
             columns = columns_identity(embedder, self.blocks)
@@ -213,8 +222,19 @@ class Policy:
             rendered: of every prompt, as `sampler.render` gives it.
             drawn: of every prompt, one candidate at least.
         """
+        if (known := self.known(drawn)) is not None:
+            return known
         pairs = [[(completion.text, completion.token_ids) for completion in candidates] for candidates in drawn]
         return self._read(prompts, pairs, rendered)
+
+    def known(self, drawn: Sequence[Sequence[Completion]]) -> list[Read] | None:
+        """As `read`, of states that came with the candidates; None where one has none."""
+        layers = self.blocks or (self.layer,)
+        states = [completion.states or {} for candidates in drawn for completion in candidates]
+        if not all(layer in of_one for of_one in states for layer in layers):
+            return None
+        features = torch.stack([torch.cat([of_one[layer] for layer in layers]) for of_one in states])
+        return self._scored(features, list(map(len, drawn)))
 
     def scores(self, prompts: Sequence[OnePrompt], completions: Sequence[Sequence[str]]) -> list[list[float]]:
         """Q of completions that something else has drawn; the sampler only renders the prompts.
@@ -238,8 +258,12 @@ class Policy:
         rendered: Sequence[tuple[str, list[int]]] | None = None,
     ) -> list[Read]:
         """What the probe reads of texts and token ids (None where there are none) of each prompt's completions."""
-        layers, sizes = self.blocks or (self.layer,), [len(own) for own in completions]
+        layers = self.blocks or (self.layer,)
         features = features_of(self.sampler, self.embedder, layers, prompts, completions, rendered)
+        return self._scored(features, list(map(len, completions)))
+
+    def _scored(self, features: torch.Tensor, sizes: list[int]) -> list[Read]:
+        """Of so many candidates of each prompt."""
         if not bool(torch.isfinite(features).all()):
             raise NotFinite(
                 "The embeddings hold NaN or infinity: the model overflows in its dtype; use bfloat16 or float32."

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -294,6 +294,8 @@ class Service:
         completions: Sequence[Completion],
         give_up: float,
     ) -> Read:
+        if (known := loaded.policy.known([completions])) is not None:  # a dot product: not worth a queue
+            return known[0]
         item = (prompt, rendered, completions)
         try:
             found: Read = await self.dispatcher.submit(
@@ -310,10 +312,10 @@ class Service:
         except ValueError as error:  # what is too long for the embedder, in its own sentence
             raise Refused(400, str(error), code="context_length_exceeded") from None
 
-    def _score(self, jobs: Sequence[Job]) -> list[Read]:
+    def _score(self, jobs: Sequence[Job], more: object) -> Iterator[tuple[Job, Read]]:
         policy: Policy = jobs[0].item[0]
         prompts, rendered, drawn = zip(*(job.item[1] for job in jobs), strict=True)
-        return policy.read(prompts, rendered, drawn)
+        return zip(jobs, policy.read(prompts, rendered, drawn), strict=True)
 
     def _warm(self) -> None:
         if isinstance(self.source, OwnModel):
