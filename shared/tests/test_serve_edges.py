@@ -87,16 +87,16 @@ def test_a_list_that_cannot_be_answered_is_refused_as_a_whole(served: Served) ->
 def test_embeddings_that_overflow_are_the_servers_fault(
     probe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qprobe.serving import policy as policies
+    from qprobe.serving.policy import Policy
 
-    features_of = policies.features_of
+    scored = Policy._scored
     for failures, status in (("error", 500), ("first", 200)):
         with (
             serving(application(policy_of(probe), ServeSettings(when_scoring_fails=failures))) as served,
             monkeypatch.context() as spoiled,
         ):
             asked = body(served, max_tokens=2)
-            spoiled.setattr(policies, "features_of", lambda *given: features_of(*given) * math.nan)
+            spoiled.setattr(Policy, "_scored", lambda policy, features, sizes: scored(policy, features * math.nan, sizes))
             found, headers, said = post(f"{served.url}/chat/completions", asked)
         assert caplog.text.count("could not be scored: NotFinite") == 1
         caplog.clear()

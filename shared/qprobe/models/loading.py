@@ -254,6 +254,15 @@ def skeleton(spec: ModelSpec) -> Any:
             cached = try_to_load_from_cache(folder, "config.json", revision=spec.revision)
             if not isinstance(cached, str):
                 get_hf_file_metadata(hf_hub_url(folder, "config.json", revision=spec.revision))
-        config = AutoConfig.from_pretrained(folder, **arguments)
+
+    def make() -> Path:
+        return made_once(
+            _cached(spec, "config"),
+            lambda target: AutoConfig.from_pretrained(folder, **arguments).save_pretrained(target),
+        )
+
+    with _explained(spec):
+        source, options = _unpacked_or_packed(make, folder, arguments)  # reading a GGUF file's head takes seconds
+        config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

@@ -64,14 +64,15 @@ class Lane:
             may ask for another one, None where there is none now.
         most: rows of a batch, a single job apart.
         gather: seconds to wait for more jobs.
-        done: told of every batch: jobs, rows, seconds.
+        done: told of every job that is done: the lane's name, whether it is its batch's first, its rows, and the seconds since
+            the last one.
     """
 
     name: str
     work: Callable[[Sequence[Job], Callable[[], Job | None]], Iterable[tuple[Job, Any]]]
     most: int
     gather: float = 0.0
-    done: Callable[[str, int, int, float], None] = lambda *_: None
+    done: Callable[[str, bool, int, float], None] = lambda *_: None
     waiting: deque[Job] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -183,28 +184,33 @@ class Dispatcher:
                 await self._done(lane, jobs)
 
     def _worked(self, lane: Lane, jobs: list[Job], loop: asyncio.AbstractEventLoop) -> None:
-        """Do a batch, in the thread; jobs that it takes on the way are added to the list."""
+        """Do a batch, in the thread; the list holds the jobs that are in work, those that it takes on the way too."""
         others = [other for other in self.lanes.values() if other is not lane]
-        rows = sum(job.size for job in jobs)
+        rows, key = sum(job.size for job in jobs), jobs[0].key
+        first, began = True, time.monotonic()
 
         def more() -> Job | None:
             nonlocal rows
-            if any(other.waiting for other in others) or (job := lane.more(jobs[0].key, rows)) is None:
+            if any(other.waiting for other in others) or (job := lane.more(key, rows)) is None:
                 return None
             jobs.append(job)
             rows += job.size
             return job
 
         for job, result in lane.work(list(jobs), more):
+            jobs.remove(job)  # a batch that others join may never end
             rows -= job.size
+            now = time.monotonic()
+            lane.done(lane.name, first, job.size, now - began)
+            first, began = False, now
             loop.call_soon_threadsafe(_succeed, job, result)
 
     async def _done(self, lane: Lane, jobs: list[Job]) -> None:
-        began, loop = time.monotonic(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         try:
             await self.run(lambda: self._worked(lane, jobs, loop))
         except asyncio.CancelledError:
-            for job in jobs:
+            for job in list(jobs):
                 job.gone = True  # so that the thread comes to its end
                 _fail(job, TooLate())
             raise
@@ -212,13 +218,11 @@ class Dispatcher:
             if len(jobs) == 1:
                 _fail(jobs[0], error)
                 return
-            for job in [job for job in jobs if not job.future.done()]:
+            for job in jobs:
                 if job.wanted():
                     await self._done(lane, [job])
                 else:
                     _fail(job, TooLate())
-            return
-        lane.done(lane.name, len(jobs), sum(job.size for job in jobs), time.monotonic() - began)
 
 
 def _succeed(job: Job, result: Any) -> None:

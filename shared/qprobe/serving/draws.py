@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,20 +131,21 @@ class OwnModel:
     def work(self, jobs: Sequence[Job], more: Callable[[], Job | None]) -> Iterator[tuple[Job, list[Completion]]]:
         """The finished completions of every job; its rows leave when nobody wants it any more, and others take their place."""
         sampler = self._with(jobs[0].key)
-        begun: list[Job] = []
+        begun: dict[int, Job] = {}
 
         def batches() -> Iterator[Batch | None]:
-            first = iter(jobs)
+            first, number = deque(jobs), 0
             while True:
-                job = next(first, None) or more()
+                job = first.popleft() if first else more()
                 if job is None:
                     yield None
                 else:
-                    begun.append(job)
+                    begun[number] = job
+                    number += 1
                     yield [job.item[0]], [job.item[1]]
 
         for number, (drawn,) in sampler.sample_batches(batches(), lambda number, _: begun[number].wanted()):
-            yield begun[number], [completion for completion in drawn if completion.finish_reason]
+            yield begun.pop(number), [completion for completion in drawn if completion.finish_reason]
 
     async def draw(self, asked: Asked) -> Draws:
         refuse_law(asked.given)

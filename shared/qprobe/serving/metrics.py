@@ -37,9 +37,10 @@ class Metrics:
         )
         self.probe = Info("qprobe_probe", "The probe in use.", **more)
 
-    def batch(self, lane: str, jobs: int, rows: int, seconds: float) -> None:
-        self.batches.labels(lane).inc()
-        self.jobs.labels(lane).inc(jobs)
+    def done(self, lane: str, first: bool, rows: int, seconds: float) -> None:
+        """Count a request that is done, as `Lane.done` is told."""
+        self.batches.labels(lane).inc(first)
+        self.jobs.labels(lane).inc()
         self.rows.labels(lane).inc(rows)
         self.work.labels(lane).inc(seconds)
 

@@ -87,7 +87,7 @@ class Service:
         self.failure: Exception | None = None  # of loading
         self._in_work = 0
         self._took: deque[float] = deque([1.0], maxlen=_REMEMBERED)
-        rows, told = settings.batch_rows, metrics.batch
+        rows, told = settings.batch_rows, metrics.done
         lanes = [Lane(SCORE, self._score, rows, done=told)]
         if isinstance(source, OwnModel):
             lanes.append(Lane(DRAW, source.work, rows, gather=0.01, done=told))
