@@ -83,6 +83,9 @@ bench-executor: $(VENV)/.developed ## Programs a second: our executor, human-eva
 bench-back-ends: $(VLLM_VENV)/.installed ## The same work by transformers, vLLM and an API: pass rates, tokens, embeddings
 	$(VLLM_VENV)/bin/python code_gen/benchmarks/back_ends.py $(ARGS)
 
+bench-engines: $(VLLM_VENV)/.installed ## Drawing by ours, generate, vLLM and llama.cpp, in turns: tokens a second, share of the roofline (ten minutes)
+	$(VLLM_VENV)/bin/python shared/benchmarks/engines.py $(ARGS)
+
 ablation: $(VENV)/.installed ## Hidden state, likelihood columns, both; every loss by equal solvers: on the run of `make recorded_mbpp` (half an hour)
 	$(BIN)/python code_gen/evidence/blocks.py --run runs/recorded_mbpp $(ARGS)
 	$(BIN)/python code_gen/evidence/blocks.py --run runs/recorded_mbpp --to humaneval.sample mbpp-test.sample $(ARGS)
