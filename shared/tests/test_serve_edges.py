@@ -96,7 +96,9 @@ def test_embeddings_that_overflow_are_the_servers_fault(
             monkeypatch.context() as spoiled,
         ):
             asked = body(served, max_tokens=2)
-            spoiled.setattr(Policy, "_scored", lambda policy, features, sizes: scored(policy, features * math.nan, sizes))
+            spoiled.setattr(
+                Policy, "_scored", lambda policy, features, sizes: scored(policy, features * math.nan, sizes)
+            )
             found, headers, said = post(f"{served.url}/chat/completions", asked)
         assert caplog.text.count("could not be scored: NotFinite") == 1
         caplog.clear()

@@ -40,17 +40,35 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_threads_are_as_many_as_are_fast_and_come_back() -> None:
     machine = Machine(_1=100.0, _2=30.0)  # beside another process
     fitted = Threads(machine.speed, machine.clock)
+    assert fitted.fit() == 2  # it may be a moment
+    machine.now += 2.0
     assert fitted.fit() == 1
     machine.speeds = {1: 100.0, 2: 190.0}  # it has ended
+    machine.now += 2.0
     assert fitted.fit() == 1  # nobody has looked yet
-    machine.now = 60.0
+    machine.now += 60.0
+    assert fitted.fit() == 1
+    machine.now += 2.0
     assert fitted.fit() == 2
     assert torch.get_num_threads() == 2
 
 
+def test_a_moment_changes_nothing() -> None:
+    machine = Machine(_1=100.0, _2=190.0)
+    fitted = Threads(machine.speed, machine.clock)
+    for second in range(100):
+        machine.now = float(second)
+        machine.speeds[2] = 30.0 if second % 10 == 0 else 190.0
+        assert fitted.fit() == 2
+
+
 @pytest.mark.parametrize(("two", "wanted"), [(200.0, 2), (99.0, 2), (90.0, 2), (80.0, 1)])
 def test_another_number_has_to_be_worth_it(two: float, wanted: int) -> None:
-    assert Threads(Machine(_1=100.0, _2=two).speed).fit() == wanted
+    machine = Machine(_1=100.0, _2=two)
+    fitted = Threads(machine.speed, machine.clock)
+    fitted.fit()
+    machine.now = 60.0
+    assert fitted.fit() == wanted
 
 
 def test_halves_and_doubles_are_tried_up_to_what_there_was_at_first() -> None:
@@ -58,14 +76,14 @@ def test_halves_and_doubles_are_tried_up_to_what_there_was_at_first() -> None:
     machine = Machine(_8=1.0, _4=2.0, _2=4.0, _1=1.0)
     fitted = Threads(machine.speed, machine.clock)
     found = []
-    for now in range(0, 300, 60):
+    for now in range(0, 480, 60):
         machine.now = float(now)
         found.append(fitted.fit())
-    assert found == [4, 2, 2, 2, 2]
+    assert found == [8, 4, 4, 2, 2, 2, 2, 2]
     assert set(machine.asked) == {8, 4, 2, 1}
     machine.speeds = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}
-    for now in (400.0, 500.0, 600.0):
-        machine.now = now
+    for now in range(500, 1100, 100):
+        machine.now = float(now)
         fitted.fit()
     assert torch.get_num_threads() == 8  # and never 16
 

@@ -16,9 +16,11 @@ from collections.abc import Callable
 import torch
 
 SETTING = "OMP_NUM_THREADS"
-# Seconds from one measurement to the next, and of each number of threads in each of two turns: longer than a scheduler's slice.
-_EVERY, _EACH = 10.0, 0.02
-# Another number is taken where it is faster by this: a change costs, and a measurement is not exact.
+# Seconds from one measurement to the next, and to the one that has to confirm what it found: a moment's work of others is none.
+_EVERY, _AGAIN = 10.0, 1.0
+# Seconds of each number of threads in each of two turns: longer than a scheduler's slice.
+_EACH = 0.02
+# Another number is taken where it is faster by this, twice: a change costs, and a measurement is not exact.
 _WORTH = 1.15
 
 
@@ -34,6 +36,7 @@ class Threads:
         self._speed = speed
         self._clock = clock
         self._most = 0
+        self._found = 0
         self._next = -float("inf")
 
     def fit(self) -> int:
@@ -52,8 +55,11 @@ class Threads:
             for count in [*tried, *reversed(tried)]:
                 speeds[count] += self._speed(count)
             best = max(tried, key=lambda count: speeds[count])
-            torch.set_num_threads(best if speeds[best] > _WORTH * speeds[now] else now)
-        self._next = self._clock() + _EVERY
+            found = best if speeds[best] > _WORTH * speeds[now] else now
+            confirmed, self._found = found == self._found, found
+            torch.set_num_threads(found if confirmed else now)
+        changes = len(tried) > 1 and self._found != torch.get_num_threads()
+        self._next = self._clock() + (_AGAIN if changes else _EVERY)
         return torch.get_num_threads()
 
 
