@@ -37,7 +37,7 @@ class ScriptedRun:
             logits[place, self.scripts[row][self.step]] = 5.0
         return logits
 
-    def prefill(self, _prompts: Any, logits: bool) -> prefix.Prefix:
+    def prefill(self, _prompts: Any, _layers: Any, logits: bool) -> prefix.Prefix:
         assert logits
         return prefix.Prefix(None, torch.empty(0), torch.empty(0), self.scores(), {})
 
@@ -47,7 +47,7 @@ class ScriptedRun:
     def keep(self, rows: Tensor) -> None:
         self.rows = [self.rows[place] for place in rows.tolist()]
 
-    def extend(self, ids: Tensor, logits: bool) -> prefix.Extension:
+    def extend(self, ids: Tensor, _layers: Any, logits: bool) -> prefix.Extension:
         assert logits
         assert ids[:, 0].tolist() == [self.scripts[row][self.step] for row in self.rows]
         self.step += 1
