@@ -82,6 +82,8 @@ def image(figure: Figure, suffix: str) -> bytes:
     out = io.BytesIO()
     with own_style():
         figure.savefig(out, format=suffix, metadata=_NO_METADATA[suffix])
+        # Half of the time is the layout, and what stands where is settled now: the next format takes it as it is.
+        figure.set_layout_engine("none")
     return out.getvalue()
 
 
