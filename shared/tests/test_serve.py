@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from served import Served, counted, policy_of, post, save_probe, serving
 
+from qprobe import models
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.prefix import plain_attention
 from qprobe.prompts import Prompt
-from qprobe.sampling import Completion
+from qprobe.sampling import Completion, sample_seeds
+from qprobe.sampling.hf import HFSampler
 from qprobe.serving import app as routes
 from qprobe.serving.policy import Policy
 from qprobe.serving.running import application
@@ -160,6 +164,27 @@ def test_given_candidates_are_scored(served: Served, policy: Policy) -> None:
     assert post(f"{served.url}/score", {"prompt": "x", "messages": MESSAGES, "candidates": ["a"]})[0] == 400
 
 
+def test_logprobs_of_the_answer_are_the_models_own(served: Served, policy: Policy) -> None:
+    with served.client() as client:
+        answer = client.chat.completions.create(
+            model=name_of(served), messages=MESSAGES, logprobs=True, extra_body={"qprobe": {"seed": 5}}
+        )
+    sampler = policy.sampler
+    assert isinstance(sampler, HFSampler)
+    text, prompt = sampler.render(Prompt("t", messages=tuple(MESSAGES)))
+    (drawn,) = sampler.sample([prompt], [sample_seeds(5, text, sampler.settings.n)])
+    tokens = drawn[policy.choose(MESSAGES, 5).chosen].token_ids or []
+    model = models.load(sampler.model).model
+    with torch.inference_mode(), plain_attention(model):
+        law = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    wanted = law.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.content is not None
+    assert [token.logprob for token in found.content] == pytest.approx(wanted, abs=1e-4)
+    assert len(found.content) == len(tokens) > 0
+
+
 WRONG: list[tuple[Any, int, str]] = [
     (b"{", 400, "JSON"),
     (b"[]", 400, "object"),
@@ -178,7 +203,7 @@ WRONG: list[tuple[Any, int, str]] = [
     ({"qprobe": {"beta": -1}}, 400, "qprobe.beta"),
     ({"max_tokens": 1000}, 400, "max_new_tokens"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
-    ({"logprobs": True}, 400, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 3}, 400, "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
 ]
 

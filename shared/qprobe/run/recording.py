@@ -275,7 +275,7 @@ class RecordedSampler:
 
     @functools.cached_property
     def _by_seed(self) -> dict[int, Completion]:
-        names = [field.name for field in dataclasses.fields(Completion) if field.name not in ("text", "states")]
+        names = [field.name for field in dataclasses.fields(Completion) if field.compare and field.name != "text"]
         rows = self.recording.completions(self.kind)
         return {row["seed"]: Completion(row["completion"], **{name: row[name] for name in names}) for row in rows}
 

@@ -103,6 +103,7 @@ class Completion:
             those that ended the completion (end of sequence, stop text). NaN where unknown. An API that does not tell the
             probability of the end is summed over what it tells.
         seed: of this sample.
+        logprobs: of every one of `token_ids`, untempered, in nats; None where unknown. In no table.
         states: what an embedder would read of it, layer -> (D,) float32, where the sampler was asked to keep it; in no table.
     """
 
@@ -111,6 +112,7 @@ class Completion:
     finish_reason: str
     logprob: float
     seed: int
+    logprobs: Sequence[float] | None = field(default=None, repr=False, compare=False)
     states: Mapping[int, Tensor] | None = field(default=None, repr=False, compare=False)
 
 

@@ -116,7 +116,8 @@ class Growing:
 
     def completion(self) -> Completion:
         text, kept = self.stops.cut(self.prompt, self.tokens)
-        completion = Completion(text, self.tokens[:kept], self.reason, float(sum(self._logprobs)), self.seed)
+        tokens, summed = self.tokens[:kept], float(sum(self._logprobs))
+        completion = Completion(text, tokens, self.reason, summed, self.seed, self._logprobs[:kept])
         # Where nobody wanted it any more, there may be less.
         if not self.keep or (self.keep.layers and len(self.states) <= kept):
             return completion

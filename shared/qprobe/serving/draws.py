@@ -148,7 +148,8 @@ class OwnModel:
             yield begun.pop(number), [completion for completion in drawn if completion.finish_reason]
 
     async def draw(self, asked: Asked) -> Draws:
-        refuse_law(asked.given)
+        told = asked.chat and asked.given.get("logprobs") is True
+        refuse_law({name: value for name, value in asked.given.items() if not (told and name == "logprobs")})
         assert self.dispatcher is not None  # set by the service
         law, ids = asked.law, asked.rendered[1]
         try:
@@ -165,7 +166,16 @@ class OwnModel:
         usage = {"prompt_tokens": len(ids), "completion_tokens": drawn, "total_tokens": len(ids) + drawn}
         late = law.n - len(completions)
         faults = [f"{late} candidates were not finished in time"] if late else []
-        return Draws([_candidate(completion, asked.chat) for completion in completions], usage, self.name, faults)
+        candidates = [_candidate(c, asked.chat, self._logprobs(c) if told else None) for c in completions]
+        return Draws(candidates, usage, self.name, faults)
+
+    def _logprobs(self, completion: Completion) -> dict[str, Any]:
+        """As OpenAI has them, of the model's own law, and without the likeliest others."""
+        decode, content = load(self._sampler.model).tokenizer.decode, list[dict[str, Any]]()
+        for token, logprob in zip(completion.token_ids or [], completion.logprobs or [], strict=True):
+            text = decode([token])
+            content.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
+        return {"content": content, "refusal": None}
 
     async def close(self) -> None:
         """There are none."""
@@ -178,10 +188,10 @@ class OwnModel:
         return sampler
 
 
-def _candidate(completion: Completion, chat: bool) -> Candidate:
+def _candidate(completion: Completion, chat: bool, logprobs: dict[str, Any] | None) -> Candidate:
     said: dict[str, Any] = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
     said = said if chat else {"text": completion.text}
-    return Candidate(completion, said | {"logprobs": None, "finish_reason": completion.finish_reason})
+    return Candidate(completion, said | {"logprobs": logprobs, "finish_reason": completion.finish_reason})
 
 
 def model_name(name: str) -> str:
