@@ -18,7 +18,7 @@ import pytest
 from qprobe_code_gen.sandbox import Executor, Limits, Program, Verdict
 
 LINUX = sys.platform.startswith("linux")
-LIMITS = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mib=256, output_kib=64, processes=32, disk_mib=8)
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=2.5, memory_mib=256, output_kib=64, processes=32, disk_mib=8)
 TESTS = "assert answer() == 42"
 
 ENDS: dict[str, tuple[str, set[str]]] = {
