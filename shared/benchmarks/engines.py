@@ -227,17 +227,17 @@ def products(spec: ModelSpec) -> tuple[float, float]:
 def compare(arguments: argparse.Namespace, folder: Path) -> int:
     engines = [Engine(name, arguments, folder) for name in arguments.only]
     try:
+        begun = [engine for engine in engines if engine.ready()]
         for engine in engines:
-            if not engine.ready():
+            if engine not in begun:
                 print(f"{engine.name}: not run (see {engine.log})")
-        engines = [engine for engine in engines if engine.process.poll() is None]
-        rates: dict[str, list[float]] = {engine.name: [] for engine in engines}
-        each: dict[str, list[float]] = {engine.name: [] for engine in engines}
+        rates: dict[str, list[float]] = {engine.name: [] for engine in begun}
+        each: dict[str, list[float]] = {engine.name: [] for engine in begun}
         reached: list[float] = []
         for turn in range(arguments.rounds):
             flop, rate = products(ModelSpec(arguments.model))
             reached.append(rate)
-            for engine in engines:
+            for engine in begun:
                 share = arguments.share if engine.name in ("generate", "llama.cpp") else 1.0
                 seconds, drawn, read = engine.draw(max(1, math.ceil(arguments.prompts * share)), arguments.tokens)
                 rates[engine.name].append(drawn / seconds)
