@@ -268,9 +268,19 @@ def six_cpus() -> Iterator[Any]:
 
 @pytest.fixture
 def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures without embedded fonts, which take longer than the rest of a small run; test_report_figures.py has them."""
+    """Figures that nobody looks at are drawn, but not laid out and written: that takes longer than the rest of a small run.
+
+    test_report_figures.py has the real ones.
+    """
     drawing = pytest.importorskip("qprobe.report.drawing", reason="figures need the extra `report`")
-    monkeypatch.setitem(drawing._STYLE, "pdf.fonttype", 3)
+
+    def plain(figure: Any, suffix: str) -> bytes:
+        figure.set_layout_engine("none")
+        if suffix == "png":
+            figure.draw_without_rendering()
+        return f"a figure as {suffix}".encode()
+
+    monkeypatch.setattr(drawing, "image", plain)
 
 
 ARCHITECTURES = ("tiny_model", "tiny_sliding_model", "tiny_gpt2_model")

@@ -27,10 +27,7 @@ class Registry:
 
     def packages(self) -> dict[str, list[str]]:
         """Every name, with the distributions that register it."""
-        found: dict[str, list[str]] = {}
-        for entry in sorted(importlib.metadata.entry_points(group=self.group)):
-            found.setdefault(entry.name, []).append(_package(entry))
-        return found
+        return {name: [_package(entry) for entry in entries] for name, entries in self._entries().items()}
 
     def names(self) -> list[str]:
         """All names, in the order of the alphabet."""
@@ -45,20 +42,19 @@ class Registry:
         Raises:
             ValueError: no package registers the name, two do, or it cannot be imported.
         """
-        packages = self.packages()
-        if not packages:
+        registered = self._entries()
+        if not registered:
             raise ValueError(
                 f"No installed package registers {self.group}, not even Q-probe, which was installed before it did: say `make "
                 "setup`, or install it again with pip."
             )
-        if name not in packages:
-            near = meant(str(name), packages)
-            raise ValueError(f"{where} is {name!r}{near}: choose from {', '.join(packages)}.")
-        if len(packages[name]) > 1:
-            raise ValueError(
-                f"{where} is {name!r}, which {' and '.join(packages[name])} both register ({self.group}): uninstall one of them."
-            )
-        (entry,) = importlib.metadata.entry_points(group=self.group, name=name)
+        if name not in registered:
+            near = meant(str(name), registered)
+            raise ValueError(f"{where} is {name!r}{near}: choose from {', '.join(registered)}.")
+        if len(registered[name]) > 1:
+            both = " and ".join(map(_package, registered[name]))
+            raise ValueError(f"{where} is {name!r}, which {both} both register ({self.group}): uninstall one of them.")
+        (entry,) = registered[name]
         try:
             return entry.load()
         except Exception as error:
@@ -66,6 +62,12 @@ class Registry:
                 f"{where} is {name!r}, which {_package(entry)} registers as {entry.value} and which cannot be imported "
                 f"({type(error).__name__}: {error}): install what it lacks, update it or uninstall it."
             ) from error
+
+    def _entries(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
+        found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+        for entry in sorted(importlib.metadata.entry_points(group=self.group)):
+            found.setdefault(entry.name, []).append(entry)
+        return found
 
 
 def _package(entry: importlib.metadata.EntryPoint) -> str:

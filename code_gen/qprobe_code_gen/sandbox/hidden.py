@@ -1,11 +1,11 @@
 """Where answers lie: what holds the problems' solutions, and no program may read. One list, here. Standard library only."""
 
-# ruff: noqa: PTH100, PTH111, PTH114, PTH118, PTH119, PTH207, PTH208
+# ruff: noqa: PTH100, PTH111, PTH112, PTH114, PTH118, PTH119, PTH208
 # The zygote does without pathlib: what it loads, every fork copies.
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import os
 
 # Packages of benchmarks, and our own with its recorded completions: in every folder that packages are imported from. The
@@ -19,6 +19,7 @@ _CACHES = {
     "XDG_CACHE_HOME": ".cache/evalplus",
 }
 _PACKAGES = ("site-packages", "dist-packages")
+_DEPTH = 3  # of a folder that programs see, to a folder of packages: lib/python3.11/site-packages, with one to spare
 
 
 def caches() -> list[str]:
@@ -54,12 +55,27 @@ def found(visible: list[str], others: list[str]) -> list[str]:
     """
     packages = [folder for folder in visible if os.path.basename(folder) in _PACKAGES]
     for folder in visible:
-        for name in _PACKAGES:
-            for depth in ("", "*/", "*/*/", "*/*/*/"):
-                packages += glob.glob(f"{glob.escape(folder)}/{depth}{name}")
+        packages += _package_folders(folder, _DEPTH)
     wanted = {os.path.join(folder, entry) for folder in packages for entry in ENTRIES} | set(others)
     wanted |= {os.path.realpath(path) for path in wanted}
     return sorted(path for path in wanted if os.path.lexists(path) and beneath(path, visible))
+
+
+def _package_folders(folder: str, depth: int) -> list[str]:
+    """Folders of packages in a folder, and so many folders deeper; what cannot be listed has none."""
+    packages = [path for name in _PACKAGES if os.path.isdir(path := os.path.join(folder, name))]
+    if depth:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            deeper = [entry.path for entry in entries if _is_folder(entry)]
+            packages += [found for path in deeper for found in _package_folders(path, depth - 1)]
+    return packages
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link into what may not be entered, or to itself
+        return False
 
 
 def beneath(path: str, folders: list[str]) -> bool:
