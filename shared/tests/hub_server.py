@@ -31,6 +31,7 @@ class Hub:
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else a small answer waits 40 ms for the header to be acknowledged
             protocol_version = "HTTP/1.1"
 
             def _handle(self) -> None:

@@ -126,6 +126,7 @@ class Proxy:
         draws, lock, behind, owner = random.Random(seed), threading.Lock(), url.split("/")[2], self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else a small answer waits 40 ms for the header to be acknowledged
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
