@@ -93,8 +93,10 @@ def test_every_family_whose_prompts_are_shared_is_measured() -> None:
 )
 @pytest.mark.parametrize(("name", "attention"), [weighed(*way) for way in WAYS])
 def test_the_law_is_the_models(name: str, attention: str, dtype: str) -> None:
-    for path, found in bench.measure(bench.FAMILIES[name], bench.TYPES[dtype], attention, SEEDS):
-        assert len(found.ours) >= POSITIONS
+    # Without rounding there is no average to take: one model of random weights shows what five do.
+    seeds = 1 if dtype == "float32" else SEEDS
+    for path, found in bench.measure(bench.FAMILIES[name], bench.TYPES[dtype], attention, seeds):
+        assert len(found.ours) >= POSITIONS * seeds // SEEDS
         assert found.finite
         if dtype == "float32":
             assert found.ours.mean() < 1e-9, path
