@@ -76,6 +76,13 @@ def test_whether_more_candidates_would_help(half: float, said: str) -> None:
     assert said in next(sentence for sentence in found if sentence.startswith("Candidates: 4 earn"))
 
 
+def test_of_a_pair_the_gain_says_it_and_no_third_answer_is_asked_for() -> None:
+    two = completions.Tested(pool().joined, EvaluationSettings(bootstrap=500), 2, seed=0)
+    found = advice(two, [probe(0.8, 0.8)], None)
+    assert found
+    assert not [sentence for sentence in found if sentence.startswith("Candidates")]
+
+
 @pytest.mark.parametrize(
     ("low", "brier", "end"),
     [(0.75, 0.15, "none of these to the others."), (0.55, 0.15, "too little"), (0.75, 0.25, "too little")],
