@@ -346,12 +346,12 @@ def test_rows_that_nobody_wants_leave_and_disturb_nobody(leaving_model: ModelSpe
     seeds = [sample_seeds(0, f"task {p}", SETTINGS.n) for p in range(len(prompts))]
     asked: list[int] = []
 
-    def wanted(place: int) -> bool:
+    def wanted(_: int, place: int) -> bool:
         asked.append(place)
         return place != 2 or asked.count(2) <= 4
 
     whole = HFSampler(leaving_model, SETTINGS, rows_at_once=7).sample(prompts, seeds)
-    found = HFSampler(leaving_model, SETTINGS, rows_at_once=7).sample(prompts, seeds, wanted)
+    ((_, found),) = HFSampler(leaving_model, SETTINGS, rows_at_once=7).sample_batches([(prompts, seeds)], wanted)
     others = [place for place in range(len(prompts)) if place != 2]
     assert tokens_of([found[place] for place in others]) == tokens_of([whole[place] for place in others])
     assert any(completion.finish_reason == "" for completion in found[2])

@@ -81,7 +81,8 @@ def _sure(probe: Method, certainties: Certainties | None) -> list[str]:
 def _candidates(tested: Tested, probe: Method) -> list[str]:
     """What the second half of the candidates brought."""
     half = tested.k // 2
-    if probe.by_k is None or half not in tested.ks or half < 2:  # over one, it is the gain itself; and pairs have no third
+    # Over a single one it is the gain itself, and a pair has no third.
+    if probe.by_k is None or half not in tested.ks or half < 2:
         return []
     gain = tested.difference(probe.by_k[tested.ks.index(tested.k)], probe.by_k[tested.ks.index(half)])
     if beaten(gain):

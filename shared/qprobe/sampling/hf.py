@@ -67,22 +67,12 @@ class HFSampler(UsesModel, LocalSampler):
     def identity(self) -> dict[str, Any]:
         return super().identity() | law_of(self.model)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        wanted: Callable[[int], bool] | None = None,
-    ) -> list[list[Completion]]:
-        """As `Sampler.sample`.
-
-        Args:
-            wanted: of a prompt's place, asked after every token: where nobody wants its completions any more, those that are not
-                finished end there, with an empty finish_reason.
-        """
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
+        """As `Sampler.sample`."""
         check_seeds(prompts, seeds, self.settings.n)
         if not prompts:
             return []
-        ((_, completions),) = self.sample_batches([(prompts, seeds)], wanted and (lambda _, place: wanted(place)))
+        ((_, completions),) = self.sample_batches([(prompts, seeds)])
         return completions
 
     def sample_batches(
@@ -92,7 +82,8 @@ class HFSampler(UsesModel, LocalSampler):
 
         Args:
             batches: None where there is no more at the moment; it ends when then no row is left in work.
-            wanted: of a batch's number and a prompt's place in it, otherwise as of `sample`.
+            wanted: of a batch's number and a prompt's place in it, asked after every token: where nobody wants its completions
+                any more, those that are not finished end there, with an empty finish_reason.
         """
         language_model = self.passes.run.language_model
         stops, eos = StopTexts(models.load_tokenizer(self.model), self.settings), language_model.eos_token_ids
