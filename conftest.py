@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import re
@@ -34,6 +35,13 @@ import pytest
 import torch
 
 from qprobe.models.language_model import ModelSpec
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the collector need not look at them after every some tests."""
+    gc.collect()
+    gc.freeze()
+
 
 CORPUS = [
     "def add(first, second):\n    return first + second\n",
