@@ -203,7 +203,7 @@ class Server:
     def _logprobs(self, prompt: Sequence[int], ids: Sequence[int], chat: bool) -> Json:
         """Of every token that was drawn, the end of sequence among them, as vLLM gives them."""
         language_model = models.load(self.spec)
-        with torch.inference_mode():
+        with torch.inference_mode(), language_model.alone:
             scores = language_model.model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
         values = [float(scores[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]
         byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}

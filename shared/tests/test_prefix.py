@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_rows_may_be_dropped_before_the_first_step(run: PrefixRun, prompts: list
     continuation.keep(torch.tensor([2, 6]))
     found = continuation.extend(torch.tensor([[7, 8], [9, 10]]), (3,))
     hold(found, [[*prompts[1], 7, 8], [*prompts[4], 9, 10]], [2, 2])
+
+
+def test_threads_that_share_a_model_keep_to_their_own_passes(run: PrefixRun, random_ids: Ids, hold: Hold) -> None:
+    """One model, as `load` gives it; one thread copies keys and stops at the first layer, the others share what they may."""
+    ways = [(False, (2, 4), True, 3), (True, (1,), False, 1), (False, (3,), True, 2)]
+
+    def passes(copied: bool, layers: tuple[int, ...], logits: bool, count: int) -> list[prefix.Prefix]:
+        own = PrefixRun(run.language_model, copied)
+        return [own.prefill(random_ids([7] * count, seed), layers, logits) for seed in range(20)]
+
+    with ThreadPoolExecutor(len(ways)) as pool:
+        for found, (_, layers, logits, count) in zip(pool.map(passes, *zip(*ways, strict=True)), ways, strict=True):
+            for seed, one in enumerate(found):
+                assert sorted(one.states) == list(layers)
+                assert (one.logits is not None) == logits
+                hold(one, random_ids([7] * count, seed), [1] * count)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

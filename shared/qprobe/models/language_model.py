@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,17 @@ def _folder_digest(folder: Path) -> str:
 
 
 class LanguageModel:
-    """A frozen causal language model with its tokenizer."""
+    """A frozen causal language model with its tokenizer.
+
+    A pass over it is read by hooks and by an attention set on the model itself, and `load` gives one model to all who ask: whoever
+    runs it holds `alone`, so that threads take turns, pass by pass.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, spec: ModelSpec) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.spec = spec
+        self.alone = threading.RLock()
 
     @property
     def device(self) -> torch.device:

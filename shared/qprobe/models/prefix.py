@@ -118,7 +118,7 @@ class PrefixRun:
     """A language model made ready to continue shared prompts.
 
     Args:
-        language_model: of it `model`, `device` and `layer_count` are read.
+        language_model: of it `model`, `device` and `layer_count` are read, and `alone` is held during a pass.
         copied: keys and values are copied for every row, also where they could be shared.
     """
 
@@ -128,9 +128,7 @@ class PrefixRun:
         self.shared = not copied and shares_prefix(self.model)
         if self.shared:
             register()
-            self.model.set_attn_implementation(ATTENTION_NAME)
-        else:
-            self.model.set_attn_implementation(plain_name(self.model))
+        self._attention = ATTENTION_NAME if self.shared else plain_name(self.model)
 
     @property
     def tokens_per_pass(self) -> int:
@@ -239,7 +237,13 @@ class PrefixRun:
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True} | arguments
         stop_at = None if logits or last in layers or not layers else max(layers)
         scores: Tensor | None = None
-        with _recording(self.model, layers, last, states, stop_at), contextlib.suppress(_EnoughLayers):
+        with (
+            self.language_model.alone,
+            _recording(self.model, layers, last, states, stop_at),
+            contextlib.suppress(_EnoughLayers),
+        ):
+            if self.model.config._attn_implementation != self._attention:  # another run of the same model
+                self.model.set_attn_implementation(self._attention)
             if logits:
                 # The whole model, so that scaled or capped logits are the model's own. The last tokens by their numbers: a slice
                 # of a longer pass makes torch copy the head's weights once for every row (152,000 x 1,536 numbers: seconds).

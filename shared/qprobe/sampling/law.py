@@ -130,7 +130,7 @@ def compare(language_model: LanguageModel, drawn: Sequence[Sequence[Drawn]]) -> 
     """
     waiting = _spread(drawn)
     found: list[tuple[Drawn, torch.Tensor]] = []
-    with plain_attention(language_model.model):
+    with language_model.alone, plain_attention(language_model.model):
         check = _summed(language_model, found)
         while waiting and (not found or check.open):
             chosen, waiting = waiting[:_COMPLETIONS], waiting[_COMPLETIONS:]
