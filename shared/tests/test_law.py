@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -262,6 +263,7 @@ def planted(
             set_attn_implementation=lambda name: None,
         ),
         spec=ModelSpec("m"),
+        alone=contextlib.nullcontext(),
     )
     return model, [[row for row in rows if row.prompt == [p]] for p in range(4)]
 

@@ -149,14 +149,22 @@ def _folder_digest(folder: Path) -> str:
 class LanguageModel:
     """A frozen causal language model with its tokenizer.
 
-    A pass over it is read by hooks and by an attention set on the model itself, and `load` gives one model to all who ask: whoever
-    runs it holds `alone`, so that threads take turns, pass by pass.
+    A pass over it is read by hooks and by an attention set on the model itself, and `load` gives one model to all who ask:
+    whoever runs it holds `alone`, so that threads take turns, pass by pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, spec: ModelSpec) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.spec = spec
+        self.alone = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is another model, with a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name != "alone"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self.alone = threading.RLock()
 
     @property
