@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from qprobe import models
-from qprobe.models import language_model
+from qprobe.models import language_model, loading
 from qprobe.models.language_model import ModelSpec
 
 MakeModel = Callable[..., ModelSpec]
@@ -251,6 +252,28 @@ def test_a_package_that_loading_needs_is_named(tiny_model: ModelSpec, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match="transformers"):
         models.load_tokenizer.__wrapped__(tiny_model)
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_the_collector_rests_while_a_model_is_loaded_and_is_then_as_it_was(
+    tiny_model: ModelSpec, monkeypatch: pytest.MonkeyPatch, working: bool
+) -> None:
+    seen: list[bool] = []
+
+    def read(*_: Any) -> None:
+        seen.append(gc.isenabled())
+        raise OSError("unreadable")
+
+    monkeypatch.setattr(loading, "_tokenizer", read)
+    before = gc.isenabled()
+    (gc.enable if working else gc.disable)()
+    try:
+        with pytest.raises(OSError, match="unreadable"):
+            models.load_tokenizer.__wrapped__(tiny_model)
+        assert gc.isenabled() is working
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]
 
 
 @pytest.mark.parametrize(

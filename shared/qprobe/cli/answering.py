@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qprobe.cli import composition, uses
+from qprobe.models.loading import collector_at_rest
 from qprobe.probe.estimator import QProbe
 from qprobe.serving.many import Answering
 from qprobe.store import jsonl
@@ -60,7 +61,8 @@ def one(asked: Asked, prompt: str, show_candidates: bool) -> None:
     prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not prompt.strip():
         raise ValueError("The prompt is empty: give a text, or - and a text on the standard input.")
-    choice = composition.policy(asked.loaded(), asked.overrides, asked.beta).choose(prompt, asked.seed)
+    with collector_at_rest():  # most of the time it is imports that are waited for
+        choice = composition.policy(asked.loaded(), asked.overrides, asked.beta).choose(prompt, asked.seed)
     if show_candidates:
         for place, candidate in enumerate(choice.candidates):
             mark = "chosen" if place == choice.chosen else "      "

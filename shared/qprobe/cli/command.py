@@ -7,7 +7,9 @@ what is wrong is said in our words, and hands over to Hydra what only Hydra does
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
+import gc
 import importlib.metadata
 import os
 import sys
@@ -231,6 +233,8 @@ def guarded(name: str, work: Callable[[], int | None], debug: bool = False) -> i
 
     Returns: 0; 2 for a word of the command line that nothing knows, 130 where it was stopped by hand, 1 for every other fault.
     """
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)  # a process that ends does not collect what torch and transformers consist of (.7 s)
     try:
         return work() or 0
     except KeyboardInterrupt:

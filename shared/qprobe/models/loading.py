@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,18 @@ class OwnTokens:
 
     def encode_completion(self, text: str) -> list[int]:
         return load_tokenizer(self.model).encode_completion(text)
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """While transformers is imported and makes a model: a million objects that stay, and are not looked at again and again."""
+    working = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if working:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -108,6 +121,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=2)
+@collector_at_rest()
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """The tokenizer of a model; shared between calls."""
     folder, arguments = _loading_arguments(spec)
@@ -129,6 +143,7 @@ def _tokenizer(spec: ModelSpec, folder: str, arguments: dict[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=2)
+@collector_at_rest()
 def load(spec: ModelSpec) -> LanguageModel:
     """The model with its tokenizer, in evaluation mode, on its device; shared between calls.
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts are imported as they are used: a probe in use needs none
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from qprobe.probe.solvers.ridge import RidgeFit
 from qprobe.probe.solvers.rows import ROUNDING, Array, Floats, Integers
@@ -135,7 +134,9 @@ def _minimised(
     if scale == 0:
         return start
     options = {"maxiter": STEPS, "maxcor": 20, "ftol": 1e-15, "gtol": tolerance}
-    solved = minimize(lambda v: _scaled(objective(v), scale), first, jac=True, method="L-BFGS-B", options=options)
+    solved = scipy.optimize.minimize(
+        lambda v: _scaled(objective(v), scale), first, jac=True, method="L-BFGS-B", options=options
+    )
     own = solved.x / stretch
     return RidgeFit(np.zeros(z.shape[1]) if held else own[:length], own[length:])
 
@@ -157,7 +158,9 @@ def _cross_entropy(rows: SmoothRows) -> Evaluate:
     share, rewards = rows.weights / rows.weights.sum(), rows.rewards
 
     def evaluate(scores: Floats) -> tuple[float, Floats]:
-        return float(share @ (np.logaddexp(0, scores) - rewards * scores)), share * (expit(scores) - rewards)
+        return float(share @ (np.logaddexp(0, scores) - rewards * scores)), share * (
+            scipy.special.expit(scores) - rewards
+        )
 
     return evaluate
 
@@ -193,7 +196,7 @@ def _pairs(rows: SmoothRows) -> Evaluate:
 
     def evaluate(scores: Floats) -> tuple[float, Floats]:
         margin = scores[better] - scores[worse]
-        slope = share * expit(-margin)
+        slope = share * scipy.special.expit(-margin)
         derivative = np.bincount(worse, slope, minlength=len(scores)) - np.bincount(
             better, slope, minlength=len(scores)
         )

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # as in `smooth`
 from numpy.typing import DTypeLike, NDArray
-from scipy.linalg import blas, eigh
 
 from qprobe.probe.solvers.rows import VALUES_AT_A_TIME, Array, Floats, Integers, Rows, Scale
 
@@ -170,7 +170,7 @@ class Design:
         total = np.zeros((self.size, self.size), dtype=self.dtype, order="F")
         for name, weight in weighting.items():
             total += weight**2 * self._row_grams[name]
-        values, vectors = eigh(total, overwrite_a=True, lower=True, driver="evd", check_finite=False)
+        values, vectors = scipy.linalg.eigh(total, overwrite_a=True, lower=True, driver="evd", check_finite=False)
         values[~_kept(values, weighting)] = 0.0
         return OwnSpace(self, dict(weighting), values.astype(np.float64), vectors * np.sqrt(values), vectors, None)
 
@@ -184,7 +184,7 @@ class Design:
             self._column_grams[names] = gram
         factor = np.concatenate([np.full(self.rows.blocks[n].shape[1], w) for n, w in weighting.items()])
         factor = factor.astype(self.dtype)
-        values, axes = eigh(
+        values, axes = scipy.linalg.eigh(
             self._column_grams[names] * factor * factor[:, None], lower=True, driver="evd", check_finite=False
         )
         kept = _kept(values, weighting)
@@ -245,6 +245,7 @@ class OwnSpace:
 
 def _add_square(gram: Array, values: Array) -> None:
     """gram += values @ values.T, the lower half alone, in place."""
+    blas = scipy.linalg.blas
     syrk = blas.ssyrk if gram.dtype == np.float32 else blas.dsyrk
     if values.flags.f_contiguous:
         syrk(1.0, values, beta=1.0, c=gram, lower=1, overwrite_c=1)
