@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -198,3 +199,21 @@ def test_what_is_kept_while_drawing_is_what_the_embedder_reads(
         assert [c.score for c in one.candidates] == pytest.approx(
             [c.score for c in other.candidates], rel=1e-4, abs=1e-5
         )
+
+
+def test_threads_may_ask_one_policy(tiny_model: ModelSpec) -> None:
+    """As a web framework's threads do: each is answered as if it were alone."""
+    embedder = HFEmbedder(tiny_model, (3,))
+    features = np.random.default_rng(0).normal(size=(200, models.outline(tiny_model).width)).astype("float32")
+    probe = QProbe(loss="reward_mse", steps=20, beta=0.1)
+    probe.fit(features, (features[:, 0] > 0).astype("float32"), np.arange(200) // 4)
+    settings = SamplingSettings(n=4, temperature=1.0, top_p=1.0, max_new_tokens=8)
+    policy = Policy(HFSampler(tiny_model, settings), embedder, probe, style="text")
+    asked = [("the sea " * length, seed) for seed in range(4) for length in (1, 2, 3, 4)]
+    alone = [policy.choose(*one) for one in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: policy.choose(*one), asked))
+    for one, other in zip(found, alone, strict=True):
+        assert [candidate.text for candidate in one.candidates] == [candidate.text for candidate in other.candidates]
+        assert [c.score for c in one.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
+        assert one.chosen == other.chosen
