@@ -17,6 +17,7 @@ import torch
 
 from qprobe import models
 from qprobe.models import growing, pace
+from qprobe.models.attention import SharedPrompts
 from qprobe.models.keeping import Keep
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood_columns import LikelihoodColumns
@@ -175,6 +176,49 @@ def test_completions_are_those_of_single_rows_by_transformers_itself(
     assert tokens_of(found) == wanted
     reasons = {completion.finish_reason for of_prompt in found for completion in of_prompt}
     assert reasons == {"stop", "length"}
+
+
+def test_prompts_that_join_together_are_padded_to_little_more_than_their_own_length(
+    tiny_model: ModelSpec, random_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40, 8, 10, 11, 9, 12 tokens, in order of length within a batch: 8 to 10, 11 and 12, 40."""
+    widths: list[list[int]] = []
+    prefill = PrefixRun.prefill
+
+    def watched_prefill(run: PrefixRun, prompts: Sequence[Sequence[int]], *others: Any, **more: Any) -> Any:
+        widths.append([len(prompt) for prompt in prompts])
+        return prefill(run, prompts, *others, **more)
+
+    monkeypatch.setattr(PrefixRun, "prefill", watched_prefill)
+    batches = batches_of(random_ids((40, 8, 10, 11, 9, 12)), 6)
+    drawn(HFSampler(tiny_model, SETTINGS, rows_at_once=64), batches)
+    assert widths == [[8, 9, 10], [11, 12], [40]]
+    widths.clear()
+    drawn(HFSampler(tiny_model, SETTINGS, rows_at_once=64), batches_of(random_ids((20, 8, 20, 8)), 2))
+    assert widths == [[8], [20], [8], [20]]  # of two batches, each in its own order
+
+
+@pytest.mark.parametrize(
+    ("lengths", "widths", "rows", "waste"),
+    [
+        ((5, 5), (10, 10), (3, 4), 0),
+        ((9, 5), (10, 10), (3, 4), 4 * 4),  # the younger are fewer columns, of four rows
+        ((5, 5), (10, 30), (3, 4), 3 * 20),
+        ((9, 5), (10, 30), (3, 4), 4 * 4 + 3 * 20),
+    ],
+)
+def test_two_groups_become_one_at_the_price_of_empty_columns(
+    lengths: tuple[int, int], widths: tuple[int, int], rows: tuple[int, int], waste: int
+) -> None:
+    def group(length: int, width: int, count: int) -> growing.Group:
+        made = growing.Group(
+            SharedPrompts([], torch.ones(1, width, dtype=torch.bool), torch.zeros(count, dtype=torch.int64))
+        )
+        made.length = length
+        return made
+
+    one, other = (group(*traits) for traits in zip(lengths, widths, rows, strict=True))
+    assert growing._waste(one, other) == growing._waste(other, one) == pytest.approx(waste, abs=1e-3)
 
 
 def test_models_with_copied_keys_complete_a_batch_after_the_other(tiny_gpt2_model: ModelSpec, random_ids: Ids) -> None:

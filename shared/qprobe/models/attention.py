@@ -44,6 +44,11 @@ class SharedPrompts:
         self.layers = [(key.float().contiguous(), value.float().contiguous()) for key, value in self.layers]
         self._hidden = None if bool(self.mask.all()) else ~self.mask[self.owner][:, None, None, :]
 
+    @property
+    def width(self) -> int:
+        """Columns of the longest prompt."""
+        return self.mask.shape[1]
+
     def keep(self, rows: Tensor) -> SharedPrompts:
         """For fewer rows; prompts without rows are let go once they are half of all."""
         owner = self.owner[rows]

@@ -129,12 +129,7 @@ class GrowingRows:
         self._groups.append(Group(prompts))
         most = GROUPS.get(prompts.owner.device.type, _GROUPS_OF_A_GPU)
         while len(self._groups) > most:
-            # Padding costs what the shorter rows' empty columns cost at every step from now on.
-            waste = [
-                (younger.rows if younger.length < older.length else older.rows) * abs(older.length - younger.length)
-                + older.rows * younger.rows / 1e6  # of equals, the small ones
-                for older, younger in itertools.pairwise(self._groups)
-            ]
+            waste = [_waste(*pair) for pair in itertools.pairwise(self._groups)]
             place = waste.index(min(waste))
             self._groups[place : place + 2] = [self._groups[place].joined(self._groups[place + 1])]
 
@@ -177,6 +172,13 @@ class GrowingRows:
             own = slice(start, start + group.rows)
             start = own.stop  # before the group may lose rows
             yield group, own
+
+
+def _waste(one: Group, other: Group) -> float:
+    """What padding costs at every step from now on, if two groups become one: empty columns of the rows and of their prompts."""
+    own, prompts = other.length - one.length, other.prompts.width - one.prompts.width
+    empty = sum(abs(columns) * (one if columns > 0 else other).rows for columns in (own, prompts))
+    return empty + one.rows * other.rows / 1e6  # of equals, the small ones
 
 
 class Continuation:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qprobe.models.growing import Continuation
+from qprobe.models.growing import GROUPS, Continuation
 from qprobe.models.keeping import NOTHING, Keep
 from qprobe.models.likelihood_columns import token_law
 from qprobe.models.loading import is_out_of_memory
@@ -33,6 +33,9 @@ from qprobe.sampling.stopping import Growing
 
 # Share of the batch that joins together.
 REFILL = 1 / 8
+# On a processor prompts that join as a group are at most so many times as long as its shortest: every step reads the padding too.
+# HumanEval's, 64 x 8 completions, 512 rows at once (135M parameters, two cores): 637 tokens a second without, 800 to 870 with it.
+PADDED = 1.25
 Draw = Callable[[Tensor, Tensor, SamplingSettings], tuple[Tensor, Tensor]]
 
 
@@ -232,14 +235,13 @@ class RefilledBatch:
         last = rows[-1].key
         if self._begun is not None and (more := by_prompt.pop(self._begun[0], None)):
             parts.append((self._begun[1], [0] * len(more)))
-        if by_prompt:
-            own_prompts = [own[0].growing.prompt for own in by_prompt.values()]
-            prefix = self._run.prefill(own_prompts, self._keep.layers, logits=True)
-            parts.append((prefix, [place for place, own in enumerate(by_prompt.values()) for _ in own]))
+        for some in self._alike(list(by_prompt.values())):
+            prefix = self._run.prefill([own[0].growing.prompt for own in some], self._keep.layers, logits=True)
+            parts.append((prefix, [place for place, own in enumerate(some) for _ in own]))
         if not self._run.shared or not self._waiting or self._waiting[0].key != last:
             self._begun = None
         elif by_prompt:
-            self._begun = last, parts[-1][0].only(len(by_prompt) - 1)
+            self._begun = last, parts[-1][0].only(max(parts[-1][1]))
         logits = [] if self._logits is None else [self._logits]
         for row, (prefix, place) in zip(rows, ((p, place) for p, own in parts for place in own), strict=True):
             row.growing.states = [{layer: prefix.states[layer][place] for layer in self._keep.layers}]
@@ -252,6 +254,19 @@ class RefilledBatch:
             else:
                 self._continuation.join(prefix, places)
         self._logits = logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _alike(self, prompts: Sequence[Sequence[_Row]]) -> Iterator[Sequence[Sequence[_Row]]]:
+        """Rows by prompt, in the parts that become groups."""
+        apart = self._run.shared and self._run.language_model.device.type in GROUPS
+        part: list[Sequence[_Row]] = []
+        for own in prompts:
+            widths = [rows[0].width for rows in (*part, own)]
+            if part and apart and max(widths) > PADDED * min(widths):
+                yield part
+                part = []
+            part.append(own)
+        if part:
+            yield part
 
     def _goes_on(self, row: _Row, token: int, logprob: float) -> bool:
         """Give a row its next token; whether it stays in the batch."""
