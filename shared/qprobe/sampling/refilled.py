@@ -203,8 +203,11 @@ class RefilledBatch:
         count = bisect.bisect_right(range(1, len(offered) + 1), budget, key=lambda n: self._need(offered[:n]))
         count = max(count, not self._alive)
         if self._enough(count):
-            self._joining = [self._waiting.popleft() for _ in range(count)]
-            self._join(self._joining)
+            taken = [self._waiting.popleft() for _ in range(count)]
+            # Prompts of similar length beside each other, behind the one that is run already.
+            begun = self._begun[0] if self._begun else None
+            self._joining = sorted(taken, key=lambda row: (row.key != begun, row.width, row.key))
+            self._join(self._joining, taken[-1].key)
             self._alive += self._joining
             self._joining = []
 
@@ -228,20 +231,25 @@ class RefilledBatch:
             kept=len(self._keep.layers),
         )
 
-    def _join(self, rows: Sequence[_Row]) -> None:
-        """Run the rows' prompts, and put the rows behind the others."""
+    def _join(self, rows: Sequence[_Row], last: tuple[int, int]) -> None:
+        """Run the rows' prompts, and put the rows behind the others.
+
+        Args:
+            last: the prompt of which some rows may still wait.
+        """
         by_prompt = {key: list(own) for key, own in itertools.groupby(rows, key=lambda row: row.key)}
         parts: list[tuple[Prefix, list[int]]] = []
-        last = rows[-1].key
         if self._begun is not None and (more := by_prompt.pop(self._begun[0], None)):
             parts.append((self._begun[1], [0] * len(more)))
+        waits = self._run.shared and bool(self._waiting) and self._waiting[0].key == last
+        begun = self._begun if self._begun is not None and self._begun[0] == last else None
         for some in self._alike(list(by_prompt.values())):
             prefix = self._run.prefill([own[0].growing.prompt for own in some], self._keep.layers, logits=True)
             parts.append((prefix, [place for place, own in enumerate(some) for _ in own]))
-        if not self._run.shared or not self._waiting or self._waiting[0].key != last:
-            self._begun = None
-        elif by_prompt:
-            self._begun = last, parts[-1][0].only(max(parts[-1][1]))
+            places_of = {own[0].key: place for place, own in enumerate(some)}
+            if waits and last in places_of:
+                begun = last, prefix.only(places_of[last])
+        self._begun = begun if waits else None
         logits = [] if self._logits is None else [self._logits]
         for row, (prefix, place) in zip(rows, ((p, place) for p, own in parts for place in own), strict=True):
             row.growing.states = [{layer: prefix.states[layer][place] for layer in self._keep.layers}]
