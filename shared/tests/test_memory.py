@@ -58,9 +58,9 @@ def rows_in_work() -> Iterator[list[int]]:
     found: list[int] = []
     join = RefilledBatch._join
 
-    def watched(self: RefilledBatch, rows: Any) -> None:
+    def watched(self: RefilledBatch, rows: Any, last: Any) -> None:
         found.append(len(self._alive) + len(rows))
-        join(self, rows)
+        join(self, rows, last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RefilledBatch, "_join", watched)
@@ -207,10 +207,10 @@ def test_the_estimate_of_a_refilled_batch_is_what_is_allocated(
     footprint = memory.Footprint(run.language_model, run.shared, run.tokens_per_pass)
     join = RefilledBatch._join
 
-    def estimated(self: RefilledBatch, rows: Any) -> None:
+    def estimated(self: RefilledBatch, rows: Any, last: Any) -> None:
         nonlocal largest
         largest = max(largest, self._need(rows))
-        join(self, rows)
+        join(self, rows, last)
 
     batches = [(random_ids([length] * count), [[n * p + s for s in range(n)] for p in range(count)])] * 4
     with pytest.MonkeyPatch.context() as patch:
