@@ -1,6 +1,6 @@
 """Rows that grow from shared prompts, a token at a time, and are joined by others while they grow.
 
-Rows that joined together are a group: of equal age, so that their own keys lie in one buffer without padding. All groups run
+Rows that join in one call are a group: of equal age, so that their own keys lie in one buffer without padding. All groups run
 through the model's layers as one batch; only the attention goes group by group, on numbers that stay in a processor's cache.
 When there are more groups than `GROUPS`, two neighbours become one, the shorter rows padded on the left: a call costs time too.
 """
