@@ -136,7 +136,8 @@ def test_the_needs_of_a_table_are_words_before_work(
     # 2,412,000 tokens of 8 bytes, and 8,040 embeddings of 4,096 halves.
     assert f"On disk: at most {(2_412_000 * 8 + 8_040 * 8_192) / 2**20:.3g} MiB." in first
     tokens = 2_412_000 + 6_030
-    hours = 2 * CODE_LLAMA_PARAMETERS * tokens / 312e12 * (1 / 0.05 + 1 / 0.3) / 3600
+    hours = 2 * CODE_LLAMA_PARAMETERS * tokens / 312e12 / 0.05 / 3600  # what is drawn is not read again
+    assert "8,040 of them read while they are drawn" in first
     assert f"about {hours:.2g} hours of one A100" in model
     assert "no GPU is here" in model
     assert judge == "and a judge."

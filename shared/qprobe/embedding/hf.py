@@ -102,14 +102,18 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         self.passes.each(range(len(rows)), owner, prompts, need, read)
         return states
 
-    def kept(self, layers: Sequence[int]) -> Keep:
-        """What a sampler of the same model is to keep, so that these of the embedder's layers need not be read; nothing where it
-        cannot: what is read behind a completion, an ending of several tokens or a question, is not drawn.
+    def is_drawn(self, layers: Sequence[int]) -> bool:
+        """Whether a sampler of the same model has these of the embedder's layers in its hands while it draws.
+
+        What is read behind a completion, an ending of several tokens or a question, is not drawn. Nothing is loaded, but a
+        tokenizer for an ending.
         """
+        return LIKELIHOOD not in layers or not self._columns.behind
+
+    def kept(self, layers: Sequence[int]) -> Keep:
+        """What the sampler is to keep where these layers are drawn, so that they need not be read."""
         if LIKELIHOOD not in layers:
             return Keep(tuple(layers))
-        if self._columns.behind:
-            return Keep()
         return Keep(tuple(layer for layer in layers if layer != LIKELIHOOD), self._columns.ending[0], LIKELIHOOD)
 
     @functools.cached_property

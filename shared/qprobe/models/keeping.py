@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Last tokens of a row in work whose states are held: a completion is cut behind one of them, wherever it ends.
+HELD = 32
+
 
 @dataclass(frozen=True)
 class Keep:

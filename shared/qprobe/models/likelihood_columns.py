@@ -205,7 +205,9 @@ class LikelihoodColumns(UsesModel, OwnTokens):
     @property
     def behind(self) -> list[int]:
         """What is read behind every completion: the ending but for its last token, or the question."""
-        return self.ending[:-1] if self.question is None else list(self.question.behind)
+        if self.question is not None:
+            return list(self.question.behind)
+        return [] if self._ending is None else self._ending[:-1]  # the end of text is one token
 
     @property
     def ending(self) -> list[int]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qprobe.models.keeping import HELD
 from qprobe.models.language_model import LanguageModel, ModelSpec
 from qprobe.models.loading import is_out_of_memory, load
 from qprobe.models.prefix import PrefixRun
@@ -94,7 +95,7 @@ class Footprint:
 
         Args:
             joining: of these prompts are run while the others' rows are in work; 0 where all are run at its beginning.
-            kept: layers whose states are kept, at every token.
+            kept: layers whose states are kept, of the last tokens.
         """
         scores = rows * self.vocabulary * self.bytes * 2  # of this step and of the last one
         at_once = min(rows * self.vocabulary, max(scores_at_once(self.device), self.vocabulary))
@@ -110,7 +111,7 @@ class Footprint:
             # The prompts' own, a copy of them, and every row's.
             held = 2 * self.prompts(count, width) + self.prompts(rows, seen)
             step = self.forward(rows, 1, seen) + self.prompts(rows, seen, 1)
-        held += kept * rows * (new_tokens + 1) * self.width * self.bytes
+        held += kept * (rows * min(new_tokens, HELD) + count) * self.width * self.bytes
         first = joining or count
         prefill = self.prefill(first, width) + first * self.vocabulary * self.bytes
         return max(prefill + (held + scores if joining else 0), held + scores + step)

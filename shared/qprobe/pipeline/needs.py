@@ -26,6 +26,7 @@ from qprobe.models.openai_client import Metered
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.prompts import Prompt
 from qprobe.run import lengths
+from qprobe.run.handing import can_hand
 from qprobe.run.pools import Keys, Pool
 from qprobe.run.recording import RecordedEmbedder, RecordedSampler
 from qprobe.store.table import Table
@@ -50,6 +51,7 @@ class Work:
         drawn_prompt_tokens: of the prompts, estimated.
         calls: prompts by sampling law, a call to an API each.
         rewarded: completions to reward.
+        handed: completions whose embeddings come along while they are drawn.
         read: rows to embed, and those whose likelihood is to be read.
         read_tokens: at most so many, of completions.
         read_prompt_tokens: of their prompts, estimated.
@@ -63,6 +65,7 @@ class Work:
     drawn_prompt_tokens: int = 0
     calls: int = 0
     rewarded: int = 0
+    handed: int = 0
     read: int = 0
     read_tokens: int = 0
     read_prompt_tokens: int = 0
@@ -124,6 +127,10 @@ def count(pipeline: Pipeline, names: Sequence[str]) -> Work:
             layers = tables_of(pipeline.embedder)
             left = _left(pool, [pool.features(pipeline.embedder, layer) for layer in layers])
             read = [left]
+            if "sample" in names and pool.split.recorded is None and can_hand(pool.sampler, pipeline.embedder, layers):
+                drawn = set(_left(pool, [pool.completions]))
+                read = [tuple(key for key in left if key not in drawn)]
+                found["handed"] += pool.rows(tuple(key for key in left if key in drawn))
             if pipeline.likelihood and pool.split.recorded is not None and pool.split in pipeline.tests:
                 read.append(_left(pool, [pool.likelihoods(pipeline.likelihood)]))
             found["features"] += pool.rows(left) * len(pipeline.embedder.layers)  # beside them the columns are few
@@ -228,7 +235,9 @@ def counted(work: Work) -> str:
             f"{work.drawn:,} completions of {work.prompts:,} prompts to draw (at most {work.drawn_tokens:,} tokens; about "
             f"{work.drawn_prompt_tokens:,} of prompts)"
         )
-    parts += [f"{number:,} to {verb}" for number, verb in ((work.rewarded, "reward"), (work.read, "read")) if number]
+    parts += [f"{work.handed:,} of them read while they are drawn"] if work.handed else []
+    parts += [f"{work.rewarded:,} to reward"] if work.rewarded else []
+    parts += [f"{work.read:,} to read"] if work.read else []
     return ", ".join(parts)
 
 

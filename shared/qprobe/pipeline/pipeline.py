@@ -38,6 +38,7 @@ class Pipeline(Setup):
         chosen = self.check(names)
         if self.shard[1] > 1:
             chosen = [stage for stage in chosen if stage.in_shards]
+        self.chosen = [stage.name for stage in chosen]
         for stage in chosen:
             for back_end in stage.back_ends(self):
                 stages.check(back_end)

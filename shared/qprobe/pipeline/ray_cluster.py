@@ -41,8 +41,9 @@ def execute(make: Make, names: Sequence[str], runner: dict[str, Any], more: Sequ
     needs.tell(pipeline, names, more, here=False)
     pipeline.check(names)
     on_ray = [name for name in SHARDED if name in names]
+    workers = functools.partial(_worker, make, names, Path.cwd())
     steps = [
-        build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(_worker, make, name, Path.cwd()))
+        build(Step, runner[name], f"runner.{name}", name=name, start=functools.partial(workers, name))
         for name in on_ray
     ]
     run_steps(batches_left(pipeline, on_ray), steps, runner["address"], pipeline.progress)
@@ -70,7 +71,7 @@ def make_batch(pipeline: Pipeline, name: str, pool_name: str, number: int) -> No
     pool = next(pool for pool in pipeline.pools if pool.name == pool_name)
     one = dataclasses.replace(pool, shard=(number, len(pool.batches)))
     if name == "sample":
-        stages.sample(one, progress=False)
+        stages.sample(one, False, pipeline.reader(pool))
     elif name == "reward":
         rewarding.reward(one, pipeline.reward_of(pool.split), progress=False)
     elif pool.kind == "sample":  # greedy completions are not embedded
@@ -79,9 +80,10 @@ def make_batch(pipeline: Pipeline, name: str, pool_name: str, number: int) -> No
             stages.likelihood(one, model, progress=False)
 
 
-def _worker(make: Make, stage: str, directory: Path) -> Callable[[Item], None]:
+def _worker(make: Make, names: Sequence[str], directory: Path, stage: str) -> Callable[[Item], None]:
     os.chdir(directory)  # paths of the configuration may be relative to it
     pipeline = make()
+    pipeline.chosen = names
 
     def work(item: Item) -> None:
         pool, number = item

@@ -53,6 +53,7 @@ class Setup:
         authors: the paper's procedure, whose probes are rows beside ours; None leaves them out.
         use: what an application needs besides a probe (sampler, style of the prompts, ...); saved in the probes' cards.
         progress: whether to show progress bars.
+        chosen: names of the stages that are run now.
 
     Raises:
         ValueError: a k larger than the pool, a layer that is not embedded, greedy decoding of recorded completions, a
@@ -82,6 +83,7 @@ class Setup:
     authors: Procedure | None = None
     use: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    chosen: Sequence[str] = field(default=(), init=False)
     _rows: dict[tuple[str, int], Joined] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +144,10 @@ class Setup:
     @property
     def training_pools(self) -> list[Pool]:
         return self.test_pools if self.training_split is None else self.sample_pools[:1]
+
+    def reader(self, pool: Pool) -> Embedder | None:
+        """The embedder, where the stages that are run let it read what they draw of a pool."""
+        return self.embedder if "embed" in self.chosen and pool.kind == "sample" else None
 
     @property
     def pools(self) -> list[Pool]:

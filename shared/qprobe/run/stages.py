@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.likelihood import Likelihood
 from qprobe.models.openai_client import Metered
+from qprobe.run.handing import can_hand, handing
 from qprobe.run.pools import Keys, Pool, completions_of
 from qprobe.run.runners.local import Work, run_stage
 from qprobe.sampling.law import TellsDrawn, Verifies, compare, noted
@@ -27,6 +30,8 @@ from qprobe.store.table import Table
 
 # Share of a table's rows that say nothing (empty completions, replies that could not be read) from which it is said.
 MANY = 0.1
+# A batch's rows, and what came along with each.
+_Drawn = tuple[pa.Table, list[Mapping[int, Tensor] | None]]
 
 
 @runtime_checkable
@@ -69,8 +74,13 @@ def render_prompts(pool: Pool) -> None:
     table.write(keys, pa.table(columns, schema=store.PROMPTS))
 
 
-def sample(pool: Pool, progress: bool = True) -> None:
-    """Draw the pool's completions, or write down those that are there already."""
+def sample(pool: Pool, progress: bool = True, embedder: Embedder | None = None) -> None:
+    """Draw the pool's completions, or write down those that are there already.
+
+    Args:
+        embedder: it is to read them: a sampler that can hand over what it would read (`qprobe.run.handing`) does, and the
+            features of what is drawn are written with it.
+    """
     pool.prompts.check_inputs()  # its message names what differs; the completions know the prompts by their fingerprint
     table = pool.completions
     table.begin()
@@ -79,13 +89,18 @@ def sample(pool: Pool, progress: bool = True) -> None:
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
-    sampler: Any = pool.sampler
+    features, drawing = None, pool
+    if embedder is not None and can_hand(pool.sampler, embedder, layers := tables_of(embedder)):
+        drawing = dataclasses.replace(pool, sampler=handing(pool.sampler, embedder, layers))
+        features = _Features(pool, embedder)
+        features.begin()
+    sampler: Any = drawing.sampler
     verifies = isinstance(sampler, Verifies) and pool.split.recorded is None
     verified = False
 
-    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, pa.Table]]:
+    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, _Drawn]]:
         nonlocal verified
-        for keys, completions in pool.draw(batches, prompt_ids):
+        for keys, completions in drawing.draw(batches, prompt_ids):
             if verifies and not verified:  # before anything of it is kept
                 table.note("law", noted(sampler.verify()))
                 verified = True
@@ -99,9 +114,18 @@ def sample(pool: Pool, progress: bool = True) -> None:
                 "finish_reason": [c.finish_reason for c in flat],
                 "logprob": [c.logprob for c in flat],
             }
-            yield keys, pa.table(columns, schema=store.COMPLETIONS)
+            yield keys, (pa.table(columns, schema=store.COMPLETIONS), [completion.states for completion in flat])
 
-    _run(pool, f"sample {pool.kind}", table, _metered(pool.sampler, table, stage), progress)
+    def write(keys: Keys, drawn: _Drawn) -> None:
+        rows, states = drawn
+        table.write(keys, rows)
+        brought = [of_one for of_one in states if of_one is not None]
+        if features is not None and len(brought) == len(states):  # else `embed` reads them
+            together = {layer: torch.stack([of_one[layer] for of_one in brought]) for layer in features.tables}
+            features.write(keys, features.rows(rows["task_id"].to_pylist(), rows["sample"].to_pylist(), together))
+
+    works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.own_batches]
+    run_stage(f"sample {pool.kind}", works, _metered(pool.sampler, table, stage), write, progress=progress)
     if said := empties(pool):
         tqdm.write(said, file=sys.stderr)
 
@@ -122,41 +146,57 @@ def empties(pool: Pool) -> str | None:
     )
 
 
+class _Features:
+    """The tables of all that an embedder gives of a pool's completions, which are written together."""
+
+    def __init__(self, pool: Pool, embedder: Embedder) -> None:
+        self.tables = {layer: pool.features(embedder, layer) for layer in tables_of(embedder)}
+        self._given = isinstance(embedder, GivenEmbedder)
+        self._said_exact = False
+
+    def begin(self) -> None:
+        for table in self.tables.values():
+            table.begin()
+
+    def has(self, keys: Keys) -> bool:
+        return all(table.has(keys) for table in self.tables.values())
+
+    def rows(self, task_ids: list[str], samples: list[int], states: Mapping[int, Tensor]) -> dict[int, pa.Table]:
+        """The parts of every table: layer -> rows, of the states (N, D) of every layer."""
+        parts = {}
+        for layer in self.tables:
+            # Sums of log-probabilities need more digits than float16 has, and so may a user's own numbers.
+            own = layer == LIKELIHOOD or self._given
+            parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy(), exact=own)
+            if exact and not own and not self._said_exact:
+                self._said_exact = True
+                tqdm.write(f"layer {layer} holds values beyond float16: such parts are stored as float32.")
+        return parts
+
+    def write(self, keys: Keys, parts: Mapping[int, pa.Table]) -> None:
+        for layer, part in parts.items():
+            # A layer may be ahead of the others; rows that were written stay as they are.
+            if not self.tables[layer].has(keys):
+                self.tables[layer].write(keys, part)
+
+
 def embed(pool: Pool, embedder: Embedder, progress: bool = True) -> None:
-    """Embed prompt + completion of every row of the pool, all layers in one pass."""
-    tables = {layer: pool.features(embedder, layer) for layer in tables_of(embedder)}
-    for table in tables.values():
-        table.begin()
-    if all(table.has(keys) for table in tables.values() for keys in pool.own_batches):
+    """Embed prompt + completion of every row of the pool that nobody has handed over, all layers in one pass."""
+    features = _Features(pool, embedder)
+    features.begin()
+    works = [Work(keys, pool.rows(keys), features.has(keys)) for keys in pool.own_batches]
+    if all(work.done for work in works):
         return
     prompts = {row["task_id"]: row for row in pool.prompts.read([pool.task_ids]).to_pylist()}
-    said_exact = False
 
     def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, dict[int, pa.Table]]]:
-        nonlocal said_exact
         for keys in batches:
             rows = completions_of(pool, keys)
             states = _embed_once(embedder, *tokens_of(pool, keys, rows, prompts, embedder))
-            task_ids, samples = [r["task_id"] for r in rows], [r["sample"] for r in rows]
-            parts = {}
-            for layer in tables:
-                # Sums of log-probabilities need more digits than float16 has, and so may a user's own numbers.
-                own = layer == LIKELIHOOD or isinstance(embedder, GivenEmbedder)
-                parts[layer], exact = store.feature_rows(task_ids, samples, states[layer].numpy(), exact=own)
-                if exact and not own and not said_exact:
-                    said_exact = True
-                    tqdm.write(f"layer {layer} holds values beyond float16: such parts are stored as float32.")
-            yield keys, parts
+            yield keys, features.rows([row["task_id"] for row in rows], [row["sample"] for row in rows], states)
 
-    def write(keys: Keys, parts: dict[int, pa.Table]) -> None:
-        for layer, part in parts.items():
-            # A layer may be ahead of the others; rows that were written stay as they are.
-            if not tables[layer].has(keys):
-                tables[layer].write(keys, part)
-
-    works = [Work(k, pool.rows(k), all(t.has(k) for t in tables.values())) for k in pool.own_batches]
-    metered = _metered(embedder, tables[min(embedder.layers)], stage)
-    run_stage(f"embed {pool.kind}", works, metered, write, progress=progress)
+    metered = _metered(embedder, features.tables[min(embedder.layers)], stage)
+    run_stage(f"embed {pool.kind}", works, metered, features.write, progress=progress)
 
 
 def compare_law(pool: Pool, embedder: Embedder) -> None:

@@ -16,14 +16,14 @@ import bisect
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qprobe.models.growing import GROUPS, Continuation
-from qprobe.models.keeping import NOTHING, Keep
+from qprobe.models.keeping import HELD, NOTHING, Keep
 from qprobe.models.likelihood_columns import token_law
 from qprobe.models.loading import is_out_of_memory
 from qprobe.models.memory import PromptPasses
@@ -48,6 +48,7 @@ class _Row:
         prompt: its prompt's place in the batch.
         growing: the completion so far.
         uniforms: its random numbers, one a token.
+        opened: where states are kept, those of some prompts, layer -> (P, D), and its own prompt's place among them.
         dropped: nobody wants it any more.
         done: it has left the batch.
     """
@@ -56,6 +57,7 @@ class _Row:
     prompt: int
     growing: Growing
     uniforms: list[float]
+    opened: tuple[dict[int, Tensor], int] = field(default_factory=lambda: ({}, 0))
     dropped: bool = False
     done: bool = False
 
@@ -115,6 +117,8 @@ class RefilledBatch:
         self._alive: list[_Row] = []
         self._continuation: Continuation | None = None
         self._logits: Tensor | None = None
+        # Of the last steps: a row's place by its identity, and the kept layers' states, layer -> (R, D).
+        self._recent: deque[tuple[dict[int, int], dict[int, Tensor]]] = deque(maxlen=HELD)
         # The prompt of which some rows have joined and others wait: it is run once.
         self._begun: tuple[tuple[int, int], Prefix] | None = None
 
@@ -176,6 +180,7 @@ class RefilledBatch:
     def _clear(self) -> None:
         self._alive, self._joining = [], []
         self._continuation = self._logits = self._begun = None
+        self._recent.clear()
 
     def _limit(self) -> int:
         """Rows that the batch may hold now."""
@@ -252,7 +257,7 @@ class RefilledBatch:
         self._begun = begun if waits else None
         logits = [] if self._logits is None else [self._logits]
         for row, (prefix, place) in zip(rows, ((p, place) for p, own in parts for place in own), strict=True):
-            row.growing.states = [{layer: prefix.states[layer][place] for layer in self._keep.layers}]
+            row.opened = prefix.states, place
         for prefix, owner in parts:
             places = torch.tensor(owner)
             assert prefix.logits is not None  # asked for
@@ -283,7 +288,21 @@ class RefilledBatch:
             more = row.growing.take(token, logprob)
             row.dropped = self._wanted is not None and not self._wanted(row.batch, row.prompt)
             row.done = row.dropped or not (more or row.growing.lacks_a_step())
+        if row.done and self._keep.layers and not row.dropped:
+            row.growing.state = self._state(row)
         return not row.done
+
+    def _state(self, row: _Row) -> dict[int, Tensor] | None:
+        """Of the kept layers behind the row's last kept token; None where that is further back than what is held."""
+        kept, back = row.growing.cut[1], row.growing.ran - row.growing.cut[1]
+        if not kept:
+            states, place = row.opened
+        elif back < len(self._recent):
+            places, states = self._recent[-1 - back]
+            place = places[id(row)]
+        else:
+            return None
+        return {layer: states[layer][place].float().cpu() for layer in self._keep.layers}
 
     def _grow(self) -> set[int]:
         """A token for every row; the batches of rows that finished."""
@@ -311,7 +330,9 @@ class RefilledBatch:
             self._alive = [self._alive[place] for place in going_on]
         found = self._continuation.extend(chosen[:, None], self._keep.layers, logits=True)
         self._logits = found.logits
+        for row in self._alive if self._keep else ():
+            row.growing.ran += 1
         if self._keep.layers:
-            for place, row in enumerate(self._alive):
-                row.growing.states.append({layer: state[place, -1] for layer, state in found.states.items()})
+            places = {id(row): place for place, row in enumerate(self._alive)}
+            self._recent.append((places, {layer: state[:, -1] for layer, state in found.states.items()}))
         return ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -81,7 +82,8 @@ class Growing:
         tokens: drawn so far, without the end of sequence.
         reason: why it ended; empty while it goes on.
         keep: what is kept of it.
-        states: of the kept layers, (D,) each: behind the prompt, and behind every token that was run.
+        ran: its tokens that the model has run; counted where something is kept.
+        state: of the kept layers behind its last kept token, (D,) each; None until it has ended, or where nobody held it so long.
         laws: of every token that was drawn: the fields of `TokenLaw`, and the log-probability of the ending there.
     """
 
@@ -92,7 +94,8 @@ class Growing:
     tokens: list[int] = field(default_factory=list)
     reason: str = ""
     keep: Keep = NOTHING
-    states: list[dict[int, Tensor]] = field(default_factory=list)
+    ran: int = 0
+    state: dict[int, Tensor] | None = None
     laws: list[NDArray[np.float64]] = field(default_factory=list)
     _end: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
@@ -112,16 +115,21 @@ class Growing:
 
     def lacks_a_step(self) -> bool:
         """Whether it has ended by a token that is part of it, and what is behind that is kept."""
-        return bool(self.keep) and len(self.laws or self.states) <= self.stops.cut(self.prompt, self.tokens)[1]
+        return bool(self.keep) and self.ran < self.cut[1]
+
+    @functools.cached_property
+    def cut(self) -> tuple[str, int]:
+        """Its text and how many of its tokens are kept, once it has ended."""
+        return self.stops.cut(self.prompt, self.tokens)
 
     def completion(self) -> Completion:
-        text, kept = self.stops.cut(self.prompt, self.tokens)
+        text, kept = self.cut
         tokens, summed = self.tokens[:kept], float(sum(self._logprobs))
         completion = Completion(text, tokens, self.reason, summed, self.seed, self._logprobs[:kept])
         # Where nobody wanted it any more, there may be less.
-        if not self.keep or (self.keep.layers and len(self.states) <= kept):
+        if not self.keep or (self.keep.layers and self.state is None):
             return completion
-        states = {layer: self.states[kept][layer].float().cpu() for layer in self.keep.layers}
+        states = dict(self.state or {})
         if self.keep.ending is not None:
             if len(self.laws) <= kept:
                 return completion

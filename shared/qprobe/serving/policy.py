@@ -5,7 +5,6 @@ Policy(sampler, embedder, QProbe.from_pretrained("probe/")).answer("Describe the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,12 @@ from typing import Any, overload
 import torch
 
 from qprobe.embedding import LIKELIHOOD, Embedder, columns_identity, tables_of, tokens_to_read
-from qprobe.embedding.hf import HFEmbedder
 from qprobe.probe import selection
 from qprobe.probe.card import EmbeddingSource
 from qprobe.probe.estimator import QProbe
 from qprobe.prompts import Prompt
+from qprobe.run.handing import handing
 from qprobe.sampling import Completion, Sampler, sample_seeds
-from qprobe.sampling.hf import HFSampler
 from qprobe.store.jsonl import plain_prompt
 
 OnePrompt = str | Sequence[dict[str, str]] | Prompt
@@ -138,7 +136,6 @@ class Policy:
         style: str | None = None,
         beta: float | None = None,
     ) -> None:
-        self.sampler = sampler
         self.embedder = embedder
         self.probe = probe
         self.style = probe.use.get("prompts") if style is None else style
@@ -147,10 +144,7 @@ class Policy:
             raise ValueError(f"beta is {self.beta}: a temperature is 0 (the best candidate) or more.")
         self.layer = self._layer()
         layers = self.blocks or (self.layer,)
-        if isinstance(sampler, HFSampler) and isinstance(embedder, HFEmbedder) and sampler.model == embedder.model:
-            keeping = copy.copy(sampler)
-            keeping.keep = embedder.kept(layers)
-            self.sampler = keeping
+        self.sampler = handing(sampler, embedder, layers)
         if probe.source is not None:
             source = EmbeddingSource.of(embedder.identity(), self.layer, embedder.tokenizer_fingerprint())
             columns = columns_identity(embedder, self.blocks)
