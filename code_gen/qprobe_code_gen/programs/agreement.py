@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import builtins
 import dataclasses
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,13 +64,31 @@ class OutputsAgree:
         return dataclasses.replace(program, tests=self._tests[task_id], expression=f"{_RECORDED}()")
 
     def keys(self, batches: Iterable[Sequence[Answer]]) -> Iterator[list[Hashable | None]]:
-        with self.reward.executor() as executor:
+        begun: deque[list[Hashable | None]] = deque()  # a batch's keys, batch by batch
+        missing: deque[set[int]] = deque()  # of each the places without a key
+        place_of: dict[int, tuple[list[Hashable | None], set[int], int]] = {}  # program number -> its place
+
+        def programs() -> Iterator[Program]:
+            """The executor's pool is fed across the borders of batches, so that it never waits for one."""
+            number = 0
             for batch in batches:
-                found: dict[int, Hashable | None] = {}
-                for number, execution in executor.run([self.program(*answer) for answer in batch]):
-                    # The value is the digest's `repr`, of an empty text where no call returned.
-                    found[number] = execution.value if execution.passed and execution.value != "''" else None
-                yield [found[number] for number in range(len(batch))]
+                begun.append([None] * len(batch))
+                missing.append(set(range(len(batch))))
+                for place, answer in enumerate(batch):
+                    place_of[number] = begun[-1], missing[-1], place
+                    number += 1
+                    yield self.program(*answer)
+
+        with self.reward.executor() as executor:
+            for number, execution in executor.run(programs()):
+                keys, lacking, place = place_of.pop(number)
+                # The value is the digest's `repr`, of an empty text where no call returned.
+                keys[place] = execution.value if execution.passed and execution.value != "''" else None
+                lacking.remove(place)
+                while missing and not missing[0]:
+                    missing.popleft()
+                    yield begun.popleft()
+        yield from begun
 
 
 def calls_alone(tests: str) -> str:

@@ -27,6 +27,11 @@ _GROUPS_OF_A_GPU = 1
 TOKENS_OF_GROWTH = 16
 
 
+def groups_of(device: torch.device) -> int:
+    """Groups at once on a device."""
+    return GROUPS.get(device.type, _GROUPS_OF_A_GPU)
+
+
 class Group:
     """Rows of one attention call: their prompts, and the keys and values of their own tokens.
 
@@ -127,8 +132,7 @@ class GrowingRows:
     def join(self, prompts: SharedPrompts) -> None:
         """Put rows behind those that are there."""
         self._groups.append(Group(prompts))
-        most = GROUPS.get(prompts.owner.device.type, _GROUPS_OF_A_GPU)
-        while len(self._groups) > most:
+        while len(self._groups) > groups_of(prompts.owner.device):
             waste = [_waste(*pair) for pair in itertools.pairwise(self._groups)]
             place = waste.index(min(waste))
             self._groups[place : place + 2] = [self._groups[place].joined(self._groups[place + 1])]

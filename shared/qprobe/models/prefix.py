@@ -83,6 +83,15 @@ class Prefix:
         states = {layer: state[one].clone() for layer, state in self.states.items()}
         return Prefix(cache, self.mask[one, ahead:].clone(), self.lengths[one].clone(), logits, states)
 
+    def times(self, count: int) -> Prefix:
+        """The keys and values of its only prompt as those of so many prompts."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, (key, value) in enumerate(self.keys):
+            cache.update(key.repeat(count, 1, 1, 1), value.repeat(count, 1, 1, 1), number)
+        return Prefix(cache, self.mask.repeat(count, 1), self.lengths.repeat(count), None, {})
+
 
 @dataclass
 class Extension:

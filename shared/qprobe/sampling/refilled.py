@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qprobe.models.growing import GROUPS, Continuation
+from qprobe.models.growing import Continuation, groups_of
 from qprobe.models.keeping import HELD, NOTHING, Keep
 from qprobe.models.likelihood_columns import token_law
 from qprobe.models.loading import is_out_of_memory
@@ -270,7 +270,7 @@ class RefilledBatch:
 
     def _alike(self, prompts: Sequence[Sequence[_Row]]) -> Iterator[Sequence[Sequence[_Row]]]:
         """Rows by prompt, shortest first, in the parts that become groups."""
-        apart = self._run.shared and self._run.language_model.device.type in GROUPS
+        apart = self._run.shared and groups_of(self._run.language_model.device) > 1
         part: list[Sequence[_Row]] = []
         for own in prompts:
             if part and apart and own[0].width > PADDED * part[0][0].width:
