@@ -62,7 +62,7 @@ WAYS = [(name, "auto") for name in bench.FAMILIES] + [
 
 
 def rounding(
-    self: SharedPrompts, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    self: SharedPrompts, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
     """The attention of version 1: products of queries and keys rounded to the model's type."""
     prompt_key, prompt_value = (tensor.to(key.dtype) for tensor in self.layers[layer])
@@ -72,9 +72,9 @@ def rounding(
     m = grouped.shape[2]
     before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
     own = grouped @ key.transpose(-1, -2)
-    if mask is None:  # a single token sees all before it
-        mask = torch.ones(rows, 1, width, key.shape[2], dtype=torch.bool)
-    hidden = ~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
+    if bias is None:  # a single token sees all before it
+        bias = torch.zeros(rows, width, key.shape[2])
+    hidden = bias.isneginf()[:, None].expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1)
     before = before.masked_fill(~self.mask[self.owner][:, None, None, :], -torch.inf)
     scores = torch.cat([before, own.masked_fill(hidden, -torch.inf)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)

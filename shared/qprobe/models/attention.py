@@ -31,7 +31,7 @@ class SharedPrompts:
     rows_per_prompt: int = field(init=False)
     counts: list[int] = field(init=False)
     lengths: list[int] = field(init=False)
-    _hidden: Tensor | None = field(init=False)
+    _bias: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         counts = torch.bincount(self.owner, minlength=len(self.mask))
@@ -42,7 +42,7 @@ class SharedPrompts:
         self.slots = self.owner * self.rows_per_prompt + within
         # Once, and not at every step: the prompts' keys are few beside those of their rows.
         self.layers = [(key.float().contiguous(), value.float().contiguous()) for key, value in self.layers]
-        self._hidden = None if bool(self.mask.all()) else ~self.mask[self.owner][:, None, None, :]
+        self._bias = None if bool(self.mask.all()) else hiding(self.mask)[:, None, None]
 
     @property
     def width(self) -> int:
@@ -88,7 +88,7 @@ class SharedPrompts:
         return rows if len(rows) == len(self.owner) else rows[self.slots]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
     ) -> Tensor:
         """Softmax attention over the row's prompt and the row's own tokens together.
 
@@ -96,7 +96,8 @@ class SharedPrompts:
         weights (Qwen2.5) make scores of 12,860, where bfloat16 steps by 64.
 
         Args:
-            query: (R, H, T, d); key, value: (R, H_kv, seen, d); mask: (R, 1, T, seen) bool; None where all is seen.
+            query: (R, H, T, d); key, value: (R, H_kv, seen, d); bias: (R, T, seen) float32, added to the scores of the row's own
+                tokens; None adds nothing.
 
         Returns: (R, H, T, d), of the query's type.
         """
@@ -105,15 +106,16 @@ class SharedPrompts:
         shared = prompt_key.shape[1]
         grouped = query.reshape(rows, shared, heads // shared * width, d).float() * scaling
         m = grouped.shape[2]
-        before = self.by_row(self.by_prompt(grouped) @ prompt_key.transpose(-1, -2), m)
+        before = self.by_prompt(grouped) @ prompt_key.transpose(-1, -2)
+        if self._bias is not None:
+            before += self._bias
         own = grouped @ key.float().transpose(-1, -2)
-        if self._hidden is not None:
-            before.masked_fill_(self._hidden, -torch.inf)
-        if mask is not None:
-            own.masked_fill_(~mask.expand(-1, heads // shared, -1, -1).reshape(rows, 1, m, -1), -torch.inf)
-        weights = torch.cat([before, own], dim=-1).softmax(dim=-1)
+        if bias is not None:
+            own.view(rows, shared, -1, width, own.shape[-1]).add_(bias[:, None, None])
+        # By prompts, whose scores are the more; only the rows' own are moved there and back.
+        weights = torch.cat([before, self.by_prompt(own)], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
-        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
+        out = self.by_row(of_prompt @ prompt_value, m) + self.by_row(of_row, m) @ value.float()
         return out.to(query.dtype).reshape(rows, heads, width, d)
 
 
@@ -186,6 +188,11 @@ def kernels_for_any_shape(device: torch.device) -> contextlib.AbstractContextMan
         return contextlib.nullcontext()
     backends = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     return sdpa_kernel(list(backends))
+
+
+def hiding(mask: Tensor) -> Tensor:
+    """What is added to scores: float32 of the mask's shape, 0 where it is True and -inf elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def unmasked(ids: Tensor, prompts: object) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qprobe.models.attention import SharedPrompts, unmasked
+from qprobe.models.attention import SharedPrompts, hiding, unmasked
 
 if TYPE_CHECKING:  # of the module that uses this one
     from qprobe.models.prefix import Extension, Prefix, PrefixRun
@@ -45,7 +45,6 @@ class Group:
         self._starts = torch.zeros_like(prompts.owner)  # the column of every row's first token
         self._padded = False
         self._memory: list[Tensor] = []  # a layer (2, R, heads, columns and some ahead, d)
-        self._hidden: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -60,13 +59,13 @@ class Group:
     def begin(self, width: int) -> None:
         """Before a pass of `width` tokens a row."""
         seen = self.length + width
-        self._mask: Tensor | None = None
+        self._bias: Tensor | None = None
         if width == 1 and not self._padded:
             return  # a single token sees all before it
         device = self._starts.device
         causal = torch.ones(width, seen, dtype=torch.bool, device=device).tril(self.length)
         columns = torch.arange(seen, device=device) >= self._starts[:, None]
-        self._mask = (causal & columns[:, None, :])[:, None]
+        self._bias = hiding(causal & columns[:, None, :])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(R, H, T, d) of the rows, whose new keys and values (R, H_kv, T, d) are written behind their others."""
@@ -81,7 +80,7 @@ class Group:
             self._memory[layer] = memory
         memory[0, :, :, self.length : seen], memory[1, :, :, self.length : seen] = key, value
         keys, values = memory[:, :, :, :seen]
-        return self.prompts.attend(layer, query, keys, values, self._mask, scaling)
+        return self.prompts.attend(layer, query, keys, values, self._bias, scaling)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only. (R',) int64, rising, at least one."""
