@@ -62,8 +62,8 @@ def shrunk(tiny_words: list[str], local_data: dict[str, list[str]], tmp_path: Pa
 
 
 def weighed(name: str) -> Any:
-    """Variants of another experiment, and those that fine-tune, are for CI."""
-    heavy = name == "table1" or name.endswith(("_ours", "_mlp", "_few_shot", "_baselines"))
+    """Variants of another experiment, those that fine-tune, and the longest (seven seconds), are for CI."""
+    heavy = name in ("table1", "recorded_mbpp") or name.endswith(("_ours", "_mlp", "_few_shot", "_baselines"))
     return pytest.param(name, marks=pytest.mark.slow) if heavy else name
 
 

@@ -94,6 +94,7 @@ def test_bad_files_are_refused(content: bytes, word: str, tmp_path: Path) -> Non
         load("mbpp-test", str(tmp_path / "bad"))
 
 
+@pytest.mark.slow  # 974 programs: six seconds
 def test_reference_solutions_pass_their_tests(executor: Executor) -> None:
     problems = [problem for name in SPLITS for problem in load(name).problems]
     assert len(problems) == 974

@@ -212,7 +212,7 @@ def test_the_estimate_of_a_refilled_batch_is_what_is_allocated(
         largest = max(largest, self._need(rows))
         join(self, rows, last)
 
-    batches = [(random_ids([length] * count), [[n * p + s for s in range(n)] for p in range(count)])] * 4
+    batches = [(random_ids([length] * count), [[n * p + s for s in range(n)] for p in range(count)])] * 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RefilledBatch, "_join", estimated)
         measured = peak_bytes(
