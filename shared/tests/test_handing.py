@@ -14,6 +14,7 @@ from torch import Tensor
 from qprobe.embedding import LIKELIHOOD, tables_of
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
+from qprobe.models.prefix import PrefixRun
 from qprobe.prompts import Prompt
 from qprobe.run import stages
 from qprobe.run.handing import can_hand, handing
@@ -126,3 +127,88 @@ def test_nothing_is_handed_over_where_the_embedder_reads_something_else(
     assert not can_hand(sampler, behind, [3, LIKELIHOOD])  # its second token is read behind the completion
     assert handing(sampler, behind, [3, LIKELIHOOD]) is sampler
     assert not sampler.keep
+
+
+# ------------------------------------------------------------------------------------------------------- greedy beside
+
+
+def a_greedy_pool(pool: Pool, **changes: Any) -> Pool:
+    own = pool.sampler.settings
+    settings = dataclasses.replace(own, n=1, temperature=0.0, **changes)
+    return dataclasses.replace(pool, kind="greedy", sampler=HFSampler(pool.sampler.model, settings, 24), batch_rows=5)  # type: ignore[attr-defined]
+
+
+def rows_of(pool: Pool) -> list[dict[str, Any]]:
+    return [row | {"logprob": round(row["logprob"], 3)} for row in pool.completions.read(pool.batches).to_pylist()]
+
+
+@pytest.fixture
+def run_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts of every pass over prompts."""
+    counts: list[int] = []
+    prefill = PrefixRun.prefill
+
+    def counted(self: PrefixRun, prompts: Any, *args: Any, **more: Any) -> Any:
+        counts.append(len(prompts))
+        return prefill(self, prompts, *args, **more)
+
+    monkeypatch.setattr(PrefixRun, "prefill", counted)
+    return counts
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 100])
+def test_greedy_completions_are_drawn_beside_the_others_and_are_those_of_their_own_pool(
+    tiny_model: ModelSpec, tmp_path: Path, run_prompts: list[int], rows_at_once: int
+) -> None:
+    pool = a_pool(tiny_model, tmp_path / "beside", rows_at_once=rows_at_once)
+    alone = a_pool(tiny_model, tmp_path / "alone", rows_at_once=rows_at_once)
+    greedy, greedy_alone = a_greedy_pool(pool), a_greedy_pool(alone)
+    embedder = HFEmbedder(tiny_model, (3,))
+    stages.sample(pool, False, embedder, greedy)
+    assert sum(run_prompts) == 12  # each once, for both
+    stages.sample(greedy, progress=False)
+    assert len(greedy.completions.parts()) == 3  # 12 rows by 5
+    for single in (alone, greedy_alone):
+        stages.sample(single, progress=False)
+    assert rows_of(pool) == rows_of(alone)
+    assert rows_of(greedy) == rows_of(greedy_alone)
+    assert {row["sample"] for row in rows_of(greedy)} == {0}
+    assert greedy.completions.noted("law") is not None
+    assert all(pool.features(embedder, 3).has(keys) for keys in pool.batches)
+
+
+def test_what_is_left_of_the_greedy_completions_is_drawn_by_themselves(
+    tiny_model: ModelSpec, tmp_path: Path, run_prompts: list[int]
+) -> None:
+    pool, whole = a_pool(tiny_model, tmp_path / "cut"), a_pool(tiny_model, tmp_path / "whole")
+    for each in (pool, whole):
+        stages.sample(each, False, None, a_greedy_pool(each))
+    greedy = a_greedy_pool(pool)
+    greedy.completions.part(greedy.batches[1]).unlink()
+    pool.completions.part(pool.batches[0]).unlink()  # as if killed between the two, and more
+    run_prompts.clear()
+    stages.sample(pool, False, None, a_greedy_pool(pool))
+    assert sum(run_prompts) == 2
+    stages.sample(greedy, progress=False)
+    assert sum(run_prompts) == 2 + 5
+    assert rows_of(pool) == rows_of(whole)
+    assert rows_of(greedy) == rows_of(a_greedy_pool(whole))
+
+
+def test_greedy_completions_of_another_kind_are_drawn_by_themselves(
+    tiny_model: ModelSpec, tiny_gpt2_model: ModelSpec, tmp_path: Path
+) -> None:
+    pool = a_pool(tiny_model, tmp_path)
+    sampler: Any = pool.sampler
+    assert sampler.beside(a_greedy_pool(pool).sampler).greedy_too
+    for other in (
+        a_greedy_pool(pool, max_new_tokens=8).sampler,
+        a_greedy_pool(pool, stop=("b",)).sampler,
+        HFSampler(tiny_model, dataclasses.replace(SETTINGS, n=1)),
+        HFSampler(tiny_gpt2_model, dataclasses.replace(SETTINGS, n=1, temperature=0.0)),
+    ):
+        assert sampler.beside(other) is None
+    assert not sampler.greedy_too
+    sharded = dataclasses.replace(pool, shard=(1, 2))
+    stages.sample(sharded, False, None, greedy := dataclasses.replace(a_greedy_pool(pool), shard=(1, 2)))
+    assert greedy.completions.parts() == []

@@ -149,6 +149,12 @@ class Setup:
         """The embedder, where the stages that are run let it read what they draw of a pool."""
         return self.embedder if "embed" in self.chosen and pool.kind == "sample" else None
 
+    def greedy_of(self, pool: Pool) -> Pool | None:
+        """Greedy decoding of a pool's prompts, where the run has it."""
+        if self.greedy is None or pool.kind != "sample" or pool.split not in self.tests:
+            return None
+        return self.pool(pool.split, "greedy", self.greedy)
+
     @property
     def pools(self) -> list[Pool]:
         """All pools of the run's own model, with those of greedy decoding."""

@@ -41,7 +41,7 @@ def _check_sample(setup: Setup) -> None:
 
 def _sample(setup: Setup) -> None:
     for pool in setup.pools:
-        stages.sample(pool, setup.progress, setup.reader(pool))
+        stages.sample(pool, setup.progress, setup.reader(pool), setup.greedy_of(pool))
 
 
 def _check_reward(setup: Setup) -> None:

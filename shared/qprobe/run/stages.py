@@ -25,13 +25,13 @@ from qprobe.models.openai_client import Metered
 from qprobe.run.handing import can_hand, handing
 from qprobe.run.pools import Keys, Pool, completions_of
 from qprobe.run.runners.local import Work, run_stage
+from qprobe.sampling import Completion, Sampler
+from qprobe.sampling.hf import HFSampler
 from qprobe.sampling.law import TellsDrawn, Verifies, compare, noted
 from qprobe.store.table import Table
 
 # Share of a table's rows that say nothing (empty completions, replies that could not be read) from which it is said.
 MANY = 0.1
-# A batch's rows, and what came along with each.
-_Drawn = tuple[pa.Table, list[Mapping[int, Tensor] | None]]
 
 
 @runtime_checkable
@@ -74,12 +74,14 @@ def render_prompts(pool: Pool) -> None:
     table.write(keys, pa.table(columns, schema=store.PROMPTS))
 
 
-def sample(pool: Pool, progress: bool = True, embedder: Embedder | None = None) -> None:
+def sample(pool: Pool, progress: bool = True, embedder: Embedder | None = None, greedy: Pool | None = None) -> None:
     """Draw the pool's completions, or write down those that are there already.
 
     Args:
         embedder: it is to read them: a sampler that can hand over what it would read (`qprobe.run.handing`) does, and the
             features of what is drawn are written with it.
+        greedy: the greedy completions of the same prompts: of one model they are drawn beside the others, where none is there
+            yet. What is left of them is drawn when they are a stage's own pool.
     """
     pool.prompts.check_inputs()  # its message names what differs; the completions know the prompts by their fingerprint
     table = pool.completions
@@ -89,45 +91,83 @@ def sample(pool: Pool, progress: bool = True, embedder: Embedder | None = None) 
     render_prompts(pool)
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
-    features, drawing = None, pool
-    if embedder is not None and can_hand(pool.sampler, embedder, layers := tables_of(embedder)):
-        drawing = dataclasses.replace(pool, sampler=handing(pool.sampler, embedder, layers))
+    features, beside, sampler = None, None, pool.sampler
+    if embedder is not None and can_hand(sampler, embedder, layers := tables_of(embedder)):
+        sampler = handing(sampler, embedder, layers)
         features = _Features(pool, embedder)
         features.begin()
-    sampler: Any = drawing.sampler
-    verifies = isinstance(sampler, Verifies) and pool.split.recorded is None
-    verified = False
+    if greedy is not None and (both := _drawn_beside(pool, sampler, greedy)):
+        sampler, beside = both, _Beside(greedy)
+    drawing = dataclasses.replace(pool, sampler=sampler)
+    verifies = sampler if isinstance(sampler, Verifies) and pool.split.recorded is None else None
 
-    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, _Drawn]]:
-        nonlocal verified
+    def stage(batches: Iterable[Keys]) -> Iterator[tuple[Keys, list[list[Completion]]]]:
+        nonlocal verifies
         for keys, completions in drawing.draw(batches, prompt_ids):
-            if verifies and not verified:  # before anything of it is kept
-                table.note("law", noted(sampler.verify()))
-                verified = True
-            flat = [completion for of_prompt in completions for completion in of_prompt]
-            columns = {
-                "task_id": [key for key in keys for _ in range(pool.samples(key))],
-                "sample": [number for key in keys for number in range(pool.samples(key))],
-                "seed": [c.seed for c in flat],
-                "completion": [c.text for c in flat],
-                "token_ids": [c.token_ids for c in flat],
-                "finish_reason": [c.finish_reason for c in flat],
-                "logprob": [c.logprob for c in flat],
-            }
-            yield keys, (pa.table(columns, schema=store.COMPLETIONS), [completion.states for completion in flat])
+            if verifies is not None:  # before anything of it is kept
+                law = noted(verifies.verify())
+                for checked in [table, *([beside.table] if beside else [])]:
+                    checked.note("law", law)
+                verifies = None
+            yield keys, completions
 
-    def write(keys: Keys, drawn: _Drawn) -> None:
-        rows, states = drawn
+    def write(keys: Keys, completions: list[list[Completion]]) -> None:
+        own = [of_prompt[: pool.samples(key)] for key, of_prompt in zip(keys, completions, strict=True)]
+        rows = _rows_of(keys, own)
         table.write(keys, rows)
+        states = [completion.states for of_prompt in own for completion in of_prompt]
         brought = [of_one for of_one in states if of_one is not None]
         if features is not None and len(brought) == len(states):  # else `embed` reads them
             together = {layer: torch.stack([of_one[layer] for of_one in brought]) for layer in features.tables}
             features.write(keys, features.rows(rows["task_id"].to_pylist(), rows["sample"].to_pylist(), together))
+        if beside is not None:
+            beside.write(keys, [of_prompt[-1] for of_prompt in completions])
 
     works = [Work(keys, pool.rows(keys), table.has(keys)) for keys in pool.own_batches]
     run_stage(f"sample {pool.kind}", works, _metered(pool.sampler, table, stage), write, progress=progress)
-    if said := empties(pool):
-        tqdm.write(said, file=sys.stderr)
+    for drawn in (pool, greedy) if greedy is not None and beside is not None else (pool,):
+        if said := empties(drawn):
+            tqdm.write(said, file=sys.stderr)
+
+
+def _rows_of(keys: Keys, completions: Sequence[Sequence[Completion]]) -> pa.Table:
+    """A part of completions, those of each prompt."""
+    flat = [(key, number, c) for key, own in zip(keys, completions, strict=True) for number, c in enumerate(own)]
+    columns = {
+        "task_id": [key for key, _, _ in flat],
+        "sample": [number for _, number, _ in flat],
+        "seed": [c.seed for _, _, c in flat],
+        "completion": [c.text for _, _, c in flat],
+        "token_ids": [c.token_ids for _, _, c in flat],
+        "finish_reason": [c.finish_reason for _, _, c in flat],
+        "logprob": [c.logprob for _, _, c in flat],
+    }
+    return pa.table(columns, schema=store.COMPLETIONS)
+
+
+def _drawn_beside(pool: Pool, sampler: Sampler, greedy: Pool) -> Sampler | None:
+    """The sampler, made to draw another pool's greedy completions beside its own; None where they are drawn by themselves."""
+    if not isinstance(sampler, HFSampler) or pool.split.recorded is not None or pool.shard[1] > 1:
+        return None  # a shard of one pool has other prompts than a shard of the other
+    if any(greedy.completions.has(keys) for keys in greedy.batches):
+        return None
+    return sampler.beside(greedy.sampler)
+
+
+class _Beside:
+    """Greedy completions that come beside others, written as soon as all of a part are there."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.table = pool.completions
+        self.table.begin()
+        self._part_of = {key: keys for keys in pool.batches for key in keys}
+        self._found: dict[str, Completion] = {}
+
+    def write(self, keys: Keys, completions: Sequence[Completion]) -> None:
+        self._found |= zip(keys, completions, strict=True)
+        for part in {self._part_of[key] for key in keys}:
+            if all(key in self._found for key in part):
+                self.table.write(part, _rows_of(part, [[self._found.pop(key)] for key in part]))
 
 
 def empties(pool: Pool) -> str | None:

@@ -10,6 +10,8 @@ Where it stops: one process, one model; beam search and repetition penalties are
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +27,7 @@ from qprobe.models.language_model import ModelSpec
 from qprobe.models.memory import UsesModel, scores_at_once
 from qprobe.models.pace import UNMEASURED, best_rows
 from qprobe.models.prefix import check_prompts, law_of
-from qprobe.sampling.base import Batch, Completion, SamplingSettings, check_seeds
+from qprobe.sampling.base import Batch, Completion, Sampler, SamplingSettings, check_seeds
 from qprobe.sampling.law import LawCheck, compare, refuse
 from qprobe.sampling.local import LocalSampler
 from qprobe.sampling.refilled import RefilledBatch
@@ -47,6 +49,7 @@ class HFSampler(UsesModel, LocalSampler):
         rows_at_once: completions that are decoded together, at least 1, where the model's prompts are shared; None measures once
             what the machine likes best (`qprobe.models.pace`). It changes no completion beyond the rounding of batched products.
         keep: what comes with the completions (`Completion.states`), so that no embedder has to read them again.
+        greedy_too: behind the completions of every prompt comes that of temperature 0, with the seed of the first.
     """
 
     back_end = "hf"
@@ -57,9 +60,11 @@ class HFSampler(UsesModel, LocalSampler):
         settings: SamplingSettings,
         rows_at_once: int | None = None,
         keep: Keep = NOTHING,
+        greedy_too: bool = False,
     ) -> None:
         super().__init__(model, settings)
         self.keep = keep
+        self.greedy_too = greedy_too
         if rows_at_once is not None and rows_at_once < 1:
             raise ValueError(f"sampler rows_at_once is {rows_at_once}: give 1 or more, or null to have it measured.")
         self.rows_at_once = rows_at_once
@@ -102,9 +107,23 @@ class HFSampler(UsesModel, LocalSampler):
         def start(prompt: Sequence[int], seed: int) -> Growing:
             return Growing(prompt, seed, eos, stops, keep=self.keep)
 
-        batch = RefilledBatch(self.passes, self.settings, start, draw_tokens, self._at_once, wanted, self.keep)
+        batch = RefilledBatch(
+            self.passes, self.settings, start, draw_tokens, self._at_once, wanted, self.keep, self.greedy_too
+        )
         for number, rows in batch.complete(checked()):
-            yield number, self.finished(rows)
+            yield number, self.finished(rows, self.settings.n + self.greedy_too)
+
+    def beside(self, greedy: Sampler) -> HFSampler | None:
+        """A copy that draws the completions of a greedy sampler beside its own (`greedy_too`): prompts are run once for both, and
+        the one row that a prompt has of them costs no step of its own. None where these are not its model's at temperature 0.
+        """
+        law = {name: getattr(self.settings, name) for name in ("n", "temperature", "top_p", "top_k")}
+        same = isinstance(greedy, HFSampler) and greedy.model == self.model and greedy.settings.temperature == 0
+        if not same or dataclasses.replace(greedy.settings, **law) != self.settings:
+            return None
+        made = copy.copy(self)
+        made.greedy_too = True
+        return made
 
     def warm(self) -> None:
         """Load the model, and measure how many rows it likes, where nobody has said it."""

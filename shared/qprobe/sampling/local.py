@@ -36,9 +36,8 @@ class LocalSampler:
         """The completions of the first batch, by prompt, as they were drawn."""
         return self._drawn
 
-    def finished(self, rows: Sequence[Growing]) -> list[list[Completion]]:
+    def finished(self, rows: Sequence[Growing], n: int) -> list[list[Completion]]:
         """Completions of every prompt, n rows each; those of the first batch are remembered as they were drawn."""
-        n = self.settings.n
         own = [rows[start : start + n] for start in range(0, len(rows), n)]
         self._drawn = self._drawn or [[row.drawn() for row in of_prompt] for of_prompt in own]
         return [[row.completion() for row in of_prompt] for of_prompt in own]

@@ -13,6 +13,7 @@ Where it stops: rows begin in the order of the batches, and a batch with a long 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ class _Row:
         prompt: its prompt's place in the batch.
         growing: the completion so far.
         uniforms: its random numbers, one a token.
+        greedy: it takes the likeliest token at every step.
         opened: where states are kept, those of some prompts, layer -> (P, D), and its own prompt's place among them.
         dropped: nobody wants it any more.
         done: it has left the batch.
@@ -57,6 +59,7 @@ class _Row:
     prompt: int
     growing: Growing
     uniforms: list[float]
+    greedy: bool
     opened: tuple[dict[int, Tensor], int] = field(default_factory=lambda: ({}, 0))
     dropped: bool = False
     done: bool = False
@@ -92,6 +95,7 @@ class RefilledBatch:
         at_once: how many rows the batch holds, at least 1, where so many are there; asked again whenever rows may join.
         wanted: whether somebody still wants the rows of a batch's number and a prompt's place in it; None: all are wanted.
         keep: what is kept of every row beside its tokens.
+        greedy_too: every prompt has one row more, behind the others, at temperature 0.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class RefilledBatch:
         at_once: Callable[[int], int],
         wanted: Callable[[int, int], bool] | None = None,
         keep: Keep = NOTHING,
+        greedy_too: bool = False,
     ) -> None:
         self._passes = passes
         self._run = passes.run
@@ -112,6 +117,7 @@ class RefilledBatch:
         self._at_once = at_once
         self._wanted = wanted
         self._keep = keep
+        self._greedy = dataclasses.replace(settings, n=1, temperature=0.0) if greedy_too else None
         self._waiting: deque[_Row] = deque()
         self._joining: list[_Row] = []
         self._alive: list[_Row] = []
@@ -154,7 +160,9 @@ class RefilledBatch:
             for seed in seeds:
                 own = torch.Generator().manual_seed(seed)
                 uniforms = torch.rand(self._settings.max_new_tokens, generator=own, dtype=torch.float64)
-                rows.append(_Row(number, place, self._start(prompt, seed), uniforms.tolist()))
+                rows.append(_Row(number, place, self._start(prompt, seed), uniforms.tolist(), greedy=False))
+            if self._greedy is not None:
+                rows.append(_Row(number, place, self._start(prompt, seeds[0]), [], greedy=True))
         self._waiting.extend(sorted(rows, key=lambda row: (row.width, row.prompt)))
         return rows
 
@@ -309,7 +317,10 @@ class RefilledBatch:
         assert self._logits is not None
         assert self._continuation is not None
         uniforms = torch.tensor([row.uniform for row in self._alive], dtype=torch.float64)
-        chosen, logprobs = self._draw(self._logits, uniforms.to(self._logits.device), self._settings)
+        uniforms = uniforms.to(self._logits.device)
+        chosen, logprobs = self._draw(self._logits, uniforms, self._settings)
+        if self._greedy is not None and (greedy := [place for place, row in enumerate(self._alive) if row.greedy]):
+            chosen[greedy], logprobs[greedy] = self._draw(self._logits[greedy], uniforms[greedy], self._greedy)
         if (ending := self._keep.ending) is not None:
             law = token_law(self._logits, torch.stack([chosen, torch.full_like(chosen, ending)], dim=1))
             values = [law.logprob[:, 0], law.entropy, law.certainty, law.likeliest, law.logprob[:, 1]]

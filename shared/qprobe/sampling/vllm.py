@@ -73,7 +73,7 @@ class VLLMSampler(UsesEngine, LocalSampler):
                 raise RuntimeError(
                     f"vLLM ended the completion of seed {row.seed} after {len(row.tokens)} tokens, unasked."
                 )
-        return self.finished(rows)
+        return self.finished(rows, self.settings.n)
 
     def _params(self, seed: int, eos: frozenset[int]) -> Any:
         from vllm import SamplingParams
