@@ -276,6 +276,37 @@ def test_figures_are_written_where_there_is_data_and_the_same_every_time(figures
         assert b"CreationDate" not in one.read_bytes()
 
 
+def test_figures_that_are_there_of_the_same_results_are_not_drawn_again(
+    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def write(figure: Any, folder: Path, name: str) -> list[Path]:
+        made.append(name)
+        folder.mkdir(exist_ok=True)
+        for path in (paths := [folder / f"{name}.png", folder / f"{name}.pdf"]):
+            path.write_bytes(b"a figure")
+        return paths
+
+    monkeypatch.setattr(figures, "write_figure", write)
+    paths = figures.write_figures(drawn(), tmp_path)
+    every = [path.stem for path in paths[::2]]
+    assert made == every != []
+    assert figures.write_figures(drawn(), tmp_path) == paths
+    assert made == every
+    paths[1].unlink()
+    figures.write_figures(drawn(), tmp_path)
+    assert made == 2 * every
+    (tmp_path / "drawn.json").write_text("{")
+    figures.write_figures(drawn(), tmp_path)
+    assert made == 3 * every
+    figures.write_figures(dataclasses.replace(drawn(), title="another"), tmp_path)
+    assert made == 4 * every
+    monkeypatch.setattr(figures, "_code", lambda: ["newer"])
+    figures.write_figures(dataclasses.replace(drawn(), title="another"), tmp_path)
+    assert made == 5 * every
+
+
 def test_matplotlib_is_loaded_only_for_figures_and_pyplot_never() -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra `report`")
     code = (

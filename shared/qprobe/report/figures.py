@@ -13,12 +13,18 @@ pass@1. A method has the same colour and marker in all of them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qprobe.files import fingerprint, write_whole
+from qprobe.report import drawing
 from qprobe.report.drawing import (
     COLUMN_INCHES,
     TEXT_INCHES,
@@ -43,19 +49,37 @@ _REWARD = "expected reward"
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Draw every figure whose data the results hold.
+    """Draw every figure whose data the results hold, unless they are there, drawn of these results by this code.
 
     Args:
         results: one evaluation.
-        folder: where NAME.png and NAME.pdf go; it is made if missing.
+        folder: where NAME.png and NAME.pdf go, and what they were drawn of (drawn.json); it is made if missing.
 
     Returns:
-        The paths that were written, PNG before PDF; none if the results hold no curve.
+        The paths of the figures, PNG before PDF; none if the results hold no curve.
 
     Raises:
         OSError: if a file cannot be written; that file is then as it was before.
     """
-    return [path for name, figure in _drawn(results) for path in write_figure(figure, folder, name)]
+    note, of = folder / "drawn.json", fingerprint([results.to_json(), *_code()])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # drawn anew
+        known = json.loads(note.read_text(encoding="utf-8"))
+        paths = [folder / name for name in known["figures"]]
+        if known["of"] == of and all(path.is_file() for path in paths):
+            return paths
+    paths = [path for name, figure in _drawn(results) for path in write_figure(figure, folder, name)]
+    if paths:
+        write_whole(note, json.dumps({"of": of, "figures": [path.name for path in paths]}).encode())
+    return paths
+
+
+def _code() -> list[str]:
+    """What decides how figures look, besides their data."""
+    files = (Path(__file__), Path(drawing.__file__))
+    return [
+        importlib.metadata.version("matplotlib"),
+        *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files),
+    ]
 
 
 def images(results: Results) -> Iterator[tuple[str, str, bytes]]:
