@@ -56,11 +56,8 @@ def test_cross_validation_end_to_end(make: Make, fakes: ModuleType) -> None:
     tables = sorted(path.name for path in (run / "tables").iterdir())
     assert tables == ["numbers.csv", "numbers.md", "numbers.tex", "numbers.txt"]
     figures = sorted(path.name for path in (run / "figures" / "numbers").iterdir())
-    assert figures == [
-        f"{name}.{kind}"
-        for name in ("reward_against_k", "reward_against_kl", "reward_against_prompts", "scores_per_prompt")
-        for kind in ("pdf", "png")
-    ]
+    names = ("reward_against_k", "reward_against_kl", "reward_against_prompts", "scores_per_prompt")
+    assert figures == ["drawn.json", *(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))]
     table = rows(run / "tables" / "numbers.csv")
     controls = [
         "longest (tokens)",
