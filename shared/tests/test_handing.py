@@ -129,6 +129,20 @@ def test_nothing_is_handed_over_where_the_embedder_reads_something_else(
     assert not sampler.keep
 
 
+def test_a_layer_that_is_not_there_is_a_sentence_and_the_memory_s_limit_stays(
+    tiny_model: ModelSpec, tmp_path: Path
+) -> None:
+    pool = a_pool(tiny_model, tmp_path)
+    with pytest.raises(ValueError, match=r"[Ll]ayer 9"):
+        stages.sample(pool, False, HFEmbedder(tiny_model, (9,)))
+    sampler: Any = pool.sampler
+    passes = sampler.passes
+    stages.sample(pool, False, HFEmbedder(tiny_model, (3,)))
+    assert sampler.passes is passes
+    made: Any = handing(sampler, HFEmbedder(tiny_model, (3,)), [3])
+    assert made.passes is passes
+
+
 # ------------------------------------------------------------------------------------------------------- greedy beside
 
 

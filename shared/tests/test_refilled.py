@@ -277,6 +277,32 @@ def test_memory_that_runs_out_in_the_middle_changes_no_completion(
     assert max(rows[12:]) < 10  # and fewer rows from then on
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_that_runs_out_at_whatever_step_loses_no_batch(
+    leaving_model: ModelSpec, random_ids: Ids, kept: bool
+) -> None:
+    batches = batches_of(random_ids((8, 9, 10, 11, 12, 9)), 1)
+    keep = Keep((2,)) if kept else Keep()
+    wanted = tokens_of(drawn(HFSampler(leaving_model, SETTINGS, 6, keep), batches))
+    base, steps = models.load(leaving_model).model.base_model, 0
+    for failing in range(2, 26):
+        steps = 0
+
+        def fail(_module: Any, _arguments: Any, _keywords: dict[str, Any], failing: int = failing) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == failing:
+                raise torch.OutOfMemoryError("out of memory")
+
+        handle = base.register_forward_pre_hook(fail, with_kwargs=True)
+        try:
+            found = drawn(HFSampler(leaving_model, SETTINGS, 6, keep), batches)
+        finally:
+            handle.remove()
+        assert tokens_of(found) == wanted
+        assert not kept or all(completion.states for of_prompt in found for completion in of_prompt)
+
+
 # --------------------------------------------------------------------------------------------------------- how many rows
 
 

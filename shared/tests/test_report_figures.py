@@ -302,9 +302,15 @@ def test_figures_that_are_there_of_the_same_results_are_not_drawn_again(
     assert made == 3 * every
     figures.write_figures(dataclasses.replace(drawn(), title="another"), tmp_path)
     assert made == 4 * every
+    monkeypatch.setattr(figures, "write_figure", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        figures.write_figures(drawn(), tmp_path)
+    monkeypatch.setattr(figures, "write_figure", write)
+    figures.write_figures(dataclasses.replace(drawn(), title="another"), tmp_path)  # some may be of the others
+    assert made == 5 * every
     monkeypatch.setattr(figures, "_code", lambda: ["newer"])
     figures.write_figures(dataclasses.replace(drawn(), title="another"), tmp_path)
-    assert made == 5 * every
+    assert made == 6 * every
 
 
 def test_matplotlib_is_loaded_only_for_figures_and_pyplot_never() -> None:

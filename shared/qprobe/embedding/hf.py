@@ -111,10 +111,14 @@ class HFEmbedder(UsesModel, LocalEmbedder):
         return LIKELIHOOD not in layers or not self._columns.behind
 
     def kept(self, layers: Sequence[int]) -> Keep:
-        """What the sampler is to keep where these layers are drawn, so that they need not be read."""
-        if LIKELIHOOD not in layers:
-            return Keep(tuple(layers))
-        return Keep(tuple(layer for layer in layers if layer != LIKELIHOOD), self._columns.ending[0], LIKELIHOOD)
+        """What the sampler is to keep where these layers are drawn, so that they need not be read.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        outline = models.outline(self.model)
+        hidden = tuple(outline.check_layer(layer) for layer in layers if layer != LIKELIHOOD)
+        return Keep(hidden, self._columns.ending[0], LIKELIHOOD) if LIKELIHOOD in layers else Keep(hidden)
 
     @functools.cached_property
     def _columns(self) -> LikelihoodColumns:

@@ -112,10 +112,9 @@ class SharedPrompts:
         own = grouped @ key.float().transpose(-1, -2)
         if bias is not None:
             own.view(rows, shared, -1, width, own.shape[-1]).add_(bias[:, None, None])
-        # By prompts, whose scores are the more; only the rows' own are moved there and back.
-        weights = torch.cat([before, self.by_prompt(own)], dim=-1).softmax(dim=-1)
+        weights = torch.cat([self.by_row(before, m), own], dim=-1).softmax(dim=-1)
         of_prompt, of_row = weights[..., : prompt_key.shape[2]], weights[..., prompt_key.shape[2] :]
-        out = self.by_row(of_prompt @ prompt_value, m) + self.by_row(of_row, m) @ value.float()
+        out = self.by_row(self.by_prompt(of_prompt) @ prompt_value, m) + of_row @ value.float()
         return out.to(query.dtype).reshape(rows, heads, width, d)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Last tokens of a row in work whose states are held: a completion is cut behind one of them, wherever it ends.
+# Last tokens of a row in work whose states are held. A completion is cut behind one of them; of one that is not, nothing is kept.
 HELD = 32
 
 

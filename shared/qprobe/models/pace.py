@@ -38,6 +38,7 @@ _PROMPT, _ROWS_A_PROMPT = 256, 8
 # Of one number of rows: steps go on up to `_EACH` seconds, at least two and at most `_STEPS`, besides the first.
 _STEPS, _EACH, _SECONDS = 10, 0.2, 5.0
 _WORTH = 0.1
+_METHOD = 2  # raised with what is measured
 _found: dict[str, int] = {}
 
 
@@ -108,7 +109,7 @@ def _key(passes: PromptPasses) -> str:
     """Of model and machine: another number of threads is another machine."""
     language_model = passes.run.language_model
     device = language_model.device
-    machine = [platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__, str(device)]
+    machine = [_METHOD, platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__, str(device)]
     if device.type == "cuda":
         machine.append(torch.cuda.get_device_name(device))
     return f"rows-{fingerprint([language_model.spec.identity(), machine])}"

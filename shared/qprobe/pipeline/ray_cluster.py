@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qprobe.embedding import tables_of
 from qprobe.pipeline import needs
 from qprobe.pipeline.pipeline import Pipeline
 from qprobe.pipeline.steps import SHARDED
@@ -58,7 +59,7 @@ def batches_left(pipeline: Pipeline, names: Sequence[str]) -> list[Item]:
         tables = [pool.completions] if "sample" in names else []
         tables += [pool.rewards(pipeline.reward_of(pool.split))] if "reward" in names else []
         if "embed" in names and pool.kind == "sample":
-            tables += [pool.features(pipeline.embedder, layer) for layer in pipeline.embedder.layers]
+            tables += [pool.features(pipeline.embedder, layer) for layer in tables_of(pipeline.embedder)]
             if model := pipeline.reads(pool):
                 tables.append(pool.likelihoods(model))
         keys = enumerate(pool.batches, start=1)

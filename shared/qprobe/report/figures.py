@@ -67,6 +67,7 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
         paths = [folder / name for name in known["figures"]]
         if known["of"] == of and all(path.is_file() for path in paths):
             return paths
+    note.unlink(missing_ok=True)  # until all of them are these results'
     paths = [path for name, figure in _drawn(results) for path in write_figure(figure, folder, name)]
     if paths:
         write_whole(note, json.dumps({"of": of, "figures": [path.name for path in paths]}).encode())

@@ -92,6 +92,8 @@ def sample(pool: Pool, progress: bool = True, embedder: Embedder | None = None, 
     prompt_ids = {row["task_id"]: row["prompt_token_ids"] for row in pool.prompts.read([pool.task_ids]).to_pylist()}
 
     features, beside, sampler = None, None, pool.sampler
+    if isinstance(sampler, HFSampler) and pool.split.recorded is None:
+        _ = sampler.passes  # copies share them, and what they know of the memory stays for the next pool
     if embedder is not None and can_hand(sampler, embedder, layers := tables_of(embedder)):
         sampler = handing(sampler, embedder, layers)
         features = _Features(pool, embedder)

@@ -168,22 +168,27 @@ class RefilledBatch:
 
     def _worked(self) -> set[int]:
         """Let rows join where there is place, and all grow by a token; the batches of those that finished."""
+        before: list[_Row] = []
         try:
             self._fill()
+            before = self._alive
             return self._grow()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = str(error).strip().split("\n")[0] or type(error).__name__
-        # Behind the except clause: the error held the frames with the tensors.
-        rows = [*self._alive, *self._joining]
+        # Behind the except clause: the error held the frames with the tensors. Rows that have had their last token are done.
+        rows = [row for row in [*(before or self._alive), *self._joining] if not row.done]
+        ended = {row.batch for row in before if row.done}
         self._clear()
+        if not rows:
+            return ended
         half = rows[: (len(rows) + 1) // 2]
         self._passes.lower(len(rows), len(half), self._need(rows), self._need(half), rows[0].width, failed)
         for row in reversed(rows):
             row.begin_again()
             self._waiting.appendleft(row)
-        return set()
+        return ended
 
     def _clear(self) -> None:
         self._alive, self._joining = [], []
