@@ -15,6 +15,7 @@ from qprobe.embedding import LIKELIHOOD, tables_of
 from qprobe.embedding.hf import HFEmbedder
 from qprobe.models.language_model import ModelSpec
 from qprobe.models.prefix import PrefixRun
+from qprobe.pipeline import ray_cluster
 from qprobe.prompts import Prompt
 from qprobe.run import stages
 from qprobe.run.handing import can_hand, handing
@@ -226,3 +227,18 @@ def test_greedy_completions_of_another_kind_are_drawn_by_themselves(
     sharded = dataclasses.replace(pool, shard=(1, 2))
     stages.sample(sharded, False, None, greedy := dataclasses.replace(a_greedy_pool(pool), shard=(1, 2)))
     assert greedy.completions.parts() == []
+
+
+def test_what_a_cluster_has_left_knows_the_likelihood_columns(
+    tiny_model: ModelSpec, fakes: Any, tmp_path: Path
+) -> None:
+    """As where an actor was killed between a layer's part and theirs."""
+    embedder = HFEmbedder(tiny_model, (3,), likelihood=True)
+    made = fakes.pipeline(tmp_path, sampler=HFSampler(tiny_model, SETTINGS), greedy=None, embedder=embedder)
+    made.execute(["sample", "embed"])
+    assert ray_cluster.batches_left(made, ["sample", "embed"]) == []
+    (pool,) = made.sample_pools
+    pool.features(embedder, LIKELIHOOD).part(pool.batches[1]).unlink()
+    assert ray_cluster.batches_left(made, ["sample", "embed"]) == [(pool.name, 2)]
+    ray_cluster.make_batch(made, "embed", pool.name, 2)
+    assert ray_cluster.batches_left(made, ["sample", "embed"]) == []
