@@ -64,31 +64,32 @@ class OutputsAgree:
         return dataclasses.replace(program, tests=self._tests[task_id], expression=f"{_RECORDED}()")
 
     def keys(self, batches: Iterable[Sequence[Answer]]) -> Iterator[list[Hashable | None]]:
-        begun: deque[list[Hashable | None]] = deque()  # a batch's keys, batch by batch
-        missing: deque[set[int]] = deque()  # of each the places without a key
-        place_of: dict[int, tuple[list[Hashable | None], set[int], int]] = {}  # program number -> its place
+        begun: deque[tuple[list[Hashable | None], set[int]]] = (
+            deque()
+        )  # a batch's keys, and the places that have none yet
+        place_of: dict[
+            int, tuple[tuple[list[Hashable | None], set[int]], int]
+        ] = {}  # program number -> its batch and place
 
         def programs() -> Iterator[Program]:
             """The executor's pool is fed across the borders of batches, so that it never waits for one."""
             number = 0
             for batch in batches:
-                begun.append([None] * len(batch))
-                missing.append(set(range(len(batch))))
+                begun.append(([None] * len(batch), set(range(len(batch)))))
                 for place, answer in enumerate(batch):
-                    place_of[number] = begun[-1], missing[-1], place
+                    place_of[number] = begun[-1], place
                     number += 1
                     yield self.program(*answer)
 
         with self.reward.executor() as executor:
             for number, execution in executor.run(programs()):
-                keys, lacking, place = place_of.pop(number)
+                (keys, lacking), place = place_of.pop(number)
                 # The value is the digest's `repr`, of an empty text where no call returned.
                 keys[place] = execution.value if execution.passed and execution.value != "''" else None
                 lacking.remove(place)
-                while missing and not missing[0]:
-                    missing.popleft()
-                    yield begun.popleft()
-        yield from begun
+                while begun and not begun[0][1]:
+                    yield begun.popleft()[0]
+        yield from (keys for keys, _ in begun)
 
 
 def calls_alone(tests: str) -> str:

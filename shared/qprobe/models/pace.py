@@ -6,7 +6,7 @@ that is depends on processor, threads, model and type.
 It is measured by steps of one token, for 64 rows and then twice as many, and so on: the fastest of some steps after a first
 one. The rows are those of a usual run: eight to a prompt of 256 tokens, in as many groups as a batch has
 (`qprobe.models.growing`). With one short prompt the products alone were seen, and 256 rows were as good as 512, which draw
-HumanEval 13 % faster.
+HumanEval a tenth faster.
 
 It ends where rows have been doubled twice and a row's time fell by less than a tenth each time (a single slow moment may be
 another process's doing), where they do not fit the memory, or after five seconds; taken are the fewest rows within a tenth of
