@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from qprobe.embedding import LIKELIHOOD
 from qprobe.evaluation import auto, controls
@@ -232,3 +236,34 @@ def test_of_more_rows_than_a_solver_holds_prompts_are_drawn_and_that_is_said(
     if prompts > 1:
         note = own.solved(rows, np.ones(PROMPTS, dtype=bool), 0).note
         assert ("by lot" in note) == (prompts < PROMPTS)
+
+
+@pytest.mark.parametrize("large", ["MOST_BESIDE", "MOST_IN_FLOAT64", ""])
+def test_probes_of_small_tables_are_solved_side_by_side_and_are_those_of_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, large: str
+) -> None:
+    own, at = planted("layer 7")
+    width = 2 * WIDTH + len(COLUMNS)
+    most = {"MOST_BESIDE": PROMPTS * ROWS * width, "MOST_IN_FLOAT64": width}
+    together, met, solved = threading.Barrier(2, timeout=0.5), [], Blocks.solved
+
+    def waiting(*arguments: Any) -> Any:
+        """A solver that two threads are in at once, or that finds itself alone; as many threads of the products' library."""
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait()
+            met.append({pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"})
+        return solved(*arguments)
+
+    alone = swept(own, at, folded=True)[1]
+    monkeypatch.setattr(Blocks, "solved", waiting)
+    for name, value in most.items():
+        monkeypatch.setattr(auto, name, value - (name == large))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with threadpool_limits(2, user_api="blas"):
+        before = threadpool_info()
+        beside = swept(own, at, folded=True)[1]
+        assert threadpool_info() == before
+    assert met == ([] if large else 4 * [{1}])
+    for one, other in zip(alone, beside, strict=True):
+        assert (one.fold, one.trained.note, one.trained.beta) == (other.fold, other.trained.note, other.trained.beta)
+        assert torch.allclose(one.trained.network.weights[0], other.trained.network.weights[0], atol=1e-9)

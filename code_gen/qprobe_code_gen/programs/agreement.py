@@ -23,10 +23,18 @@ from qprobe_code_gen.sandbox import Program
 CANDIDATE = "candidate"  # what HumanEval's tests call the function that they are given
 _RECORD, _RECORDED = "_record_output", "_recorded_outputs"
 # Tests that draw random inputs draw the same for all programs. An address in a `repr` is no output.
+# hashlib is the last resort: it starts OpenSSL, which takes longer than a usual program and all around it.
 _RECORDER = f"""
-import hashlib as _hashlib, random as _random, re as _re
+import random as _random, re as _re
+try:
+    from _sha2 import sha256 as _sha256
+except ImportError:
+    try:
+        from _sha256 import sha256 as _sha256
+    except ImportError:
+        from hashlib import sha256 as _sha256
 _random.seed(0)
-_outputs, _returned = _hashlib.sha256(), []
+_outputs, _returned = _sha256(), []
 def {_RECORD}(call):
     try:
         output = _re.sub(" at 0x[0-9a-f]+", "", repr(call()))

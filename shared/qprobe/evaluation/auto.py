@@ -7,13 +7,16 @@ each other, and is kept, scored and used as such.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from qprobe.embedding import LIKELIHOOD
@@ -26,11 +29,14 @@ from qprobe.probe.losses import AUTO
 from qprobe.probe.network import ProbeNetwork
 from qprobe.probe.solved import MOST_COORDINATES
 from qprobe.probe.solvers import NothingToLearn, Rows, Solution
+from qprobe.probe.solvers.space import MOST_IN_FLOAT64
 from qprobe.probe.training import TrainedProbe, TrainingSettings
 from qprobe.run.joined import Joined
 
 # What decides these probes besides their inputs: those that other code made are made anew.
 MADE_BY = 2
+# Values of a table (64 MB of float32) up to which several probes are solved at once: each holds copies of its rows.
+MOST_BESIDE = 2**24
 
 
 @dataclass(frozen=True)
@@ -175,12 +181,33 @@ class Blocks:
             [(None, every)] if of is None else [(fold, of != fold) for fold in range(settings.folds)]
         )
         planned = [(share, fold, kept) for share in (1.0, *settings.curve_shares) for fold, kept in learned]
-        made = []
-        for share, fold, kept in tqdm(planned, "auto", unit="probe", disable=not progress):
+
+        def probe(planned: tuple[float, int | None, np.ndarray]) -> SweepProbe:
+            share, fold, kept = planned
             drawn = drawn_prompts(np.flatnonzero(kept), joined.cluster_of_prompt, share, own)
-            probe = self.solved(joined, np.isin(np.arange(prompts), drawn), own)
-            made.append(SweepProbe(AUTO, 0, fold, probe, share, len(drawn)))
-        return made
+            found = self.solved(joined, np.isin(np.arange(prompts), drawn), own)
+            return SweepProbe(AUTO, 0, fold, found, share, len(drawn))
+
+        with _side_by_side(joined, len(planned)) as pool:
+            return list(tqdm(pool.map(probe, planned), "auto", len(planned), unit="probe", disable=not progress))
+
+
+@contextlib.contextmanager
+def _side_by_side(joined: Joined, probes: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that solves a probe a thread, in as many as torch has; one after the other where the tables are large.
+
+    Two threads make one decomposition of 1,000 rows 1.4 times faster, and two such decompositions 1.9 times. Large ones use
+    several threads well, and need the memory for themselves.
+    """
+    assert joined.features is not None  # as above
+    small = joined.features.size <= MOST_BESIDE and min(joined.features.shape) <= MOST_IN_FLOAT64
+    workers = min(probes, torch.get_num_threads()) if small else 1
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="qprobe-solve")
+    with threadpool_limits(1, user_api="blas") if workers > 1 else contextlib.nullcontext():
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _that_fit(joined: Joined, prompts: np.ndarray, seed: int) -> np.ndarray:

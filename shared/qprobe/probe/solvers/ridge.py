@@ -64,7 +64,7 @@ class Ridge:
             along = _product(z, direction)
             length = along @ self.target / max(float(along @ along), np.finfo(float).tiny)
             return RidgeFit(direction * length, only)
-        left = self._left(np.column_stack([self.target, free]), self._shares(strength))
+        (left,) = self._left(np.column_stack([self.target, free]), self._shares(strength)[None])
         coefficients = _solve(free.T @ left[:, 1:], free.T @ left[:, 0])
         along = _product(z.T, self.target - free @ coefficients)
         return RidgeFit(along / (self.space.variances + strength), coefficients)
@@ -83,14 +83,16 @@ class Ridge:
         Returns: (A, S, M) float64, weighted as the target is.
         """
         found = np.empty((len(frees), len(strengths), len(self.target)))
-        for s, strength in enumerate(strengths):
-            shares = self._shares(strength)
+        every = [self._shares(strength) for strength in strengths]
+        # All strengths and choices of F in two products: the axes are read twice, and not twice for each of them.
+        left = self._left(np.column_stack([self.target, *frees]), np.stack(every))
+        ends = np.cumsum([1, *(free.shape[1] for free in frees)])
+        for s, shares in enumerate(every):
             parts = []
-            for free in frees:
-                left = self._left(np.column_stack([self.target, free]), shares)
-                of_free = left[:, 1:]
+            for free, start in zip(frees, ends[:-1], strict=True):
+                of_free = left[s, :, start : start + free.shape[1]]
                 inverse = np.linalg.pinv(free.T @ of_free, hermitian=True)
-                residual = left[:, 0] - of_free @ (inverse @ (free.T @ left[:, 0]))
+                residual = left[s, :, 0] - of_free @ (inverse @ (free.T @ left[s, :, 0]))
                 parts.append((residual, of_free, inverse))
             axes, narrow = self._axes, shares.astype(self._axes.dtype)
             for rows in self._blocks:
@@ -145,9 +147,11 @@ class Ridge:
         return (strength if self._complete else -1.0) / (variances + strength)
 
     def _left(self, columns: Floats, shares: Floats) -> Floats:
-        """l G columns."""
-        along = _product(self._axes, shares[:, None] * _product(self._axes.T, columns))
-        return along if self._complete else columns + along
+        """l G columns (M, q), for each of the shares (S, R) of strengths: (S, M, q)."""
+        along = shares[:, :, None] * _product(self._axes.T, columns)
+        beside = _product(self._axes, along.transpose(1, 0, 2).reshape(len(along[0]), -1))
+        left = beside.reshape(len(columns), *along.shape[::2]).transpose(1, 0, 2)
+        return left if self._complete else columns + left
 
 
 def _equal_clusters(clusters: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -170,7 +170,7 @@ class Design:
         total = np.zeros((self.size, self.size), dtype=self.dtype, order="F")
         for name, weight in weighting.items():
             total += weight**2 * self._row_grams[name]
-        values, vectors = scipy.linalg.eigh(total, overwrite_a=True, lower=True, driver="evd", check_finite=False)
+        values, vectors = _eigh(total)
         values[~_kept(values, weighting)] = 0.0
         return OwnSpace(self, dict(weighting), values.astype(np.float64), vectors * np.sqrt(values), vectors, None)
 
@@ -184,9 +184,7 @@ class Design:
             self._column_grams[names] = gram
         factor = np.concatenate([np.full(self.rows.blocks[n].shape[1], w) for n, w in weighting.items()])
         factor = factor.astype(self.dtype)
-        values, axes = scipy.linalg.eigh(
-            self._column_grams[names] * factor * factor[:, None], lower=True, driver="evd", check_finite=False
-        )
+        values, axes = _eigh(self._column_grams[names] * factor * factor[:, None])
         kept = _kept(values, weighting)
         values, axes = values[kept], axes[:, kept] * factor[:, None]
         coordinates = np.empty((self.size, len(values)), dtype=self.dtype)
@@ -251,6 +249,18 @@ def _add_square(gram: Array, values: Array) -> None:
         syrk(1.0, values, beta=1.0, c=gram, lower=1, overwrite_c=1)
     else:  # as LAPACK reads it, it is its own transpose
         syrk(1.0, values.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1)
+
+
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, of which the lower half is read and none may be kept.
+
+    numpy's lets other threads go on, which solve other folds (`qprobe.evaluation.auto`); scipy's needs one copy less.
+    """
+    if len(matrix) <= MOST_IN_FLOAT64:
+        values, vectors = np.linalg.eigh(matrix)
+    else:
+        values, vectors = scipy.linalg.eigh(matrix, overwrite_a=True, lower=True, driver="evd", check_finite=False)
+    return values, vectors
 
 
 def _kept(values: Array, weighting: Mapping[str, float]) -> NDArray[np.bool_]:
