@@ -386,6 +386,11 @@ def test_run_on_ray_makes_the_tables_of_the_local_runner(six_cpus: Any, call: Ca
         for run in ("local", "ray")
     ]
     assert drawn[0] == drawn[1]
+    rewarded = [rows(f"{run}/rewards/prompts.sample/own_reward.reward", store.REWARDS) for run in ("local", "ray")]
+    assert [row["reward"] for row in rewarded[0]] == [row["reward"] for row in rewarded[1]]
+    assert {path.name for path in Path("local/tables").iterdir()} == {
+        path.name for path in Path("ray/tables").iterdir()
+    }
     cells = [
         [cell for line in csv.reader(Path(f"{run}/tables/prompts.csv").read_text().splitlines()) for cell in line]
         for run in ("local", "ray")
